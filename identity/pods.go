@@ -1,0 +1,128 @@
+package identity
+
+import (
+	"slices"
+	"strings"
+	"sync"
+)
+
+// Pods is a set of pods by UID, safe for concurrent use. The authority fills one
+// from its informer or its static list, the agent one from what the authority
+// says about its node. The zero value is an empty set.
+type Pods struct {
+	mu    sync.RWMutex
+	byUID map[string]Workload            // guarded by mu
+	nodes map[string]map[string]struct{} // node → pod UIDs; guarded by mu
+	// changed holds, for each node that somebody waits on, the channel that is
+	// closed at the next change of that node's pods. Guarded by mu.
+	changed map[string]chan struct{}
+}
+
+// Lookup is the pod with that UID; ok is false if it is not in the set.
+func (p *Pods) Lookup(uid string) (w Workload, ok bool) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	w, ok = p.byUID[uid]
+	return w, ok
+}
+
+// OnNode is the pods of a node, ordered by UID, and a channel that is closed
+// when another call would answer differently.
+func (p *Pods) OnNode(node string) (pods []Workload, changed <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for uid := range p.nodes[node] {
+		pods = append(pods, p.byUID[uid])
+	}
+	slices.SortFunc(pods, func(a, b Workload) int { return strings.Compare(a.PodUID, b.PodUID) })
+	c := p.changed[node]
+	if c == nil {
+		c = make(chan struct{})
+		if p.changed == nil {
+			p.changed = map[string]chan struct{}{}
+		}
+		p.changed[node] = c
+	}
+	return pods, c
+}
+
+// Len is the number of pods in the set.
+func (p *Pods) Len() int {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return len(p.byUID)
+}
+
+// Set adds the pod or replaces what was known of its UID. A pod without a UID
+// is ignored: it could not be found again.
+func (p *Pods) Set(w Workload) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.set(w)
+}
+
+// Delete removes the pod with that UID, if it is in the set.
+func (p *Pods) Delete(uid string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.delete(uid)
+}
+
+// Replace makes pods the whole set, as one change.
+func (p *Pods) Replace(pods []Workload) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	keep := make(map[string]struct{}, len(pods))
+	for _, w := range pods {
+		keep[w.PodUID] = struct{}{}
+		p.set(w)
+	}
+	for uid := range p.byUID {
+		if _, ok := keep[uid]; !ok {
+			p.delete(uid)
+		}
+	}
+}
+
+func (p *Pods) set(w Workload) {
+	if w.PodUID == "" {
+		return
+	}
+	old, ok := p.byUID[w.PodUID]
+	if ok && old.Equal(w) {
+		return
+	}
+	if ok && old.Node != w.Node {
+		p.delete(w.PodUID)
+	}
+	if p.byUID == nil {
+		p.byUID = map[string]Workload{}
+		p.nodes = map[string]map[string]struct{}{}
+	}
+	p.byUID[w.PodUID] = w
+	if p.nodes[w.Node] == nil {
+		p.nodes[w.Node] = map[string]struct{}{}
+	}
+	p.nodes[w.Node][w.PodUID] = struct{}{}
+	p.signal(w.Node)
+}
+
+func (p *Pods) delete(uid string) {
+	w, ok := p.byUID[uid]
+	if !ok {
+		return
+	}
+	delete(p.byUID, uid)
+	delete(p.nodes[w.Node], uid)
+	if len(p.nodes[w.Node]) == 0 {
+		delete(p.nodes, w.Node)
+	}
+	p.signal(w.Node)
+}
+
+func (p *Pods) signal(node string) {
+	if c := p.changed[node]; c != nil {
+		close(c)
+		delete(p.changed, node)
+	}
+}

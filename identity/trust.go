@@ -1,0 +1,70 @@
+package identity
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Trust is what an agent has to believe at one moment: the trust bundle of its
+// own trust domain, and the sequence number under which the authority published
+// it. A Trust is immutable; a change is a new Trust with a higher sequence.
+//
+// Trust implements x509bundle.Source, so go-spiffe verifies with it.
+type Trust struct {
+	sequence uint64
+	td       spiffeid.TrustDomain
+	roots    []*x509.Certificate
+}
+
+// NewTrust checks and makes a Trust. roots must not be empty; each must be an
+// authority as [CheckAuthority] has it.
+func NewTrust(sequence uint64, td spiffeid.TrustDomain, roots []*x509.Certificate) (*Trust, error) {
+	if td.IsZero() {
+		return nil, errors.New("trust without a trust domain")
+	}
+	if len(roots) == 0 {
+		return nil, fmt.Errorf("trust bundle of %s is empty", td.Name())
+	}
+	for _, c := range roots {
+		if err := CheckAuthority(c); err != nil {
+			return nil, fmt.Errorf("trust bundle of %s: %w", td.Name(), err)
+		}
+	}
+	return &Trust{sequence: sequence, td: td, roots: append([]*x509.Certificate(nil), roots...)}, nil
+}
+
+// Sequence is the number under which the authority published this state.
+func (t *Trust) Sequence() uint64 { return t.sequence }
+
+// TrustDomain is the agent's own trust domain.
+func (t *Trust) TrustDomain() spiffeid.TrustDomain { return t.td }
+
+// Roots are the X.509 authorities of the own trust domain, at least one.
+func (t *Trust) Roots() []*x509.Certificate { return append([]*x509.Certificate(nil), t.roots...) }
+
+// PEM is the X.509 authorities of the own trust domain, as Envoy's trusted_ca
+// takes them.
+func (t *Trust) PEM() []byte {
+	var b bytes.Buffer
+	for _, c := range t.roots {
+		// Encoding to a bytes.Buffer does not fail.
+		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
+	}
+	return b.Bytes()
+}
+
+// GetX509BundleForTrustDomain implements x509bundle.Source. Bundles of different
+// trust domains are never merged (SPIFFE Federation §4.2): any domain but the
+// own one is an error.
+func (t *Trust) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if td != t.td {
+		return nil, fmt.Errorf("no trust bundle for trust domain %q", td.Name())
+	}
+	return x509bundle.FromX509Authorities(td, t.roots), nil
+}

@@ -1,0 +1,75 @@
+package identity
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Workload is a verified fact about a pod, whoever proved it. A Workload must
+// not be changed after it was handed on; its map and slice may be shared.
+type Workload struct {
+	Namespace      string
+	ServiceAccount string
+	// Pod is the pod's name; it may be reused, PodUID never is.
+	Pod    string
+	PodUID string
+	// Node is the node's name; it may be reused, NodeUID never is. NodeUID is
+	// empty where the evidence does not say.
+	Node    string
+	NodeUID string
+	// Labels are the pod's labels, from the view of the pods, never from a
+	// request.
+	Labels map[string]string
+	// Addresses are the pod's IP addresses; nil where they are not known.
+	Addresses []netip.Addr
+	// UnixUID is the user that the workload runs as, where a static list says
+	// so, else nil.
+	UnixUID *uint32
+}
+
+// ID renders the workload's SPIFFE ID. It fails if the namespace or the service
+// account cannot be a path segment.
+func (w Workload) ID(td spiffeid.TrustDomain) (spiffeid.ID, error) {
+	return WorkloadID(td, w.Namespace, w.ServiceAccount)
+}
+
+// IsZero reports whether w says nothing.
+func (w Workload) IsZero() bool { return w.PodUID == "" && w.Namespace == "" && w.ServiceAccount == "" }
+
+// Equal reports whether w and o state the same facts.
+func (w Workload) Equal(o Workload) bool {
+	return w.Namespace == o.Namespace && w.ServiceAccount == o.ServiceAccount && w.Pod == o.Pod &&
+		w.PodUID == o.PodUID && w.Node == o.Node && w.NodeUID == o.NodeUID &&
+		maps.Equal(w.Labels, o.Labels) && slices.Equal(w.Addresses, o.Addresses) &&
+		(w.UnixUID == nil) == (o.UnixUID == nil) && (w.UnixUID == nil || *w.UnixUID == *o.UnixUID)
+}
+
+// Caller is a workload on the other end of an RPC, and what proved it.
+type Caller struct {
+	Workload Workload
+	// Until is when the proof stops to hold. The RPC's context ends before.
+	Until time.Time
+	// Token is the service-account token that was the proof, empty for other
+	// kinds of proof. It is a secret: it goes to the authority as evidence and
+	// nowhere else.
+	Token string
+}
+
+type callerKey struct{}
+
+// WithCaller returns a context that carries the proven caller of an RPC.
+func WithCaller(ctx context.Context, c Caller) context.Context {
+	return context.WithValue(ctx, callerKey{}, c)
+}
+
+// CallerFrom is the proven caller of the RPC that ctx belongs to. ok is false
+// if nobody proved anything; the RPC must then be refused.
+func CallerFrom(ctx context.Context) (c Caller, ok bool) {
+	c, ok = ctx.Value(callerKey{}).(Caller)
+	return c, ok
+}
