@@ -2,6 +2,8 @@ package identity
 
 import (
 	"context"
+	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"slices"
@@ -59,6 +61,17 @@ type Caller struct {
 	// nowhere else.
 	Token string
 }
+
+// String names the workload, without the token.
+func (c Caller) String() string {
+	return fmt.Sprintf("%s/%s (pod %s) until %s", c.Workload.Namespace, c.Workload.ServiceAccount, c.Workload.PodUID, c.Until.UTC().Format(time.RFC3339))
+}
+
+// GoString is String, so that no verb prints the token.
+func (c Caller) GoString() string { return c.String() }
+
+// LogValue implements slog.LogValuer without the token.
+func (c Caller) LogValue() slog.Value { return slog.StringValue(c.String()) }
 
 type callerKey struct{}
 
