@@ -1,0 +1,279 @@
+package attest
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/signet-mesh/signet/identity"
+)
+
+// Limits and defaults of [Config].
+const (
+	// DefaultMaxLifetime is an hour, what kubelet asks for unless told otherwise,
+	// and five minutes of slack.
+	DefaultMaxLifetime = 65 * time.Minute
+	// DefaultSkew is the leeway that the API server itself gives.
+	DefaultSkew = time.Minute
+	// DefaultCacheSize is room for two tokens of each of 8,000 pods, in at most
+	// some 10 MB.
+	DefaultCacheSize = 16384
+
+	maxLifetimeLimit = 24 * time.Hour
+	maxSkew          = 5 * time.Minute
+	// maxToken is the most bytes of a token that are looked at. A token of the
+	// API server has about 1,000.
+	maxToken = 16 << 10
+
+	// legacyIssuer issues tokens that are bound to nothing and never expire.
+	legacyIssuer = "kubernetes/serviceaccount"
+)
+
+// KeySource knows the keys of the issuer. [Keys] is one.
+type KeySource interface {
+	// Key is the key with that ID; ok is false if the issuer has no such key.
+	// An error means that this cannot be said at the moment. It is called for each
+	// attestation, so it must be quick for a key that is known, and it must
+	// limit how often an unknown ID makes it look for new keys.
+	Key(ctx context.Context, kid string) (k Key, ok bool, err error)
+}
+
+// Key is a public key of an issuer and the only algorithm that it is for.
+type Key struct {
+	// Public is an *rsa.PublicKey of at least 2048 bits or an *ecdsa.PublicKey
+	// on P-256; tokens by any other are refused.
+	Public crypto.PublicKey
+	// Algorithm is RS256 for RSA and ES256 for P-256.
+	Algorithm string
+}
+
+// Evidence is what a caller shows. Exactly one field must be set; today there is
+// one.
+type Evidence struct {
+	// Token is a service-account token, without "Bearer ". It is a secret.
+	Token string
+}
+
+// String says what kind of evidence it is, without the evidence.
+func (e Evidence) String() string {
+	if e.Token == "" {
+		return "no evidence"
+	}
+	return fmt.Sprintf("a token of %d bytes", len(e.Token))
+}
+
+// GoString is String, so that no verb prints the token.
+func (e Evidence) GoString() string { return e.String() }
+
+// LogValue implements slog.LogValuer without the evidence.
+func (e Evidence) LogValue() slog.Value { return slog.StringValue(e.String()) }
+
+// Config says which tokens an [Attestor] accepts.
+type Config struct {
+	// Issuer is compared with iss, byte for byte. Required.
+	Issuer string
+	// Audience must be the only one of a token: signet-ca for agents, signet for
+	// workloads. Required.
+	Audience string
+	// Keys are the issuer's. Required.
+	Keys KeySource
+	// Pods is the view of the pods that exist, such as *[identity.Pods]. Required.
+	Pods interface {
+		Lookup(uid string) (w identity.Workload, ok bool)
+	}
+	// Node is the only node whose pods are accepted: an agent names its own.
+	// Empty accepts every node, for the authority, which compares the node itself.
+	Node string
+	// RequireNodeUID refuses tokens without the UID of the node. The API server
+	// leaves it out if the node did not exist when it issued the token. Without
+	// RequireNodeUID a UID is compared where both the token and the view have one.
+	RequireNodeUID bool
+	// ServiceAccounts are the only ones accepted, as NAMESPACE/NAME. Empty is an
+	// error unless AnyServiceAccount is set, so that a list that got lost on its way
+	// here does not open.
+	ServiceAccounts []string
+	// AnyServiceAccount accepts every service account; ServiceAccounts must be
+	// empty then.
+	AnyServiceAccount bool
+	// MaxLifetime is the most that exp − iat may be, at most 24 h. Zero means
+	// DefaultMaxLifetime.
+	MaxLifetime time.Duration
+	// Skew is how far iat and nbf may lie in the future, at most 5 min; exp has no
+	// leeway. Zero means DefaultSkew.
+	Skew time.Duration
+	// CacheSize is how many accepted tokens are remembered, at most. Zero means
+	// DefaultCacheSize.
+	CacheSize int
+	// Metrics, if not nil, gets signet_attest_tokens_total by result and
+	// signet_attest_remembered, both labelled with the audience.
+	Metrics prometheus.Registerer
+}
+
+// Attestor verifies evidence. It is safe for concurrent use.
+type Attestor struct {
+	cfg     Config
+	allowed map[string]struct{} // nil: every service account
+	cache   *cache
+	metrics *tokenMetrics
+}
+
+// New checks cfg and makes an Attestor.
+func New(cfg Config) (*Attestor, error) {
+	a, err := newAttestor(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("setting up attestation: %w", err)
+	}
+	return a, nil
+}
+
+func newAttestor(cfg Config) (*Attestor, error) {
+	switch {
+	case cfg.Issuer == "":
+		return nil, errors.New("no issuer is configured; name the one in the tokens' iss")
+	case cfg.Issuer == legacyIssuer:
+		return nil, fmt.Errorf("issuer %s makes tokens that are bound to no pod and never expire; name the issuer of projected tokens", legacyIssuer)
+	case strings.ContainsAny(cfg.Issuer, " \t\r\n"):
+		return nil, fmt.Errorf("issuer %q contains white space", cfg.Issuer)
+	case cfg.Audience == "":
+		return nil, errors.New("no audience is configured")
+	case cfg.Keys == nil:
+		return nil, errors.New("no keys of the issuer are configured")
+	case cfg.Pods == nil:
+		return nil, errors.New("no view of the pods is configured")
+	case cfg.MaxLifetime < 0 || cfg.MaxLifetime > maxLifetimeLimit:
+		return nil, fmt.Errorf("maximum lifetime of tokens is %s; it must be more than zero and at most %s", cfg.MaxLifetime, maxLifetimeLimit)
+	case cfg.Skew < 0 || cfg.Skew > maxSkew:
+		return nil, fmt.Errorf("allowed clock skew is %s; it must be more than zero and at most %s", cfg.Skew, maxSkew)
+	case cfg.CacheSize < 0:
+		return nil, fmt.Errorf("cache size is %d; it must be positive", cfg.CacheSize)
+	}
+	if strings.Contains(cfg.Issuer, "://") {
+		// RFC 7519 section 2: a StringOrURI with a colon is a URI.
+		if _, err := url.Parse(cfg.Issuer); err != nil {
+			return nil, fmt.Errorf("issuer %q: %w", cfg.Issuer, err)
+		}
+	}
+	if cfg.MaxLifetime == 0 {
+		cfg.MaxLifetime = DefaultMaxLifetime
+	}
+	if cfg.Skew == 0 {
+		cfg.Skew = DefaultSkew
+	}
+	if cfg.CacheSize == 0 {
+		cfg.CacheSize = DefaultCacheSize
+	}
+	a := &Attestor{cfg: cfg, cache: newCache(cfg.CacheSize)}
+	switch {
+	case cfg.AnyServiceAccount && len(cfg.ServiceAccounts) > 0:
+		return nil, errors.New("both a list of service accounts and any service account are configured; choose one")
+	case !cfg.AnyServiceAccount && len(cfg.ServiceAccounts) == 0:
+		return nil, errors.New("the list of allowed service accounts is empty; name them as NAMESPACE/NAME")
+	case !cfg.AnyServiceAccount:
+		a.allowed = make(map[string]struct{}, len(cfg.ServiceAccounts))
+		for _, sa := range cfg.ServiceAccounts {
+			ns, name, ok := strings.Cut(sa, "/")
+			if !ok || ns == "" || name == "" || strings.ContainsAny(name, "/") {
+				return nil, fmt.Errorf("allowed service account %q must be NAMESPACE/NAME", sa)
+			}
+			a.allowed[sa] = struct{}{}
+		}
+	}
+	m, err := newTokenMetrics(cfg.Metrics, cfg.Audience, a.cache)
+	if err != nil {
+		return nil, err
+	}
+	a.metrics = m
+	return a, nil
+}
+
+// Attest says which workload the evidence proves, and until when. The workload is
+// what the view of the pods says; its slices and maps are shared and must not be
+// changed.
+//
+// Errors wrap exactly one of ErrRefused, ErrUnknownPod, ErrOtherNode,
+// ErrNotAllowed and ErrUnavailable. Their text is for the log of the server, a
+// client gets [Public].
+func (a *Attestor) Attest(ctx context.Context, e Evidence) (w identity.Workload, until time.Time, err error) {
+	w, until, remembered, err := a.attest(ctx, e.Token, time.Now())
+	a.metrics.count(remembered, err)
+	if err != nil {
+		return identity.Workload{}, time.Time{}, err
+	}
+	return w, until, nil
+}
+
+func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w identity.Workload, until time.Time, remembered bool, err error) {
+	if token == "" {
+		return w, until, false, refuse(checkMissing, "no token")
+	}
+	if len(token) > maxToken {
+		return w, until, false, refuse(checkMalformed, "%d bytes; at most %d are looked at", len(token), maxToken)
+	}
+	sum := sha256.Sum256([]byte(token))
+	if p, ok := a.cache.lookup(sum); ok {
+		if w, ok := a.stillHolds(ctx, p, now); ok {
+			return w, p.expires, true, nil
+		}
+		// What no longer holds is verified from the start, so that the error
+		// says why, and so that a pod that the view lost for a moment comes back.
+		a.cache.drop(sum)
+	}
+	p, err := a.verify(ctx, token, now)
+	if err != nil {
+		return w, until, false, err
+	}
+	if w, err = a.place(p); err != nil {
+		return w, until, false, err
+	}
+	a.cache.add(sum, p, now)
+	return w, p.expires, false, nil
+}
+
+// stillHolds reports whether what was proved earlier is true now: the token has
+// not expired, the issuer still has the key, and the pod is in the view as it was.
+func (a *Attestor) stillHolds(ctx context.Context, p *proof, now time.Time) (w identity.Workload, ok bool) {
+	if !now.Before(p.expires) {
+		return w, false
+	}
+	k, ok, err := a.cfg.Keys.Key(ctx, p.kid)
+	if err != nil || !ok || !k.equal(p.key) {
+		return w, false
+	}
+	w, err = a.place(p)
+	return w, err == nil
+}
+
+// place finds the pod that a token names in the view of the pods.
+func (a *Attestor) place(p *proof) (w identity.Workload, err error) {
+	if a.allowed != nil {
+		if _, ok := a.allowed[p.serviceAccountKey]; !ok {
+			return w, refuseAs(ErrNotAllowed, checkNotAllowed, "service account %s is not on the list", quoted(p.serviceAccountKey))
+		}
+	}
+	if a.cfg.Node != "" && p.node != a.cfg.Node {
+		return w, refuseAs(ErrOtherNode, checkOtherNode, "pod %s/%s is on node %s, this is %q",
+			quoted(p.namespace), quoted(p.pod), quoted(p.node), a.cfg.Node)
+	}
+	v, ok := a.cfg.Pods.Lookup(p.podUID)
+	if !ok {
+		return w, refuseAs(ErrUnknownPod, checkUnknownPod, "pod %s/%s with UID %s on node %s",
+			quoted(p.namespace), quoted(p.pod), quoted(p.podUID), quoted(p.node))
+	}
+	if v.PodUID != p.podUID || v.Namespace != p.namespace || v.ServiceAccount != p.serviceAccount || v.Pod != p.pod {
+		return w, refuse(checkView, "pod UID %s is %s/%s with service account %s in the token, and %q/%q with %q in the view",
+			quoted(p.podUID), quoted(p.namespace), quoted(p.pod), quoted(p.serviceAccount), v.Namespace, v.Pod, v.ServiceAccount)
+	}
+	if v.Node != p.node || (v.NodeUID != "" && p.nodeUID != "" && v.NodeUID != p.nodeUID) {
+		return w, refuseAs(ErrOtherNode, checkOtherNode, "pod %s/%s is on node %s (UID %s) in the token, and on %q (UID %q) in the view",
+			quoted(p.namespace), quoted(p.pod), quoted(p.node), quoted(p.nodeUID), v.Node, v.NodeUID)
+	}
+	return v, nil
+}
