@@ -1,0 +1,201 @@
+package authz
+
+import (
+	"fmt"
+	"strings"
+)
+
+// The kinds of resources, as they stand in Decision.Kind and in YAML.
+const (
+	KindPeerAuthentication    = "PeerAuthentication"
+	KindAuthorizationPolicy   = "AuthorizationPolicy"
+	KindRequestAuthentication = "RequestAuthentication"
+)
+
+// Reason is a stable code: scripts, metrics and audit records may rely on it.
+type Reason string
+
+// This is the one list of the reasons of this package.
+const (
+	// ReasonAllowRule: an ALLOW rule certainly matches. Allowed.
+	ReasonAllowRule Reason = "allow-rule"
+	// ReasonNoAllowPolicy: no DENY rule matches and no ALLOW policy selects the
+	// workload. Allowed.
+	ReasonNoAllowPolicy Reason = "no-allow-policy"
+
+	// ReasonPlaintext: PeerAuthentication is STRICT on the port and the peer
+	// has no verified certificate.
+	ReasonPlaintext Reason = "plaintext"
+	// ReasonPlaintextUnknown: PeerAuthentication may be STRICT and the peer may
+	// have no certificate; the request does not say.
+	ReasonPlaintextUnknown Reason = "plaintext-unknown"
+	// ReasonDenyRule: a DENY rule certainly matches.
+	ReasonDenyRule Reason = "deny-rule"
+	// ReasonDenyUnknown: a DENY rule may match; an attribute that it reads is
+	// unknown.
+	ReasonDenyUnknown Reason = "deny-unknown"
+	// ReasonNoAllowRule: ALLOW policies select the workload and no rule of them
+	// matches.
+	ReasonNoAllowRule Reason = "no-allow-rule"
+	// ReasonAllowUnknown: no ALLOW rule certainly matches, the named one may; an
+	// attribute that it reads is unknown.
+	ReasonAllowUnknown Reason = "allow-unknown"
+
+	// ReasonUnsupported: a resource that selects the workload uses a part of
+	// the language that this version does not enforce.
+	ReasonUnsupported Reason = "unsupported"
+	// ReasonInvalid: a resource that selects the workload is one that Istio's
+	// admission refuses, and it has no last good version.
+	ReasonInvalid Reason = "invalid"
+	// ReasonDuplicate: a resource that selects the workload exists twice, and it
+	// has no last good version.
+	ReasonDuplicate Reason = "duplicate"
+	// ReasonUnreadable: a document cannot be read so far that it could have a
+	// name; it could deny anything to anyone.
+	ReasonUnreadable Reason = "unreadable"
+	// ReasonNoPolicies: there are no policies to decide by, because none were
+	// loaded yet.
+	ReasonNoPolicies Reason = "no-policies"
+)
+
+// Decision is the answer to one [Request] and what it rests on. It is a small
+// value; the zero Decision denies.
+type Decision struct {
+	Allowed bool
+	// Kind is the kind of the resource that decided, one of the Kind constants,
+	// or empty where no resource did.
+	Kind string
+	// Policy is its "NAMESPACE/NAME", or empty where no single one decided, as
+	// when no ALLOW rule matches.
+	Policy string
+	// Rule is the index of the rule that decided in the policy's rules, from 0,
+	// or -1.
+	Rule int
+	// Reason says why.
+	Reason Reason
+
+	why *Rule // what Text renders; shared with the Program, never changed
+}
+
+// Text renders the decision as one sentence for people. It is made on demand, so
+// that deciding costs nothing for it. It tells what the policy says, never what
+// the request said; values from policies are quoted and clipped.
+func (d Decision) Text() string {
+	var b strings.Builder
+	if d.Allowed {
+		b.WriteString("allowed")
+	} else {
+		b.WriteString("denied")
+	}
+	if d.Policy != "" {
+		fmt.Fprintf(&b, " by %s %s", d.Kind, d.Policy)
+		if d.Rule >= 0 {
+			fmt.Fprintf(&b, " rule %d", d.Rule)
+		}
+	}
+	b.WriteString(": ")
+	switch d.Reason {
+	case ReasonAllowRule, ReasonDenyRule:
+		d.why.describe(&b)
+	case ReasonDenyUnknown:
+		b.WriteString("it may match, but the proxy did not send all that it reads: ")
+		d.why.describe(&b)
+	case ReasonAllowUnknown:
+		b.WriteString("no rule certainly matches; this one may, but the proxy did not send all that it reads: ")
+		d.why.describe(&b)
+	case ReasonNoAllowPolicy:
+		b.WriteString("no DENY rule matches and no ALLOW policy selects the workload")
+	case ReasonNoAllowRule:
+		b.WriteString("ALLOW policies select the workload and no rule of them matches")
+	case ReasonPlaintext:
+		b.WriteString("the port takes mutual TLS only and the peer has no certificate")
+	case ReasonPlaintextUnknown:
+		b.WriteString("the port may take mutual TLS only and the peer may have no certificate; the proxy did not say")
+	case ReasonUnsupported, ReasonInvalid, ReasonDuplicate, ReasonUnreadable:
+		fmt.Fprintf(&b, "the policy is %s and selects the workload", d.Reason)
+		if d.Reason == ReasonUnreadable {
+			b.Reset()
+			b.WriteString("denied: a document that may be a policy is unreadable")
+		}
+		if d.why != nil {
+			fmt.Fprintf(&b, ": %s:%d: %s", d.why.Origin, d.why.Line, d.why.detail)
+		}
+	case ReasonNoPolicies:
+		b.WriteString("no policies were loaded yet")
+	default:
+		b.WriteString("no decision was made")
+	}
+	return b.String()
+}
+
+// describe writes what the rule demands.
+func (r *Rule) describe(b *strings.Builder) {
+	if r == nil || r.Spec == nil {
+		return
+	}
+	start := b.Len()
+	part := func(sep, name string, values []string) {
+		if len(values) == 0 || b.Len()-start > maxDescription {
+			return
+		}
+		if b.Len() > start {
+			b.WriteString(sep)
+		}
+		b.WriteString(name)
+		for i, v := range values {
+			if i == 3 && len(values) > 4 {
+				fmt.Fprintf(b, " and %d more", len(values)-i)
+				break
+			}
+			b.WriteString(" " + clip(v))
+		}
+	}
+	for i, from := range r.Spec.GetFrom() {
+		sep := " and "
+		if i > 0 {
+			sep = " or "
+		}
+		s := from.GetSource()
+		for _, f := range []struct {
+			name   string
+			values []string
+		}{
+			{"principals", s.GetPrincipals()}, {"notPrincipals", s.GetNotPrincipals()},
+			{"namespaces", s.GetNamespaces()}, {"notNamespaces", s.GetNotNamespaces()},
+			{"ipBlocks", s.GetIpBlocks()}, {"notIpBlocks", s.GetNotIpBlocks()},
+		} {
+			n := b.Len()
+			if part(sep, f.name, f.values); b.Len() > n {
+				sep = " and "
+			}
+		}
+	}
+	for i, to := range r.Spec.GetTo() {
+		sep := "; "
+		if i > 0 {
+			sep = " or "
+		}
+		o := to.GetOperation()
+		for _, f := range []struct {
+			name   string
+			values []string
+		}{
+			{"hosts", o.GetHosts()}, {"notHosts", o.GetNotHosts()},
+			{"ports", o.GetPorts()}, {"notPorts", o.GetNotPorts()},
+			{"methods", o.GetMethods()}, {"notMethods", o.GetNotMethods()},
+			{"paths", o.GetPaths()}, {"notPaths", o.GetNotPaths()},
+		} {
+			n := b.Len()
+			if part(sep, f.name, f.values); b.Len() > n {
+				sep = " and "
+			}
+		}
+	}
+	if b.Len() == start {
+		b.WriteString("it matches every request")
+	}
+	fmt.Fprintf(b, " (%s:%d)", r.Origin, r.Line)
+}
+
+// maxDescription is about how long the description of a rule may get.
+const maxDescription = 400
