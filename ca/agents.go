@@ -1,0 +1,167 @@
+package ca
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+)
+
+const agentPrefix = "agents/"
+
+// agent is what an agent SVID stands for: the pod and the node that were proved
+// when it was issued. An SVID that is not on record is worth nothing here.
+type agent struct {
+	Version  int       `json:"version"`
+	Node     string    `json:"node"`
+	NodeUID  string    `json:"nodeUID,omitempty"`
+	PodUID   string    `json:"podUID"`
+	NotAfter time.Time `json:"notAfter"`
+	// TokenAt is when a token was last verified; renewals hand it on.
+	TokenAt time.Time `json:"tokenAt"`
+
+	serial []byte
+}
+
+// agents is the set of agent SVIDs that are good, in memory and in the store.
+type agents struct {
+	store storage.Store
+
+	mu       sync.RWMutex
+	bySerial map[string]*agent         // guarded by mu; records are immutable
+	streams  map[string]*streamsOfNode // by node; guarded by mu
+}
+
+// streamsOfNode is what WatchTrust last heard from a node.
+type streamsOfNode struct {
+	open         int
+	acknowledged uint64
+}
+
+func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
+	entries, _, err := s.List(ctx, agentPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("reading agents: %w", err)
+	}
+	as := &agents{store: s, bySerial: map[string]*agent{}, streams: map[string]*streamsOfNode{}}
+	for _, e := range entries {
+		var r agent
+		if err := json.Unmarshal(e.Value, &r); err != nil {
+			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
+		}
+		if r.serial, err = hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)); err != nil {
+			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
+		}
+		as.bySerial[string(r.serial)] = &r
+	}
+	return as, nil
+}
+
+// add makes an agent SVID good, durably.
+func (as *agents) add(ctx context.Context, r agent) error {
+	r.Version = 1
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("recording agent on %s: %w", r.Node, err)
+	}
+	key := agentPrefix + hex.EncodeToString(r.serial)
+	if _, err := as.store.Commit(ctx, []storage.Cond{{Key: key}}, []storage.Op{{Key: key, Value: b}}); err != nil {
+		return fmt.Errorf("%w: recording agent on %s: %w", ErrUnavailable, r.Node, err)
+	}
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	as.bySerial[string(r.serial)] = &r
+	return nil
+}
+
+func (as *agents) lookup(serial []byte) (*agent, bool) {
+	as.mu.RLock()
+	defer as.mu.RUnlock()
+	r, ok := as.bySerial[string(serial)]
+	return r, ok
+}
+
+// alive checks that what the SVID was issued on still holds: its pod is there, on
+// the same node. The node's UID is compared where both sides know it.
+func (r *agent) alive(pods *identity.Pods, now time.Time) error {
+	if !now.Before(r.NotAfter) {
+		return fmt.Errorf("agent SVID %x expired at %s", r.serial, r.NotAfter.Format(time.RFC3339))
+	}
+	w, ok := pods.Lookup(r.PodUID)
+	switch {
+	case !ok:
+		return fmt.Errorf("agent pod %s of SVID %x is gone", r.PodUID, r.serial)
+	case w.Node != r.Node:
+		return fmt.Errorf("agent pod %s of SVID %x is on node %s, not %s", r.PodUID, r.serial, w.Node, r.Node)
+	case w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID:
+		return fmt.Errorf("node %s of agent SVID %x was replaced", r.Node, r.serial)
+	}
+	return nil
+}
+
+// forget removes agents whose SVIDs ended before now.
+func (as *agents) forget(ctx context.Context, now time.Time) error {
+	as.mu.RLock()
+	var ops []storage.Op
+	var serials []string
+	for s, r := range as.bySerial {
+		if r.NotAfter.Before(now) {
+			ops = append(ops, storage.Op{Key: agentPrefix + hex.EncodeToString(r.serial), Delete: true})
+			serials = append(serials, s)
+		}
+	}
+	as.mu.RUnlock()
+	for part := range slices.Chunk(ops, 256) {
+		if _, err := as.store.Commit(ctx, nil, part); err != nil {
+			return fmt.Errorf("forgetting expired agents: %w", err)
+		}
+	}
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	for _, s := range serials {
+		delete(as.bySerial, s)
+	}
+	for node, s := range as.streams {
+		if s.open == 0 && !slices.ContainsFunc(slices.Collect(maps.Values(as.bySerial)), func(r *agent) bool { return r.Node == node }) {
+			delete(as.streams, node)
+		}
+	}
+	return nil
+}
+
+func (a *Authority) forgetAgents(ctx context.Context) error {
+	now, err := a.clock.now()
+	if err != nil {
+		return errors.Join(errors.New("forgetting expired agents"), err)
+	}
+	return a.agents.forget(ctx, now)
+}
+
+// watching notes that a WatchTrust stream of node opened (+1) or closed (-1).
+func (as *agents) watching(node string, delta int) {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	s := as.streams[node]
+	if s == nil {
+		s = &streamsOfNode{}
+		as.streams[node] = s
+	}
+	s.open += delta
+}
+
+func (as *agents) acknowledge(node string, sequence uint64) {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	if s := as.streams[node]; s != nil && sequence > s.acknowledged {
+		s.acknowledged = sequence
+	}
+}

@@ -1,0 +1,554 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+)
+
+// ErrUnavailable is returned while nothing can be issued, because nothing can be
+// recorded or because no authority is valid. Nothing was signed.
+var ErrUnavailable = errors.New("the authority cannot issue now")
+
+// Authority is one replica of the certificate authority. Open makes one, Run does
+// its background work, Close ends it.
+type Authority struct {
+	cfg      Config
+	instance uint8
+	id       spiffeid.ID // its own SPIFFE ID
+	dir      string      // DATADIR/authority
+	store    *storage.Bolt
+	log      *storage.FileLog
+	keys     *keyFolder
+	logKey   crypto.Signer
+	clock    *clock
+	agents   *agents
+	metrics  *metrics
+
+	// journal is owned by Open and then by Run.
+	journal         journal
+	journalRevision uint64
+
+	root         *issuer
+	intermediate atomic.Pointer[issuer]
+	trust        identity.Watched[*identity.Trust]
+	head         identity.Watched[storage.Head] // newest signed head; zero before the first
+	serving      atomic.Pointer[tls.Certificate]
+	servingRenew time.Time // owned by Open and then by Run
+	ahead        atomic.Pointer[storage.Head]
+
+	mu       sync.Mutex
+	failures map[string]error // what Run fails at now, by job; guarded by mu
+}
+
+// Open opens the authority in cfg.DataDir, or makes a new one if the folder holds
+// none. It refuses to start, with an error that says what to do, when a store is
+// there without its keys or log or the other way round, when the folder is open
+// to others, when another process has it, and when the clock is more than five
+// minutes before the newest record. It never makes new keys for an authority that
+// exists.
+func Open(ctx context.Context, cfg Config) (*Authority, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	dir, err := ensureFolder(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	a, err := open(ctx, cfg, dir)
+	if err != nil {
+		return nil, fmt.Errorf("opening the authority in %s: %w", dir, err)
+	}
+	return a, nil
+}
+
+// Parts of the authority's folder.
+const (
+	folderName = "authority"
+	stateName  = "state.db"
+	logName    = "log"
+	keysName   = "keys"
+)
+
+// ensureFolder returns the authority's folder, complete; it makes a new authority
+// if there is none.
+func ensureFolder(ctx context.Context, cfg Config) (string, error) {
+	fi, err := os.Stat(cfg.DataDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("dataDir %s does not exist: mount the volume, or run: install -d -m 700 %s", cfg.DataDir, cfg.DataDir)
+	}
+	if err != nil {
+		return "", fmt.Errorf("dataDir: %w", err)
+	}
+	if !fi.IsDir() {
+		return "", fmt.Errorf("dataDir %s is not a folder", cfg.DataDir)
+	}
+	if fi.Mode().Perm()&0o007 != 0 {
+		return "", fmt.Errorf("dataDir %s has mode %v and is open to others: run: chmod o-rwx %s", cfg.DataDir, fi.Mode().Perm(), cfg.DataDir)
+	}
+	dir := filepath.Join(cfg.DataDir, folderName)
+	fi, err = os.Lstat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return dir, create(ctx, cfg, dir)
+	case err != nil:
+		return "", fmt.Errorf("dataDir: %w", err)
+	case !fi.IsDir() || fi.Mode().Perm()&0o077 != 0:
+		return "", fmt.Errorf("%s has mode %v: it must be a folder that only its owner can enter; run: chmod 700 %s", dir, fi.Mode(), dir)
+	}
+	return dir, checkComplete(dir)
+}
+
+// checkComplete refuses a folder from which something is gone. Nothing is made
+// anew in its place: a lost key is restored or the loss is decided by a person.
+func checkComplete(dir string) error {
+	var have, missing []string
+	for _, p := range []string{stateName, keysName, logName} {
+		if _, err := os.Stat(filepath.Join(dir, p)); err == nil {
+			have = append(have, p)
+		} else {
+			missing = append(missing, p)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("the authority in %s is incomplete: it has %v but not %v; restore what is missing from backup, "+
+			"or, to give up this authority and every SVID under it, remove the folder and start again", dir, have, missing)
+	}
+	return nil
+}
+
+// create makes a new authority in a folder of another name and renames it.
+func create(ctx context.Context, cfg Config, dir string) (err error) {
+	cfg.Log.Info("creating a new authority", "trust_domain", cfg.TrustDomain.Name(), "folder", dir)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("creating a new authority in %s: %w", dir, err)
+		}
+	}()
+	// One that a crash left behind was never used: nothing is lost with it.
+	tmp := dir + ".new"
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	for _, d := range []string{tmp, filepath.Join(tmp, keysName), filepath.Join(tmp, logName)} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return err
+		}
+	}
+	a, err := assemble(cfg, tmp, false)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(a.found(ctx), a.closeStorage())
+	if err != nil {
+		return err
+	}
+	for _, d := range []string{filepath.Join(tmp, keysName), tmp} {
+		if err := syncFolder(d); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return err
+	}
+	return syncFolder(cfg.DataDir)
+}
+
+// assemble opens the storage below dir and nothing that is stored in it. mustExist
+// is false only where a new authority is made, in a folder that is not in use yet.
+func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
+	id, err := identity.AuthorityID(cfg.TrustDomain, cfg.Instance)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := openKeyFolder(filepath.Join(dir, keysName))
+	if err != nil {
+		return nil, err
+	}
+	// The storage engines' own metrics are registered once, not for the folder
+	// that a new authority is made in.
+	storeOpt, logOpt := cfg.StoreOptions, cfg.LogOptions
+	storeOpt.MustExist, logOpt.MustExist = mustExist, mustExist
+	if mustExist {
+		storeOpt.Metrics, logOpt.Metrics, logOpt.Log = cfg.Metrics, cfg.Metrics, cfg.Log
+	}
+	store, err := storage.OpenBolt(filepath.Join(dir, stateName), storeOpt)
+	if err != nil {
+		return nil, err
+	}
+	logOpt.Instance = uint32(cfg.Instance)
+	log, err := storage.OpenLog(filepath.Join(dir, logName), logOpt)
+	if err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	var reg prometheus.Registerer
+	if mustExist {
+		reg = cfg.Metrics
+	}
+	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, dir: dir, store: store, log: log, keys: keys,
+		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, metrics: newMetrics(reg)}
+	return a, nil
+}
+
+// found makes keys, root and first intermediate, and commits them as the first
+// journal.
+func (a *Authority) found(ctx context.Context) error {
+	logURI, logKey, err := a.keys.create("log")
+	if err != nil {
+		return err
+	}
+	logSPKI, err := x509.MarshalPKIXPublicKey(logKey.Public())
+	if err != nil {
+		return err
+	}
+	root, rootEntry, err := a.newAuthority(ctx, nil)
+	if err != nil {
+		return err
+	}
+	_, interEntry, err := a.newAuthority(ctx, root)
+	if err != nil {
+		return err
+	}
+	j := journal{Version: journalVersion, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1,
+		LogKey: logURI, LogPublicKey: logSPKI, Authorities: []journalEntry{rootEntry, interEntry}}
+	_, err = j.commit(ctx, a.store, 0)
+	return err
+}
+
+// newAuthority makes a key and has parent certify it; a nil parent makes a root.
+func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, journalEntry, error) {
+	kind, ttl, state := capb.IssuanceRecord_KIND_INTERMEDIATE, a.cfg.IntermediateTTL, "intermediate"
+	if parent == nil {
+		kind, ttl, state = capb.IssuanceRecord_KIND_ROOT, a.cfg.RootTTL, "root"
+	}
+	uri, key, err := a.keys.create(state)
+	if err != nil {
+		return nil, journalEntry{}, err
+	}
+	signer := parent
+	if parent == nil {
+		signer = &issuer{key: key}
+	}
+	out, err := a.issue(ctx, signer, []certificate{{kind: kind, evidence: capb.IssuanceRecord_EVIDENCE_SELF, pub: key.Public(), ttl: ttl}})
+	if err == nil {
+		err = out[0].err
+	}
+	if err != nil {
+		// The key certifies nothing; it must not stay behind as if it did.
+		return nil, journalEntry{}, errors.Join(err, a.keys.remove(uri))
+	}
+	c := out[0].chain[0]
+	iss := &issuer{cert: c, key: key}
+	if parent != nil {
+		iss.chain = []*x509.Certificate{c}
+	}
+	return iss, journalEntry{Kind: state, State: stateActive, Certificate: c.Raw, Key: uri}, nil
+}
+
+// open opens an authority that is complete.
+func open(ctx context.Context, cfg Config, dir string) (*Authority, error) {
+	a, err := assemble(cfg, dir, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.start(ctx); err != nil {
+		return nil, errors.Join(err, a.closeStorage())
+	}
+	a.registerGauges(cfg.Metrics)
+	return a, nil
+}
+
+// start loads what the storage holds and makes the serving certificate.
+func (a *Authority) start(ctx context.Context) error {
+	if _, err := a.clock.now(); err != nil {
+		return err
+	}
+	if err := a.load(ctx); err != nil {
+		return err
+	}
+	var err error
+	if a.agents, err = loadAgents(ctx, a.store); err != nil {
+		return err
+	}
+	if head, ok := a.log.SignedHead(); ok {
+		a.head.Store(head)
+	}
+	return a.renewServing(ctx)
+}
+
+// load reads the journal and the keys that it names.
+func (a *Authority) load(ctx context.Context) error {
+	j, revision, err := loadJournal(ctx, a.store)
+	if err != nil {
+		return err
+	}
+	if j.TrustDomain != a.cfg.TrustDomain.Name() {
+		return fmt.Errorf("it is of trust domain %s, the configuration says %s: a trust domain cannot be renamed; set trustDomain back, or choose another dataDir", j.TrustDomain, a.cfg.TrustDomain.Name())
+	}
+	if j.Instance != a.instance {
+		return fmt.Errorf("it is instance %d, the configuration says %d: set instance back, so that serials stay unique", j.Instance, a.instance)
+	}
+	a.journal, a.journalRevision = j, revision
+	logPub, err := x509.ParsePKIXPublicKey(j.LogPublicKey)
+	if err != nil {
+		return fmt.Errorf("journal: the log's public key: %w", err)
+	}
+	if a.logKey, err = a.keys.open(j.LogKey, logPub); err != nil {
+		return err
+	}
+	var roots []*x509.Certificate
+	for _, e := range j.Authorities {
+		c, err := x509.ParseCertificate(e.Certificate)
+		if err != nil {
+			return fmt.Errorf("journal: %s certificate: %w", e.Kind, err)
+		}
+		if e.Kind == kindRoot {
+			roots = append(roots, c)
+		}
+		if e.State != stateActive {
+			continue
+		}
+		key, err := a.keys.open(e.Key, c.PublicKey)
+		if err != nil {
+			return err
+		}
+		switch e.Kind {
+		case kindRoot:
+			a.root = &issuer{cert: c, key: key}
+		case kindIntermediate:
+			a.intermediate.Store(&issuer{cert: c, key: key, chain: []*x509.Certificate{c}})
+		}
+	}
+	if a.root == nil || a.intermediate.Load() == nil {
+		return errors.New("journal: there is no active root or no active intermediate; restore the store from backup")
+	}
+	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
+	if err != nil {
+		return err
+	}
+	a.trust.Store(t)
+	// An intermediate that expired while the authority was down is replaced before
+	// anything is served; one that is due is left to Run.
+	if now := time.Now(); !now.Before(a.intermediate.Load().cert.NotAfter) {
+		return a.renewIntermediate(ctx)
+	}
+	return nil
+}
+
+// Trust is the current state of trust, and a channel that is closed when it
+// changes.
+func (a *Authority) Trust() (*identity.Trust, <-chan struct{}) { return a.trust.Load() }
+
+// ID is the authority's own SPIFFE ID.
+func (a *Authority) ID() spiffeid.ID { return a.id }
+
+// Ready is nil when the authority can issue, else the reason why not.
+func (a *Authority) Ready() error {
+	if _, err := a.clock.now(); err != nil {
+		return err
+	}
+	if err := a.failing(); err != nil {
+		return err
+	}
+	if h := a.ahead.Load(); h != nil {
+		return fmt.Errorf("an agent holds a signed head of this log at record %d, which is beyond its end: records were lost; restore the log", h.Sequence)
+	}
+	now := time.Now()
+	if c := a.intermediate.Load().cert; !now.Before(c.NotAfter) {
+		return fmt.Errorf("the intermediate expired at %s", c.NotAfter.Format(time.RFC3339))
+	}
+	return errors.Join(a.log.Err(), a.store.Err())
+}
+
+// Run does the authority's background work until ctx ends: it signs the log's
+// head, renews the intermediate and the serving certificate, and forgets agents
+// whose SVIDs expired. It returns nil when ctx ended; a failure is retried, and
+// is the reason in Ready meanwhile.
+func (a *Authority) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.every(ctx, "head", a.cfg.HeadInterval, a.signHead) })
+	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
+	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
+	return g.Wait()
+}
+
+// tick is how often due renewals are looked for: often enough for SVIDs of
+// seconds.
+func (a *Authority) tick() time.Duration {
+	return min(max(a.cfg.SVID.AgentTTL/20, 100*time.Millisecond), 10*time.Second)
+}
+
+// every calls f each d until ctx ends. What f failed at last is a reason not to
+// be ready, until it succeeds.
+func (a *Authority) every(ctx context.Context, job string, d time.Duration, f func(context.Context) error) error {
+	t := time.NewTicker(d)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		err := f(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		a.mu.Lock()
+		if again := a.failures[job] != nil; err != nil {
+			a.failures[job] = err
+			if !again {
+				a.cfg.Log.Error("background work failed; it is tried again until it succeeds", "job", job, "err", err)
+			}
+		} else {
+			delete(a.failures, job)
+			if again {
+				a.cfg.Log.Info("background work succeeds again", "job", job)
+			}
+		}
+		a.mu.Unlock()
+	}
+}
+
+func (a *Authority) failing() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return errors.Join(slices.Collect(maps.Values(a.failures))...)
+}
+
+func (a *Authority) renew(ctx context.Context) error {
+	now := time.Now()
+	c := a.intermediate.Load().cert
+	// Half life, where life is what the certificate was made for; the root's end
+	// may have cut it.
+	if now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2)) {
+		if err := a.renewIntermediate(ctx); err != nil {
+			return err
+		}
+	}
+	if !now.Before(a.servingRenew) {
+		return a.renewServing(ctx)
+	}
+	return nil
+}
+
+// renewIntermediate replaces the intermediate under the same root, which every
+// agent trusts already, so that nobody has to be waited for. Intermediates that
+// have expired leave the journal, and their keys the disk.
+func (a *Authority) renewIntermediate(ctx context.Context) error {
+	if end := a.root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
+		// Another intermediate would end no later: it gains nothing.
+		return fmt.Errorf("renewing the intermediate: the root ends at %s, no later than the intermediate: replace the root", end.Format(time.RFC3339))
+	}
+	iss, entry, err := a.newAuthority(ctx, a.root)
+	if err != nil {
+		return fmt.Errorf("renewing the intermediate: %w", err)
+	}
+	next := a.journal
+	next.Authorities = nil
+	var gone []string
+	now := time.Now()
+	for _, e := range a.journal.Authorities {
+		c, err := x509.ParseCertificate(e.Certificate)
+		if err != nil {
+			return fmt.Errorf("renewing the intermediate: journal: %w", err)
+		}
+		if e.Kind == kindIntermediate {
+			if now.After(c.NotAfter) {
+				gone = append(gone, e.Key)
+				continue
+			}
+			e.State = stateOld
+		}
+		next.Authorities = append(next.Authorities, e)
+	}
+	next.Authorities = append(next.Authorities, entry)
+	revision, err := next.commit(ctx, a.store, a.journalRevision)
+	if err != nil {
+		return errors.Join(fmt.Errorf("renewing the intermediate: %w", err), a.keys.remove(entry.Key))
+	}
+	a.journal, a.journalRevision = next, revision
+	a.intermediate.Store(iss)
+	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
+	for _, uri := range gone {
+		if err := a.keys.remove(uri); err != nil {
+			a.cfg.Log.Warn("an expired key stays behind", "err", err)
+		}
+	}
+	return nil
+}
+
+// renewServing makes a new key and certificate for the authority's own address.
+// The key is in memory only. The root goes out with the chain, so that an agent
+// that knows no more than the root's hash can find it.
+func (a *Authority) renewServing(ctx context.Context) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fmt.Errorf("renewing the serving certificate: %w", err)
+	}
+	out, err := a.issue(ctx, a.intermediate.Load(), []certificate{{
+		kind: capb.IssuanceRecord_KIND_SERVING, evidence: capb.IssuanceRecord_EVIDENCE_SELF,
+		id: a.id, dnsNames: a.cfg.DNSNames, pub: key.Public(), ttl: a.cfg.SVID.AgentTTL,
+	}})
+	if err == nil {
+		err = out[0].err
+	}
+	if err != nil {
+		return fmt.Errorf("renewing the serving certificate: %w", err)
+	}
+	cert := &tls.Certificate{PrivateKey: key, Leaf: out[0].chain[0]}
+	for _, c := range append(out[0].chain, a.root.cert) {
+		cert.Certificate = append(cert.Certificate, c.Raw)
+	}
+	a.serving.Store(cert)
+	a.servingRenew = out[0].renewAt
+	return nil
+}
+
+// signHead signs the head of the log, if it grew since the last.
+func (a *Authority) signHead(ctx context.Context) error {
+	h := a.log.Head()
+	if signed, ok := a.log.SignedHead(); h.Sequence == 0 || ok && signed.Sequence == h.Sequence {
+		return nil
+	}
+	sum := hashHead(h)
+	var err error
+	if h.Signature, err = a.logKey.Sign(rand.Reader, sum[:], crypto.SHA256); err != nil {
+		return fmt.Errorf("signing the log's head: %w", err)
+	}
+	if err := a.log.AppendHead(ctx, h); err != nil {
+		return fmt.Errorf("recording the log's head: %w", err)
+	}
+	a.head.Store(h)
+	return nil
+}
+
+// Close signs the log's last head and closes the storage. Run and the services
+// must have ended.
+func (a *Authority) Close() error {
+	return errors.Join(a.signHead(context.Background()), a.closeStorage())
+}
+
+func (a *Authority) closeStorage() error { return errors.Join(a.log.Close(), a.store.Close()) }

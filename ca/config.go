@@ -1,0 +1,180 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
+	"github.com/signet-mesh/signet/storage"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Attestor verifies evidence. *attest.Attestor is one.
+type Attestor interface {
+	Attest(ctx context.Context, e attest.Evidence) (w identity.Workload, until time.Time, err error)
+}
+
+// Config is what an Authority is made of.
+type Config struct {
+	// TrustDomain is required, and cannot change once the authority exists.
+	TrustDomain spiffeid.TrustDomain
+	// Instance tells replicas apart, 1 to 127; it is the first byte of every
+	// serial. 0 means 1.
+	Instance uint8
+	// DataDir holds the authority's folder. Required. It must exist and not be
+	// open to others.
+	DataDir string
+	// DNSNames go into the authority's own serving certificate, beside its SPIFFE
+	// ID.
+	DNSNames []string
+	// RootTTL is the life of a new root; 0 means a year. IntermediateTTL is that
+	// of an intermediate, renewed at half of it; 0 means 7 days.
+	RootTTL, IntermediateTTL time.Duration
+	// SVID says how long leaves live.
+	SVID SVIDConfig
+	// Pods is the authority's own view of the pods that are alive. Required.
+	Pods *identity.Pods
+	// Agents verifies an agent's token: audience signet-ca, an account on the
+	// allow-list. Required.
+	Agents Attestor
+	// Workloads verifies a workload's token: audience signet. Required.
+	Workloads Attestor
+	// TokenEvery is how long an agent may renew without a fresh token; 0 means a
+	// day.
+	TokenEvery time.Duration
+	// HeadInterval is how often the head of a log that grew is signed; 0 means
+	// 10 seconds.
+	HeadInterval time.Duration
+	// Version goes into Status.
+	Version string
+	// Log receives what operators should read; nil discards it.
+	Log *slog.Logger
+	// Metrics is where metrics are registered; nil means nowhere.
+	Metrics prometheus.Registerer
+	// LogOptions and StoreOptions pass the storage engine's seams through, for
+	// tests. The zero values are right for use.
+	LogOptions   storage.LogOptions
+	StoreOptions storage.BoltOptions
+}
+
+// SVIDConfig says how long leaves live and how far back they start.
+type SVIDConfig struct {
+	// TTL is the life of a workload's SVID, AgentTTL that of an agent's and of
+	// the authority's own. 0 means an hour.
+	TTL, AgentTTL time.Duration
+	// MinTTL and MaxTTL bound both; 0 means a minute and 24 hours.
+	MinTTL, MaxTTL time.Duration
+	// Backdate is how long before now a certificate becomes valid, for clocks
+	// that lag; 0 means a minute.
+	Backdate time.Duration
+}
+
+func (c Config) withDefaults() Config {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	if c.Instance == 0 {
+		c.Instance = 1
+	}
+	def(&c.RootTTL, 365*24*time.Hour)
+	def(&c.IntermediateTTL, 7*24*time.Hour)
+	def(&c.SVID.TTL, time.Hour)
+	def(&c.SVID.AgentTTL, time.Hour)
+	def(&c.SVID.MinTTL, time.Minute)
+	def(&c.SVID.MaxTTL, 24*time.Hour)
+	def(&c.SVID.Backdate, time.Minute)
+	def(&c.TokenEvery, 24*time.Hour)
+	def(&c.HeadInterval, 10*time.Second)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+func (c Config) check() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.TrustDomain.IsZero() {
+		bad("trustDomain: is required")
+	}
+	if c.Instance > 0x7f {
+		bad("instance %d: must be 1 to 127", c.Instance)
+	}
+	if c.DataDir == "" {
+		bad("dataDir: is required")
+	}
+	if c.Pods == nil || c.Agents == nil || c.Workloads == nil {
+		bad("a view of the pods and attestors for agents and workloads are required")
+	}
+	s := c.SVID
+	for _, d := range []struct {
+		key string
+		v   time.Duration
+	}{{"svid.ttl", s.TTL}, {"svid.agentTTL", s.AgentTTL}} {
+		switch {
+		case d.v < s.MinTTL:
+			bad("%s %v: is shorter than svid.minTTL (%v); lower that only for tests", d.key, d.v, s.MinTTL)
+		case d.v > s.MaxTTL:
+			bad("%s %v: is longer than svid.maxTTL (%v); a long-lived SVID cannot be taken back before it expires", d.key, d.v, s.MaxTTL)
+		}
+	}
+	if s.MinTTL < time.Second || s.MaxTTL < s.MinTTL {
+		bad("svid.minTTL %v and svid.maxTTL %v: must be at least a second and in order", s.MinTTL, s.MaxTTL)
+	}
+	if s.Backdate < 0 || s.Backdate > time.Hour {
+		bad("svid.backdate %v: must be between 0 and an hour", s.Backdate)
+	}
+	if c.IntermediateTTL < 2*max(s.TTL, s.AgentTTL) {
+		bad("authority.intermediateTTL %v: must be at least twice the longest SVID's, or leaves would be cut short", c.IntermediateTTL)
+	}
+	if c.RootTTL < 2*c.IntermediateTTL {
+		bad("authority.rootTTL %v: must be at least twice authority.intermediateTTL (%v)", c.RootTTL, c.IntermediateTTL)
+	}
+	for _, n := range c.DNSNames {
+		if !validDNSName(n) {
+			bad("dnsNames: %q is not a DNS name in lower case", n)
+		}
+	}
+	if len(errs) > 0 {
+		return fmt.Errorf("configuring the authority: %w", errors.Join(errs...))
+	}
+	return nil
+}
+
+// validDNSName takes what RFC 1123 §2.1 allows, in lower case, no wildcards: the
+// names are those of this authority's own service.
+func validDNSName(s string) bool {
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	label := 0
+	for i := range len(s) {
+		ch := s[i]
+		switch {
+		case ch == '.':
+			if label == 0 || s[i-1] == '-' {
+				return false
+			}
+			label = 0
+			continue
+		case ch == '-':
+			if label == 0 {
+				return false
+			}
+		case (ch < 'a' || ch > 'z') && (ch < '0' || ch > '9'):
+			return false
+		}
+		if label++; label > 63 {
+			return false
+		}
+	}
+	return label > 0 && s[len(s)-1] != '-'
+}

@@ -1,0 +1,47 @@
+package ca
+
+import "github.com/prometheus/client_golang/prometheus"
+
+type metrics struct {
+	issued       *prometheus.CounterVec
+	refused      *prometheus.CounterVec
+	signFailures prometheus.Counter
+	logFailures  prometheus.Counter
+	batch        prometheus.Histogram
+}
+
+// newMetrics registers with r, or nowhere if r is nil.
+func newMetrics(r prometheus.Registerer) *metrics {
+	m := &metrics{
+		issued: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_certificates_issued_total",
+			Help: "Certificates that were signed, by kind."}, []string{"kind"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_refusals_total",
+			Help: "Requests that were refused, by method and code."}, []string{"method", "code"}),
+		signFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_sign_failures_total",
+			Help: "Certificates that were recorded but could not be signed."}),
+		logFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_log_failures_total",
+			Help: "Batches that could not be recorded, so that nothing was signed."}),
+		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "signet_ca_issue_seconds",
+			Help: "Time to answer a batch.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14)}),
+	}
+	if r != nil {
+		r.MustRegister(m.issued, m.refused, m.signFailures, m.logFailures, m.batch)
+	}
+	return m
+}
+
+// registerGauges adds what is read from the authority at each scrape.
+func (a *Authority) registerGauges(r prometheus.Registerer) {
+	if r == nil {
+		return
+	}
+	gauge := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+	}
+	gauge("signet_ca_root_not_after_seconds", "When the active root ends, Unix seconds.", func() float64 { return float64(a.root.cert.NotAfter.Unix()) })
+	gauge("signet_ca_intermediate_not_after_seconds", "When the active intermediate ends, Unix seconds.", func() float64 { return float64(a.intermediate.Load().cert.NotAfter.Unix()) })
+	gauge("signet_ca_serving_not_after_seconds", "When the serving certificate ends, Unix seconds.", func() float64 { return float64(a.serving.Load().Leaf.NotAfter.Unix()) })
+	gauge("signet_ca_log_records", "Sequence number of the newest record of the issuance log.", func() float64 { return float64(a.log.Head().Sequence) })
+	gauge("signet_ca_trust_sequence", "Sequence number of the current state of trust.", func() float64 { return float64(a.trust.Value().Sequence()) })
+	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })
+}

@@ -1,0 +1,186 @@
+package ca_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+)
+
+var (
+	otherTD = spiffeid.RequireTrustDomainFromString("other.domain")
+	noTD    spiffeid.TrustDomain
+	update  = flag.Bool("update", false, "rewrite golden files")
+)
+
+// TestProfile holds every kind of certificate against the table in DESIGN.md.
+func TestProfile(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, agent := w.attest(agentA)
+	rs, err := issue(t, a, item(t, byUID(server.PodUID)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	workload := verify(t, w, rs[0].GetX509(), "spiffe://cluster.local/ns/default/sa/server")
+	now := time.Now()
+	near := func(name string, got, want time.Time) {
+		t.Helper()
+		if d := got.Sub(want); d > 3*time.Second || d < -20*time.Second {
+			t.Errorf("%s: %s, want about %s", name, got, want)
+		}
+	}
+
+	root, inter := w.Root(), w.Intermediate()
+	for name, c := range map[string]*x509.Certificate{"root": root, "intermediate": inter} {
+		if err := identity.CheckAuthority(c); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		// X509-SVID §3.2: a signing certificate's SPIFFE ID has no path.
+		if len(c.URIs) != 1 || c.URIs[0].String() != "spiffe://cluster.local" || c.KeyUsage != x509.KeyUsageCertSign|x509.KeyUsageCRLSign || len(c.ExtKeyUsage) != 0 {
+			t.Errorf("%s: URIs %v, key usage %v, extended %v", name, c.URIs, c.KeyUsage, c.ExtKeyUsage)
+		}
+		if c.Subject.SerialNumber == "" || c.SerialNumber.Sign() <= 0 || len(c.SerialNumber.Bytes()) > 20 {
+			t.Errorf("%s: subject %s, serial %x", name, c.Subject, c.SerialNumber)
+		}
+		if !w.recorded(c) {
+			t.Errorf("%s: not in the log", name)
+		}
+	}
+	if root.Subject.String() == inter.Subject.String() || root.MaxPathLen != 1 || inter.MaxPathLen != 0 || !inter.MaxPathLenZero {
+		t.Errorf("subjects %s, %s; path lengths %d, %d", root.Subject, inter.Subject, root.MaxPathLen, inter.MaxPathLen)
+	}
+	near("root", root.NotAfter, now.Add(365*24*time.Hour))
+	near("intermediate", inter.NotAfter, now.Add(7*24*time.Hour))
+	if err := inter.CheckSignatureFrom(root); err != nil {
+		t.Error(err)
+	}
+
+	for name, c := range map[string]*x509.Certificate{"agent": agent.Leaf, "workload": workload} {
+		if _, err := identity.CheckSVID(c); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if len(c.Subject.Names) != 0 || len(c.DNSNames)+len(c.IPAddresses)+len(c.EmailAddresses) != 0 || c.KeyUsage != x509.KeyUsageDigitalSignature {
+			t.Errorf("%s: subject %s, key usage %v", name, c.Subject, c.KeyUsage)
+		}
+		if !bytes.Equal(c.AuthorityKeyId, inter.SubjectKeyId) || len(c.SubjectKeyId) != 20 {
+			t.Errorf("%s: AKI %x, SKI %x", name, c.AuthorityKeyId, c.SubjectKeyId)
+		}
+		near(name+" begins", c.NotBefore, now.Add(-time.Minute))
+		near(name+" ends", c.NotAfter, now.Add(time.Hour))
+		if s := c.SerialNumber.FillBytes(make([]byte, 17)); s[0] != 1 {
+			t.Errorf("%s: serial %x is not of instance 1", name, s)
+		}
+	}
+}
+
+func TestSerialsSortByTime(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 11, 24, 0, 0, 0, 0, time.UTC)
+	a, b := ca.NewSerial(0x7f, at), ca.NewSerial(0x7f, at.Add(time.Millisecond))
+	if len(a) != 17 || a[0] != 0x7f || bytes.Compare(a, b) >= 0 {
+		t.Errorf("%x, %x", a, b)
+	}
+	if bytes.Equal(ca.NewSerial(1, at), ca.NewSerial(1, at)) {
+		t.Error("two serials of one millisecond are equal")
+	}
+}
+
+func TestValidityNeverLeavesTheIssuers(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 24, 12, 0, 0, 500, time.UTC)
+	iss := &x509.Certificate{NotBefore: now.Add(-30 * time.Second).Truncate(time.Second), NotAfter: now.Add(10 * time.Minute).Truncate(time.Second)}
+	nb, na := ca.Validity(now, time.Hour, time.Minute, iss)
+	if !nb.Equal(iss.NotBefore) || !na.Equal(iss.NotAfter) {
+		t.Errorf("got %s to %s", nb, na)
+	}
+	nb, na = ca.Validity(now, time.Minute, time.Second, iss)
+	if !nb.Equal(now.Add(-time.Second).Truncate(time.Second)) || !na.Equal(now.Add(time.Minute).Truncate(time.Second)) {
+		t.Errorf("got %s to %s", nb, na)
+	}
+}
+
+func TestRenewAtSpreadsAroundHalfLife(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		left   time.Duration
+		random float64
+		want   time.Duration
+	}{
+		{time.Hour, 0, 27 * time.Minute},
+		{time.Hour, 0.5, 30 * time.Minute},
+		{10 * time.Second, 0, 4500 * time.Millisecond},
+		{0, 0.5, 0},
+		{-time.Hour, 0.5, 0},
+	} {
+		if got := ca.RenewAt(now, now.Add(c.left), c.random).Sub(now); got != c.want {
+			t.Errorf("left %v, random %v: after %v, want %v", c.left, c.random, got, c.want)
+		}
+	}
+}
+
+func TestDNSNames(t *testing.T) {
+	t.Parallel()
+	for name, ok := range map[string]bool{"localhost": true, "a.b-c.svc": true, "1.2": true, "": false, "A": false, "*.a": false, "a..b": false, ".a": false,
+		"a.": false, "-a": false, "a-": false, "a-.b": false, "a_b": false, "a b": false} {
+		if ca.ValidDNSName(name) != ok {
+			t.Errorf("%q: %v", name, !ok)
+		}
+	}
+}
+
+// TestIssuanceRecordGolden guards the payload of the issuance log: what was
+// written once must be read for ever.
+func TestIssuanceRecordGolden(t *testing.T) {
+	t.Parallel()
+	r := &capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_WORKLOAD, Serial: bytes.Repeat([]byte{1}, 17), SpiffeId: "spiffe://cluster.local/ns/default/sa/server",
+		Node: "node-a", Evidence: capb.IssuanceRecord_EVIDENCE_TOKEN, PodUid: "6f2b8a0e-0000-4000-8000-000000000001", Requester: bytes.Repeat([]byte{2}, 17),
+		Authority: bytes.Repeat([]byte{3}, 20), NotBefore: 1795478400, NotAfter: 1795482000, KeyHash: bytes.Repeat([]byte{4}, 32)}
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join("testdata", "record.golden")
+	if *update {
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(b, want) {
+		t.Errorf("the encoding changed:\n%x\nwant\n%x", b, want)
+	}
+	t.Logf("a record has %d bytes", len(b))
+}
+
+// FuzzPublicKey: whatever is taken is a P-256 key in its one encoding.
+func FuzzPublicKey(f *testing.F) {
+	_, good := newKey(f)
+	f.Add(good)
+	f.Add([]byte{})
+	f.Add(good[:len(good)-1])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		pub, err := ca.ParsePublicKey(b)
+		if err != nil {
+			return
+		}
+		again, err := x509.MarshalPKIXPublicKey(pub)
+		if err != nil || !bytes.Equal(again, b) {
+			t.Fatalf("%x was taken and encodes as %x, %v", b, again, err)
+		}
+	})
+}

@@ -1,0 +1,612 @@
+package ca
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
+	"github.com/signet-mesh/signet/storage"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// Limits of the wire. They bound what one agent can make the authority do.
+const (
+	maxBatch        = 256     // items in an IssueRequest
+	maxMessage      = 6 << 20 // bytes: a full batch of the largest tokens
+	maxInFlight     = 4       // batches of one stream that are worked on at once
+	maxToken        = 16 << 10
+	maxPodUID       = 64
+	maxHeads        = 128
+	maxVersion      = 128
+	retryUnknownPod = time.Second
+	retryFailure    = 2 * time.Second
+)
+
+// service answers signet.ca.v1.Authority.
+type service struct {
+	capb.UnimplementedAuthorityServer
+	a *Authority
+}
+
+// NewServer makes a gRPC server for agents: TLS 1.3 with the authority's serving
+// certificate, no session tickets (a resumed session would outlive the checks of
+// its certificate), client certificates of the trust domain verified where given.
+func (a *Authority) NewServer() *grpc.Server {
+	s := grpc.NewServer(
+		grpc.Creds(credentials.NewTLS(a.tlsConfig())),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(64),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+	)
+	capb.RegisterAuthorityServer(s, service{a: a})
+	return s
+}
+
+// NewAdminServer makes a gRPC server for operators. Whoever can connect to it is
+// one: serve it on a Unix socket of mode 0600 only.
+func (a *Authority) NewAdminServer() *grpc.Server {
+	s := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 10))
+	capb.RegisterAdminServer(s, admin{a: a})
+	return s
+}
+
+func (a *Authority) tlsConfig() *tls.Config {
+	c := &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		SessionTicketsDisabled: true,
+		NextProtos:             []string{"h2"},
+		ClientAuth:             tls.RequestClientCert,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return a.serving.Load(), nil },
+		// A certificate that does not verify ends the handshake: a client with a
+		// stale one is told at once, and not by a method's code.
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if len(s.PeerCertificates) == 0 {
+				return nil
+			}
+			return a.verifyClient(s.PeerCertificates)
+		},
+	}
+	return c
+}
+
+func (a *Authority) verifyClient(chain []*x509.Certificate) error {
+	if _, err := identity.CheckSVID(chain[0]); err != nil {
+		return err
+	}
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	for _, c := range a.trust.Value().Roots() {
+		roots.AddCert(c)
+	}
+	for _, c := range chain[1:] {
+		intermediates.AddCert(c)
+	}
+	_, err := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	return err
+}
+
+// caller is the agent on the other end of ctx: its SVID verified in the handshake,
+// on record, and its pod and node alive. Every RPC but a first Attest needs one.
+func (a *Authority) caller(ctx context.Context) (*agent, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return nil, status.Error(codes.Unauthenticated, "an agent SVID is required")
+	}
+	c := info.State.PeerCertificates[0]
+	refuse := func(err error) (*agent, error) {
+		a.cfg.Log.Warn("agent refused", "serial", fmt.Sprintf("%x", c.SerialNumber), "peer", p.Addr.String(), "err", err)
+		return nil, status.Error(codes.PermissionDenied, "the SVID is not that of a live agent; attest again")
+	}
+	id, err := identity.CheckSVID(c)
+	if err != nil {
+		return refuse(err)
+	}
+	node, ok := identity.AgentNode(id)
+	if !ok || !id.MemberOf(a.cfg.TrustDomain) {
+		return refuse(fmt.Errorf("%s is not an agent of %s", id, a.cfg.TrustDomain.Name()))
+	}
+	r, ok := a.agents.lookup(serialBytes(c))
+	if !ok || r.Node != node {
+		return refuse(fmt.Errorf("%s is not on record", id))
+	}
+	if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+		return refuse(err)
+	}
+	return r, nil
+}
+
+// bound derives the context of an agent's stream: it ends with the agent's SVID,
+// or when the agent's pod or node goes.
+func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithDeadlineCause(ctx, r.NotAfter, errors.New("the agent's SVID expired"))
+	ctx, cancelCause := context.WithCancelCause(ctx)
+	go func() {
+		for {
+			_, changed := a.cfg.Pods.OnNode(r.Node)
+			if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+				cancelCause(err)
+				return
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return ctx, func() { cancelCause(context.Canceled); cancel() }
+}
+
+// ended is the status of a stream whose bound context is done.
+func ended(ctx context.Context) error {
+	return status.Error(codes.Unauthenticated, context.Cause(ctx).Error())
+}
+
+// code turns an error into what a client may learn. It is the one place for that.
+func code(err error) error {
+	switch {
+	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrClock):
+		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
+	case errors.Is(err, attest.ErrUnavailable):
+		return status.Error(codes.Unavailable, attest.Public(err))
+	case errors.Is(err, attest.ErrNotAllowed):
+		return status.Error(codes.PermissionDenied, attest.Public(err))
+	case errors.Is(err, attest.ErrRefused), errors.Is(err, attest.ErrUnknownPod), errors.Is(err, attest.ErrOtherNode):
+		return status.Error(codes.Unauthenticated, attest.Public(err))
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return status.FromContextError(err).Err()
+	}
+	return status.Error(codes.Internal, "internal error; see the authority's log")
+}
+
+func (s service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	resp, err := s.a.attest(ctx, req)
+	if err != nil {
+		s.a.metrics.refused.WithLabelValues("Attest", status.Code(err).String()).Inc()
+	}
+	return resp, err
+}
+
+func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	pub, err := parsePublicKey(req.GetPublicKey())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if len(req.GetVersion()) > maxVersion {
+		return nil, status.Errorf(codes.InvalidArgument, "version has %d bytes; at most %d are allowed", len(req.GetVersion()), maxVersion)
+	}
+	now, err := a.clock.now()
+	if err != nil {
+		a.cfg.Log.Error("attestation failed", "err", err)
+		return nil, code(err)
+	}
+	var r agent
+	evidence := capb.IssuanceRecord_EVIDENCE_TOKEN
+	var requester []byte
+	switch e := req.GetEvidence().(type) {
+	case *capb.AttestRequest_Token:
+		w, err := a.attestToken(ctx, a.cfg.Agents, e.Token)
+		if err != nil {
+			a.cfg.Log.Warn("agent attestation refused", "err", err)
+			return nil, code(err)
+		}
+		r = agent{Node: w.Node, NodeUID: w.NodeUID, PodUID: w.PodUID, TokenAt: now}
+	case *capb.AttestRequest_Renewal:
+		old, err := a.caller(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if now.Sub(old.TokenAt) >= a.cfg.TokenEvery {
+			return nil, status.Error(codes.Unauthenticated, "the last token is too long ago; attest with a fresh one")
+		}
+		r = agent{Node: old.Node, NodeUID: old.NodeUID, PodUID: old.PodUID, TokenAt: old.TokenAt}
+		evidence, requester = capb.IssuanceRecord_EVIDENCE_RENEWAL, old.serial
+	default:
+		return nil, status.Error(codes.InvalidArgument, "evidence is missing or of a kind that this authority does not know")
+	}
+	id, err := identity.AgentID(a.cfg.TrustDomain, r.Node)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	out, err := a.issue(ctx, a.intermediate.Load(), []certificate{{
+		kind: capb.IssuanceRecord_KIND_AGENT, evidence: evidence, id: id, pub: pub, ttl: a.cfg.SVID.AgentTTL,
+		node: r.Node, podUID: r.PodUID, requester: requester,
+	}})
+	if err == nil {
+		err = out[0].err
+	}
+	if err == nil {
+		// The certificate is worth nothing until this is durable.
+		r.serial, r.NotAfter = serialBytes(out[0].chain[0]), out[0].chain[0].NotAfter
+		err = a.agents.add(ctx, r)
+	}
+	if err != nil {
+		a.cfg.Log.Error("issuing agent SVID failed", "spiffe_id", id.String(), "err", err)
+		return nil, code(err)
+	}
+	a.cfg.Log.Info("agent attested", "spiffe_id", id.String(), "serial", fmt.Sprintf("%x", r.serial), "evidence", evidence.String(), "version", req.GetVersion())
+	return &capb.AttestResponse{
+		Svid:    svidToProto(id.String(), out[0]),
+		Trust:   trustToProto(a.trust.Value()),
+		TokenBy: timestamppb.New(r.TokenAt.Add(a.cfg.TokenEvery)),
+	}, nil
+}
+
+func (a *Authority) attestToken(ctx context.Context, at Attestor, token string) (identity.Workload, error) {
+	if len(token) > maxToken {
+		return identity.Workload{}, fmt.Errorf("%w: the token has %d bytes; at most %d are allowed", attest.ErrRefused, len(token), maxToken)
+	}
+	w, _, err := at.Attest(ctx, attest.Evidence{Token: token})
+	return w, err
+}
+
+func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.IssueResponse]) error {
+	r, err := s.a.caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := s.a.bound(stream.Context(), r)
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	answers := make(chan *capb.IssueResponse)
+	requests := receive(ctx, stream.Recv)
+	g.Go(func() error { // the one sender
+		for {
+			select {
+			case <-ctx.Done():
+				return ended(ctx)
+			case m := <-answers:
+				if err := stream.Send(m); err != nil {
+					return err
+				}
+			}
+		}
+	})
+	slots := make(chan struct{}, maxInFlight)
+	g.Go(func() error {
+		for {
+			var m received[capb.IssueRequest]
+			select {
+			case <-ctx.Done():
+				return ended(ctx)
+			case m = <-requests:
+			}
+			if m.err != nil {
+				return m.err
+			}
+			if n := len(m.msg.GetItems()); n > maxBatch {
+				return status.Errorf(codes.InvalidArgument, "batch %d has %d items; at most %d are allowed", m.msg.GetId(), n, maxBatch)
+			}
+			select {
+			case <-ctx.Done():
+				return ended(ctx)
+			case slots <- struct{}{}:
+			}
+			g.Go(func() error {
+				defer func() { <-slots }()
+				select {
+				case answers <- s.a.answer(ctx, r, m.msg):
+				case <-ctx.Done():
+				}
+				return nil
+			})
+		}
+	})
+	if err := g.Wait(); !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
+}
+
+// received is a message or the reason why there are no more.
+type received[T any] struct {
+	msg *T
+	err error
+}
+
+// receive reads a stream on a goroutine of its own, so that the reader can wait
+// for other things too. Recv returns when the handler does, and then it ends.
+func receive[T any](ctx context.Context, recv func() (*T, error)) <-chan received[T] {
+	c := make(chan received[T])
+	go func() {
+		for {
+			m, err := recv()
+			select {
+			case c <- received[T]{m, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return c
+}
+
+// answer works on one batch. Each item succeeds or fails alone, except that
+// nothing is issued when nothing can be recorded.
+func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest) *capb.IssueResponse {
+	start := time.Now()
+	resp := &capb.IssueResponse{Id: req.GetId(), Results: make([]*capb.IssueResult, len(req.GetItems()))}
+	refuse := func(i int, c capb.Refusal_Code, retry time.Duration, message string) {
+		a.metrics.refused.WithLabelValues("Issue", c.String()).Inc()
+		f := &capb.Refusal{Code: c, Message: message}
+		if retry > 0 {
+			f.RetryAfter = durationpb.New(retry)
+		}
+		resp.Results[i] = &capb.IssueResult{Result: &capb.IssueResult_Refusal{Refusal: f}}
+	}
+	var certs []certificate
+	var at []int
+	checked := make([]certificate, len(req.GetItems()))
+	errs := make([]error, len(req.GetItems()))
+	inParallel(len(checked), func(i int) { checked[i], errs[i] = a.check(ctx, r, req.GetItems()[i]) })
+	for i, err := range errs {
+		var ref *refusal
+		switch {
+		case err == nil:
+			certs, at = append(certs, checked[i]), append(at, i)
+		case errors.As(err, &ref):
+			a.cfg.Log.Warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "err", err)
+			refuse(i, ref.code, ref.retry, ref.public)
+		default:
+			a.cfg.Log.Error("issuing failed", "node", r.Node, "err", err)
+			refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "internal error; see the authority's log")
+		}
+	}
+	if len(certs) > 0 {
+		out, err := a.issue(ctx, a.intermediate.Load(), certs)
+		if err != nil {
+			a.cfg.Log.Error("issuing failed", "node", r.Node, "err", err)
+		}
+		for k, i := range at {
+			switch {
+			case err != nil:
+				refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "the authority cannot issue now")
+			case out[k].err != nil:
+				a.cfg.Log.Error("signing failed", "spiffe_id", certs[k].id.String(), "err", out[k].err)
+				refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "the authority cannot sign now")
+			default:
+				resp.Results[i] = &capb.IssueResult{Result: &capb.IssueResult_X509{X509: svidToProto(certs[k].id.String(), out[k])}}
+			}
+		}
+	}
+	a.metrics.batch.Observe(time.Since(start).Seconds())
+	return resp
+}
+
+// refusal is why an item was not issued: public goes to the agent, err to the log.
+type refusal struct {
+	code   capb.Refusal_Code
+	retry  time.Duration
+	public string
+	err    error
+}
+
+func (r *refusal) Error() string {
+	if r.err != nil {
+		return r.err.Error()
+	}
+	return r.public
+}
+
+// check is step 1 of the ceremony for an item: the key, the kind, and evidence
+// that the authority verifies itself. The agent's word is not evidence: a token
+// must verify here, and a pod must be alive in the authority's own view; either
+// must be on the node that the calling agent was attested on.
+func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (certificate, error) {
+	pub, err := parsePublicKey(item.GetPublicKey())
+	if err != nil {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: err.Error()}
+	}
+	switch item.GetKind().(type) {
+	case *capb.IssueItem_X509:
+	case *capb.IssueItem_Jwt:
+		return certificate{}, &refusal{code: capb.Refusal_CODE_UNSUPPORTED, public: "this authority issues X.509-SVIDs only"}
+	default:
+		return certificate{}, &refusal{code: capb.Refusal_CODE_UNSUPPORTED, public: "the kind is missing or not known to this authority"}
+	}
+	c := certificate{kind: capb.IssuanceRecord_KIND_WORKLOAD, pub: pub, ttl: a.cfg.SVID.TTL, node: r.Node, requester: r.serial}
+	var w identity.Workload
+	switch e := item.GetEvidence().(type) {
+	case *capb.IssueItem_Token:
+		c.evidence = capb.IssuanceRecord_EVIDENCE_TOKEN
+		if w, err = a.attestToken(ctx, a.cfg.Workloads, e.Token); err != nil {
+			f := &refusal{code: capb.Refusal_CODE_EVIDENCE, public: attest.Public(err), err: err}
+			switch {
+			case errors.Is(err, attest.ErrUnknownPod):
+				f.code, f.retry = capb.Refusal_CODE_UNKNOWN_WORKLOAD, retryUnknownPod
+			case errors.Is(err, attest.ErrUnavailable):
+				f.code, f.retry = capb.Refusal_CODE_UNAVAILABLE, retryFailure
+			}
+			return certificate{}, f
+		}
+	case *capb.IssueItem_PodUid:
+		c.evidence = capb.IssuanceRecord_EVIDENCE_POD_UID
+		if len(e.PodUid) > maxPodUID {
+			return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: fmt.Sprintf("pod UID has %d bytes; at most %d are allowed", len(e.PodUid), maxPodUID)}
+		}
+		var ok bool
+		if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok {
+			return certificate{}, &refusal{code: capb.Refusal_CODE_UNKNOWN_WORKLOAD, retry: retryUnknownPod, public: "the pod is not known",
+				err: fmt.Errorf("pod %q is not in the authority's view", e.PodUid)}
+		}
+	default:
+		return certificate{}, &refusal{code: capb.Refusal_CODE_EVIDENCE, public: "evidence is missing or of a kind that this authority does not know"}
+	}
+	if w.Node != r.Node || w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_OTHER_NODE, public: "the workload is not on the agent's node",
+			err: fmt.Errorf("pod %s is on node %q (%s), the agent on %q (%s)", w.PodUID, w.Node, w.NodeUID, r.Node, r.NodeUID)}
+	}
+	if c.id, err = w.ID(a.cfg.TrustDomain); err != nil {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: "the workload has no valid SPIFFE ID", err: err}
+	}
+	c.podUID = w.PodUID
+	return c, nil
+}
+
+func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
+	a := s.a
+	r, err := a.caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := a.bound(stream.Context(), r)
+	defer cancel()
+	a.agents.watching(r.Node, +1)
+	defer a.agents.watching(r.Node, -1)
+	requests := receive(ctx, stream.Recv)
+	for {
+		t, trustChanged := a.trust.Load()
+		h, headChanged := a.head.Load()
+		m := &capb.WatchTrustResponse{Trust: trustToProto(t)}
+		if h.Sequence > 0 {
+			m.LogHead = headToProto(h)
+		}
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+	wait:
+		for {
+			select {
+			case <-ctx.Done():
+				return ended(ctx)
+			case <-trustChanged:
+				break wait
+			case <-headChanged:
+				break wait
+			case q := <-requests:
+				if errors.Is(q.err, io.EOF) {
+					return nil
+				}
+				if q.err != nil {
+					return q.err
+				}
+				if err := a.hear(r, t, q.msg); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// hear takes what an agent says on WatchTrust.
+func (a *Authority) hear(r *agent, t *identity.Trust, m *capb.WatchTrustRequest) error {
+	if m.GetAcknowledged() > t.Sequence() {
+		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), t.Sequence())
+	}
+	if len(m.GetLogHeads()) > maxHeads {
+		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
+	}
+	a.agents.acknowledge(r.Node, m.GetAcknowledged())
+	for _, p := range m.GetLogHeads() {
+		h, err := headFromProto(p)
+		// A head counts only with this replica's own signature: an agent cannot
+		// make the authority believe that its log was cut.
+		if err != nil || !a.verifyHead(h) {
+			continue
+		}
+		if end := a.log.Head().Sequence; h.Sequence > end && a.ahead.Swap(&h) == nil {
+			a.cfg.Log.Error("the issuance log is shorter than a head that it signed: records were lost or an old copy was put back",
+				"node", r.Node, "head", h.Sequence, "log", end)
+		}
+	}
+	return nil
+}
+
+func (s service) WatchNode(_ *capb.WatchNodeRequest, stream grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
+	a := s.a
+	r, err := a.caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := a.bound(stream.Context(), r)
+	defer cancel()
+	sent := map[string]identity.Workload{}
+	full := true
+	for {
+		pods, changed := a.cfg.Pods.OnNode(r.Node)
+		m := &capb.WatchNodeResponse{NodeUid: r.NodeUID, Full: full}
+		now := make(map[string]identity.Workload, len(pods))
+		for _, w := range pods {
+			now[w.PodUID] = w
+			if old, ok := sent[w.PodUID]; !ok || !old.Equal(w) {
+				m.Pods = append(m.Pods, podToProto(w))
+			}
+		}
+		for uid := range sent {
+			if _, ok := now[uid]; !ok {
+				m.Deleted = append(m.Deleted, uid)
+			}
+		}
+		if full || len(m.Pods)+len(m.Deleted) > 0 {
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		}
+		sent, full = now, false
+		select {
+		case <-ctx.Done():
+			return ended(ctx)
+		case <-changed:
+		}
+	}
+}
+
+func svidToProto(id string, i issued) *capb.X509SVID {
+	p := &capb.X509SVID{SpiffeId: id, RenewAt: timestamppb.New(i.renewAt)}
+	for _, c := range i.chain {
+		p.Chain = append(p.Chain, c.Raw)
+	}
+	return p
+}
+
+func trustToProto(t *identity.Trust) *capb.Trust {
+	b := &capb.Bundle{TrustDomain: t.TrustDomain().Name()}
+	for _, c := range t.Roots() {
+		b.X509Authorities = append(b.X509Authorities, c.Raw)
+	}
+	return &capb.Trust{Sequence: t.Sequence(), TrustDomain: t.TrustDomain().Name(), Bundles: []*capb.Bundle{b}}
+}
+
+func podToProto(w identity.Workload) *capb.Pod {
+	p := &capb.Pod{Uid: w.PodUID, Namespace: w.Namespace, Name: w.Pod, ServiceAccount: w.ServiceAccount, Labels: w.Labels, UnixUid: w.UnixUID}
+	for _, ip := range w.Addresses {
+		p.Addresses = append(p.Addresses, ip.String())
+	}
+	return p
+}
+
+func headToProto(h storage.Head) *capb.LogHead {
+	return &capb.LogHead{Instance: h.Instance, Sequence: h.Sequence, Hash: h.Hash[:], Time: timestamppb.New(h.Time), Signature: h.Signature}
+}
+
+func headFromProto(p *capb.LogHead) (storage.Head, error) {
+	h := storage.Head{Instance: p.GetInstance(), Sequence: p.GetSequence(), Time: p.GetTime().AsTime(), Signature: p.GetSignature()}
+	if copy(h.Hash[:], p.GetHash()) != len(h.Hash) || len(p.GetHash()) != len(h.Hash) {
+		return storage.Head{}, errors.New("a log head's hash has 32 bytes")
+	}
+	return h, nil
+}

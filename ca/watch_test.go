@@ -1,0 +1,245 @@
+package ca_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+func TestWatchNodeTellsTheNodesPodsAndTheirChanges(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, _ := w.attest(agentA)
+	s, err := a.WatchNode(t.Context(), &capb.WatchNodeRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	recv := func() (set []string, m *capb.WatchNodeResponse) {
+		t.Helper()
+		m, err := s.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range m.GetPods() {
+			set = append(set, p.GetUid())
+		}
+		return set, m
+	}
+	set, m := recv()
+	if !m.GetFull() || strings.Join(set, " ") != "uid-agent-a uid-client uid-server" || m.GetNodeUid() != "uid-node-a" {
+		t.Errorf("first: %v", m)
+	}
+	fresh := identity.Workload{Namespace: "default", ServiceAccount: "server", Pod: "server-1", PodUID: "uid-server-1", Node: "node-a", Labels: map[string]string{"app": "server"}}
+	w.pods.Set(onNodeB) // nothing new, and not of this node
+	w.pods.Set(fresh)
+	set, m = recv()
+	if m.GetFull() || strings.Join(set, " ") != "uid-server-1" || m.GetPods()[0].GetLabels()["app"] != "server" || len(m.GetDeleted()) != 0 {
+		t.Errorf("after a new pod: %v", m)
+	}
+	w.pods.Delete("uid-server-1")
+	if set, m = recv(); len(set) != 0 || strings.Join(m.GetDeleted(), " ") != "uid-server-1" {
+		t.Errorf("after its end: %v", m)
+	}
+}
+
+func TestWatchTrust(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, _ := w.attest(agentA)
+	s, err := a.WatchTrust(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tr := m.GetTrust(); tr.GetSequence() != 1 || tr.GetTrustDomain() != "cluster.local" || len(tr.GetBundles()) != 1 || string(tr.GetBundles()[0].GetX509Authorities()[0]) != string(w.Root().Raw) {
+		t.Errorf("trust: %v", m.GetTrust())
+	}
+	if err := w.SignHead(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if m, err = s.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	h := m.GetLogHead()
+	if h.GetSequence() != w.Log().Head().Sequence || len(h.GetSignature()) == 0 {
+		t.Fatalf("head: %v", h)
+	}
+	var hash [32]byte
+	copy(hash[:], h.GetHash())
+	head := storage.Head{Instance: h.GetInstance(), Sequence: h.GetSequence(), Hash: hash, Time: h.GetTime().AsTime(), Signature: h.GetSignature()}
+	if !w.VerifyHead(head) {
+		t.Error("the head's signature does not verify")
+	}
+	for name, edit := range map[string]func(*storage.Head){
+		"sequence": func(h *storage.Head) { h.Sequence++ }, "hash": func(h *storage.Head) { h.Hash[0] ^= 1 },
+		"time": func(h *storage.Head) { h.Time = h.Time.Add(1) }, "instance": func(h *storage.Head) { h.Instance++ },
+	} {
+		other := head
+		edit(&other)
+		if w.VerifyHead(other) {
+			t.Errorf("another %s verifies too", name)
+		}
+	}
+
+	// A head that nobody signed is no alarm; the real one, once the log is
+	// shorter, is.
+	forged := &capb.LogHead{Instance: 1, Sequence: 1 << 40, Hash: make([]byte, 32), Time: timestamppb.Now(), Signature: h.GetSignature()}
+	if err := s.Send(&capb.WatchTrustRequest{Acknowledged: 1, LogHeads: []*capb.LogHead{forged, h, {}}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(&capb.WatchTrustRequest{Acknowledged: 2}); err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = s.Recv()
+	}
+	if status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a sequence that does not exist was acknowledged: %v", err)
+	}
+	if w.Ready() != nil {
+		t.Errorf("forged head: %v", w.Ready())
+	}
+}
+
+// TestALogThatLostRecordsIsNoticed puts an older copy of the log back.
+func TestALogThatLostRecordsIsNoticed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.close()
+	old := copyTree(t, w.cfg.DataDir+"/authority/log")
+	w.open()
+	a, cert := w.attest(agentA)
+	for range 3 {
+		if _, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.SignHead(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := a.WatchTrust(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	restoreTree(t, old, w.cfg.DataDir+"/authority/log")
+	w.open()
+	if s, err = w.dial(cert).WatchTrust(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(&capb.WatchTrustRequest{LogHeads: []*capb.LogHead{m.GetLogHead()}}); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for w.Ready() == nil && time.Now().Before(deadline) {
+		if err := s.Send(&capb.WatchTrustRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "records were lost") {
+		t.Errorf("not noticed: %v", err)
+	}
+}
+
+// TestTheIntermediateIsRenewedBeforeItEnds runs eight fake days.
+func TestTheIntermediateIsRenewedBeforeItEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *ca.Config) { c.HeadInterval = time.Hour })
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- w.Run(ctx) }()
+		first := w.Intermediate()
+		seen := map[string]bool{}
+		for day := range 16 {
+			time.Sleep(12 * time.Hour)
+			if now := time.Now(); !now.Before(w.Intermediate().NotAfter.Add(-3 * 24 * time.Hour)) {
+				t.Errorf("half day %d: %v of the intermediate are left", day, w.Intermediate().NotAfter.Sub(now))
+			}
+			seen[w.Intermediate().Subject.String()] = true
+			a, _ := w.attest(agentA)
+			rs, err := issue(t, a, item(t, byUID(server.PodUID)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			verify(t, w, rs[0].GetX509(), "spiffe://cluster.local/ns/default/sa/server")
+		}
+		if len(seen) != 3 || w.Intermediate().Equal(first) {
+			t.Errorf("%d intermediates in 8 days", len(seen))
+		}
+		if err := w.Ready(); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		w.close()
+		w.open()
+		if w.Intermediate().Equal(first) {
+			t.Error("after opening again the first intermediate is back")
+		}
+		if w.Agents() == 0 || w.Agents() > 2 {
+			t.Errorf("%d agent SVIDs are on record; those that expired must be forgotten", w.Agents())
+		}
+		w.close()
+	})
+}
+
+// TestAStreamEndsWithItsSVID, and a renewal needs a fresh token once a day.
+func TestAStreamEndsWithItsSVID(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- w.Run(ctx) }()
+		a, cert := w.attest(agentA)
+		s, err := a.WatchNode(t.Context(), &capb.WatchNodeRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Recv()
+		if left := time.Until(cert.Leaf.NotAfter); status.Code(err) != codes.Unauthenticated || left > 0 || left < -time.Second {
+			t.Errorf("ended with %v, %v before the SVID's end", err, left)
+		}
+		start := time.Now()
+		_, cert = w.attest(agentA)
+		renewals := 0
+		for err = nil; err == nil; {
+			time.Sleep(50 * time.Minute)
+			next, e := w.tryAttest(w.dial(cert), func(r *capb.AttestRequest) { r.Evidence = &capb.AttestRequest_Renewal{Renewal: &capb.Renewal{}} })
+			if err = e; err == nil {
+				cert = next
+				renewals++
+			}
+		}
+		if d := time.Since(start); status.Code(err) != codes.Unauthenticated || d < 24*time.Hour || d > 25*time.Hour {
+			t.Errorf("after %v and %d renewals: %v", d, renewals, err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		w.close()
+	})
+}
