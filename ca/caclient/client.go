@@ -1,0 +1,452 @@
+package caclient
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+)
+
+// ErrUnavailable is why nothing was issued while no authority could be reached.
+var ErrUnavailable = errors.New("no authority can be reached")
+
+const (
+	maxToken   = 16 << 10
+	maxMessage = 32 << 20 // the pods of a large node, a large bundle
+	// rpcTimeout bounds Attest, and a batch of Issue.
+	rpcTimeout = 20 * time.Second
+	minBackoff = 100 * time.Millisecond
+	maxBackoff = 10 * time.Second
+	// silence is how long a session may stay unanswered before the token is tried:
+	// an authority that was set up anew refuses old SVIDs in the handshake, which
+	// looks like one that is away.
+	silence = 30 * time.Second
+)
+
+// Credential is the agent's own SVID and what goes with it. It is immutable.
+type Credential struct {
+	SVID    *x509svid.SVID
+	RenewAt time.Time
+	// TokenBy is when a renewal needs a fresh token.
+	TokenBy time.Time
+}
+
+func (c *Credential) valid(now time.Time) bool {
+	return c != nil && now.Before(c.SVID.Certificates[0].NotAfter)
+}
+
+// Config is what a Client is made of.
+type Config struct {
+	// Addresses are HOST:PORT of the authority's replicas. At least one; they are
+	// tried in order.
+	Addresses []string
+	// TrustDomain and Node are the agent's own. Required.
+	TrustDomain spiffeid.TrustDomain
+	Node        string
+	// RootFile (PEM, read again at each contact) or RootHash (SHA-256 of the
+	// root's DER in hexadecimal) pins the authority. One is required.
+	RootFile, RootHash string
+	// TokenFile holds the agent's service-account token, audience signet-ca. It is
+	// read at each attestation. Required.
+	TokenFile string
+	// Pods is filled with the pods of the node. Required.
+	Pods *identity.Pods
+	// Acknowledged is the trust sequence, at most current, that all streams of this
+	// node have taken up, and a channel that is closed when it changes. Nil: every
+	// sequence counts as acknowledged when it arrives.
+	Acknowledged func(current uint64) (sequence uint64, changed <-chan struct{})
+	// Saved and SavedTrust are from before a restart; nil if there is nothing.
+	Saved      *Credential
+	SavedTrust *identity.Trust
+	// Version goes into the authority's log.
+	Version string
+	// Log is for operators; nil discards it. Metrics may be nil.
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+}
+
+// Client talks to the authority for one agent. New makes one, Run does the work.
+type Client struct {
+	cfg     Config
+	pin     pin
+	trust   identity.Watched[*identity.Trust]
+	cred    identity.Watched[*Credential]
+	nodeUID atomic.Pointer[string]
+	session identity.Watched[*session]
+	heads   heads
+	failure atomic.Pointer[error] // why there is no session; nil while there is one
+	warned  atomic.Bool           // the first failure of this process was logged
+	synced  atomic.Bool           // the pods of the node were heard at least once in this process
+	metrics *metrics
+}
+
+// New checks the configuration. It reaches for nothing.
+func New(cfg Config) (*Client, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	p, err := newPin(cfg.RootFile, cfg.RootHash)
+	errs := []error{err}
+	if len(cfg.Addresses) == 0 {
+		errs = append(errs, errors.New("ca.addresses: at least one HOST:PORT is required"))
+	}
+	for _, a := range cfg.Addresses {
+		if _, _, err := net.SplitHostPort(a); err != nil {
+			errs = append(errs, fmt.Errorf("ca.addresses: %q is not HOST:PORT", a))
+		}
+	}
+	if _, err := identity.AgentID(cfg.TrustDomain, cfg.Node); err != nil {
+		errs = append(errs, fmt.Errorf("node: %w", err))
+	}
+	if cfg.TokenFile == "" {
+		errs = append(errs, errors.New("ca.tokenFile: is required"))
+	}
+	if cfg.Pods == nil {
+		errs = append(errs, errors.New("a set of pods is required"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("configuring the authority's client: %w", err)
+	}
+	c := &Client{cfg: cfg, pin: p, metrics: newMetrics(cfg.Metrics)}
+	if cfg.SavedTrust != nil && cfg.SavedTrust.TrustDomain() == cfg.TrustDomain {
+		c.trust.Store(cfg.SavedTrust)
+	}
+	if cfg.Saved.valid(time.Now()) {
+		c.cred.Store(cfg.Saved)
+	}
+	notYet := errors.New("not attested yet")
+	c.failure.Store(&notYet)
+	return c, nil
+}
+
+// Trust is the newest state of trust, nil before the first contact, and a channel
+// that is closed when it changes.
+func (c *Client) Trust() (*identity.Trust, <-chan struct{}) { return c.trust.Load() }
+
+// Credential is the agent's own SVID, nil before the first attestation, and a
+// channel that is closed when it changes.
+func (c *Client) Credential() (*Credential, <-chan struct{}) { return c.cred.Load() }
+
+// NodeUID is the UID of the node as the authority knows it, or empty.
+func (c *Client) NodeUID() string {
+	if p := c.nodeUID.Load(); p != nil {
+		return *p
+	}
+	return ""
+}
+
+// Ready is nil while there is a session with an authority, else the reason why
+// there is none.
+func (c *Client) Ready() error {
+	if p := c.failure.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// Synced reports whether the authority has told the pods of the node since this
+// process started.
+func (c *Client) Synced() bool { return c.synced.Load() }
+
+// Run attests, renews and keeps sessions until ctx ends; then it returns nil.
+// Whatever fails is retried with backoff: an agent never gives up what it has.
+func (c *Client) Run(ctx context.Context) error {
+	var old *session
+	defer func() {
+		if old != nil {
+			old.end()
+		}
+	}()
+	for attempt := 0; ; {
+		cred := c.cred.Value()
+		var err error
+		if !cred.valid(time.Now()) {
+			cred, err = c.attest(ctx)
+		}
+		if err == nil {
+			next := c.open(ctx, cred)
+			c.session.Store(next)
+			if old != nil {
+				old.end()
+			}
+			old = next
+			err = c.hold(ctx, next)
+			if err == nil || next.heard.Load() {
+				attempt = 0
+			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			continue // renewed: the next session takes over
+		}
+		c.failed(err)
+		wait := delay(attempt, mathrand.Float64())
+		attempt++
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+// failed notes why there is no session.
+func (c *Client) failed(err error) {
+	c.metrics.failures.Inc()
+	level := slog.LevelDebug // a warning for each outage, not for each attempt
+	if c.failure.Swap(&err) == nil || c.warned.CompareAndSwap(false, true) {
+		level = slog.LevelWarn
+	}
+	c.cfg.Log.Log(context.Background(), level, "no session with the authority; trying again", "node", c.cfg.Node, "err", err)
+}
+
+// delay is the time before the next attempt: doubling from 100 ms to 10 s, and
+// half of it at random so that agents do not come back together. random is in
+// [0, 1).
+func delay(attempt int, random float64) time.Duration {
+	d := maxBackoff
+	if attempt < 10 {
+		d = min(maxBackoff, minBackoff<<attempt)
+	}
+	return d/2 + time.Duration(random*float64(d/2))
+}
+
+// hold waits on a session until the credential has been renewed (nil), or the
+// session has to be given up.
+func (c *Client) hold(ctx context.Context, s *session) error {
+	end := s.cred.SVID.Certificates[0].NotAfter
+	renew := time.NewTimer(time.Until(s.cred.RenewAt))
+	defer renew.Stop()
+	silent := time.NewTicker(silence)
+	defer silent.Stop()
+	for attempt := 0; ; attempt++ {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-s.refused:
+			// The authority does not know this SVID (any more): the pod was replaced
+			// or its store was restored. A token is the way back.
+			c.cred.Store(nil)
+			return err
+		case <-silent.C:
+			if s.heard.Load() {
+				continue
+			}
+			if _, err := c.attest(ctx); err == nil {
+				return nil
+			}
+			continue
+		case <-renew.C:
+		}
+		cred, err := c.renew(ctx, s)
+		if err == nil {
+			c.cred.Store(cred)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		c.failed(fmt.Errorf("renewing the agent's SVID: %w", err))
+		if !time.Now().Before(end) {
+			c.cred.Store(nil)
+			return fmt.Errorf("the agent's SVID expired at %s: %w", end.Format(time.RFC3339), err)
+		}
+		renew.Reset(min(delay(attempt, mathrand.Float64()), max(time.Until(end), 0)))
+	}
+}
+
+// renew asks for the next agent SVID, by certificate and, where that is refused
+// or a token is due, by token.
+func (c *Client) renew(ctx context.Context, s *session) (*Credential, error) {
+	if time.Until(s.cred.TokenBy) > 0 {
+		cred, err := c.exchange(ctx, s.conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Renewal{Renewal: &capb.Renewal{}}})
+		if err == nil {
+			return cred, nil
+		}
+		if cd := status.Code(err); cd != codes.Unauthenticated && cd != codes.PermissionDenied {
+			return nil, err
+		}
+		c.cfg.Log.Info("renewal by certificate refused; attesting with the token", "node", c.cfg.Node, "err", err)
+	}
+	return c.attest(ctx)
+}
+
+// attest proves the node with the agent's token, over a connection without a
+// client certificate.
+func (c *Client) attest(ctx context.Context) (*Credential, error) {
+	token, err := readToken(c.cfg.TokenFile)
+	if err != nil {
+		return nil, fmt.Errorf("attesting: %w", err)
+	}
+	conn, err := c.dial(nil)
+	if err != nil {
+		return nil, fmt.Errorf("attesting: %w", err)
+	}
+	defer conn.Close()
+	cred, err := c.exchange(ctx, conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: token}})
+	if err != nil {
+		return nil, fmt.Errorf("attesting: %w", err)
+	}
+	c.cred.Store(cred)
+	return cred, nil
+}
+
+// exchange makes a key, calls Attest and checks the answer.
+func (c *Client) exchange(ctx context.Context, conn *grpc.ClientConn, req *capb.AttestRequest) (*Credential, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	if req.PublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+		return nil, err
+	}
+	req.Version = c.cfg.Version
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	resp, err := capb.NewAuthorityClient(conn).Attest(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.believe(resp.GetTrust()); err != nil {
+		return nil, err
+	}
+	chain, renewAt, err := parseSVID(resp.GetSvid())
+	if err != nil {
+		return nil, err
+	}
+	want, err := identity.AgentID(c.cfg.TrustDomain, c.cfg.Node)
+	if err != nil {
+		return nil, err
+	}
+	id, err := identity.CheckSVID(chain[0])
+	if err != nil {
+		return nil, err
+	}
+	if id != want {
+		return nil, fmt.Errorf("the authority attested %s, this agent is configured as %s: the token is of another node; check node and ca.tokenFile", id, want)
+	}
+	if pub, ok := chain[0].PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(key.Public()) {
+		return nil, errors.New("the authority certified another key")
+	}
+	if _, _, err := x509svid.Verify(chain, c.trust.Value()); err != nil {
+		return nil, fmt.Errorf("the agent's new SVID: %w", err)
+	}
+	c.metrics.notAfter.Set(float64(chain[0].NotAfter.Unix()))
+	return &Credential{SVID: &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, RenewAt: renewAt, TokenBy: resp.GetTokenBy().AsTime()}, nil
+}
+
+// believe takes a state of trust from a recognised authority, unless it is older
+// than the one that is known.
+func (c *Client) believe(p *capb.Trust) error {
+	t, err := parseTrust(c.cfg.TrustDomain, p)
+	if err != nil {
+		return fmt.Errorf("the authority's trust bundle: %w", err)
+	}
+	old := c.trust.Value()
+	switch {
+	case old != nil && t.Sequence() < old.Sequence():
+		return fmt.Errorf("the authority's trust bundle has sequence %d, %d is known: an old state was put back; raise the sequence with a restore", t.Sequence(), old.Sequence())
+	case old != nil && t.Sequence() == old.Sequence() && string(t.PEM()) != string(old.PEM()):
+		return fmt.Errorf("the authority's trust bundle with sequence %d differs from the one that is known: there are two authorities, or one was set up anew; if that was meant, remove the agent's saved state and restart it", t.Sequence())
+	case old != nil && t.Sequence() == old.Sequence():
+		return nil
+	}
+	c.trust.Store(t)
+	c.cfg.Log.Info("trust changed", "trust_domain", t.TrustDomain().Name(), "sequence", t.Sequence(), "roots", len(t.Roots()))
+	return nil
+}
+
+func (c *Client) dial(client *tls.Certificate) (*grpc.ClientConn, error) {
+	cfg := tlsConfig(c.cfg.TrustDomain, c.pin, c.trust.Value, client)
+	return grpc.NewClient("signet:///authority",
+		grpc.WithResolvers(replicas(c.cfg.Addresses)),
+		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
+			Backoff: backoff.Config{BaseDelay: minBackoff, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 3 * time.Second}}))
+}
+
+func readToken(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("reading the agent's token: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxToken+1))
+	if err != nil {
+		return "", fmt.Errorf("reading the agent's token: %w", err)
+	}
+	token := strings.TrimSpace(string(b))
+	if len(b) > maxToken || token == "" {
+		return "", fmt.Errorf("reading the agent's token: %s holds %d bytes, which is no token", path, len(b))
+	}
+	return token, nil
+}
+
+func parseSVID(p *capb.X509SVID) ([]*x509.Certificate, time.Time, error) {
+	if n := len(p.GetChain()); n == 0 || n > 8 {
+		return nil, time.Time{}, fmt.Errorf("the authority sent a chain of %d certificates", n)
+	}
+	var chain []*x509.Certificate
+	for _, der := range p.GetChain() {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, time.Time{}, fmt.Errorf("the authority sent a certificate that does not parse: %w", err)
+		}
+		chain = append(chain, c)
+	}
+	if err := p.GetRenewAt().CheckValid(); err != nil {
+		return nil, time.Time{}, fmt.Errorf("the authority sent no time to renew: %w", err)
+	}
+	return chain, p.GetRenewAt().AsTime(), nil
+}
+
+func parseTrust(td spiffeid.TrustDomain, p *capb.Trust) (*identity.Trust, error) {
+	if p.GetTrustDomain() != td.Name() {
+		return nil, fmt.Errorf("it is of trust domain %q, this agent is of %s", p.GetTrustDomain(), td.Name())
+	}
+	var roots []*x509.Certificate
+	for _, b := range p.GetBundles() {
+		if b.GetTrustDomain() != td.Name() {
+			continue
+		}
+		for _, der := range b.GetX509Authorities() {
+			c, err := x509.ParseCertificate(der)
+			if err != nil {
+				return nil, err
+			}
+			roots = append(roots, c)
+		}
+	}
+	return identity.NewTrust(p.GetSequence(), td, roots)
+}

@@ -1,0 +1,466 @@
+package caclient
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/status"
+)
+
+// replicas resolves to the fixed list of addresses; grpc's pick_first stays with
+// one and moves on when it is gone.
+func replicas(addresses []string) resolver.Builder {
+	r := manual.NewBuilderWithScheme("signet")
+	var s resolver.State
+	for _, a := range addresses {
+		s.Addresses = append(s.Addresses, resolver.Address{Addr: a})
+	}
+	r.InitialState(s)
+	return r
+}
+
+// session is everything that goes over connections with one agent SVID.
+type session struct {
+	c       *Client
+	cred    *Credential
+	conn    *grpc.ClientConn
+	refused chan error  // one element: the authority refuses this SVID
+	heard   atomic.Bool // the authority has answered on this session
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+
+	mu     sync.Mutex
+	stream *issueStream // guarded by mu; nil until the first batch and after a break
+	ended  bool         // guarded by mu
+}
+
+// open starts a session. Its goroutines end with end.
+func (c *Client) open(ctx context.Context, cred *Credential) *session {
+	ctx, cancel := context.WithCancel(ctx)
+	s := &session{c: c, cred: cred, refused: make(chan error, 1), cancel: cancel}
+	cert := &tls.Certificate{PrivateKey: cred.SVID.PrivateKey, Leaf: cred.SVID.Certificates[0]}
+	for _, x := range cred.SVID.Certificates {
+		cert.Certificate = append(cert.Certificate, x.Raw)
+	}
+	conn, err := c.dial(cert)
+	if err != nil {
+		// grpc.NewClient fails only on options that cannot be combined.
+		s.refused <- err
+		return s
+	}
+	s.conn = conn
+	s.wg.Go(func() { s.follow(ctx, "WatchTrust", s.watchTrust) })
+	s.wg.Go(func() { s.follow(ctx, "WatchNode", s.watchNode) })
+	return s
+}
+
+// end stops the session's goroutines and closes its connection.
+func (s *session) end() {
+	s.cancel()
+	if s.conn != nil {
+		// Before the lock: this is what frees a batch that waits for a connection.
+		_ = s.conn.Close()
+	}
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.wg.Wait()
+}
+
+// follow keeps a stream open until ctx ends, with backoff.
+func (s *session) follow(ctx context.Context, method string, watch func(context.Context) error) {
+	for attempt := 0; ; attempt++ {
+		start := time.Now()
+		err := watch(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(start) > maxBackoff {
+			attempt = 0
+		}
+		s.c.failed(fmt.Errorf("%s: %w", method, err))
+		if cd := status.Code(err); cd == codes.PermissionDenied || cd == codes.Unauthenticated {
+			select {
+			case s.refused <- err:
+			default:
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(delay(attempt, mathrand.Float64())):
+		}
+	}
+}
+
+// alive notes that the authority answers on this session.
+func (s *session) alive() {
+	s.heard.Store(true)
+	if s.c.failure.Swap(nil) != nil {
+		s.c.cfg.Log.Info("session with the authority", "node", s.c.cfg.Node)
+	}
+}
+
+func (s *session) watchTrust(ctx context.Context) error {
+	c := s.c
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := capb.NewAuthorityClient(s.conn).WatchTrust(ctx)
+	if err != nil {
+		return err
+	}
+	type received struct {
+		m   *capb.WatchTrustResponse
+		err error
+	}
+	in := make(chan received)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		for {
+			m, err := stream.Recv()
+			select {
+			case in <- received{m, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	// What the authority was told on this stream.
+	said := &capb.WatchTrustRequest{}
+	first := true
+	for {
+		ack, changed := c.acknowledged()
+		heads := c.heads.all()
+		if first || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) {
+			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads}
+			if err := stream.Send(said); err != nil {
+				_, err = stream.Recv() // the status behind io.EOF
+				return err
+			}
+			first = false
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		case r := <-in:
+			if r.err != nil {
+				return r.err
+			}
+			s.alive()
+			if err := c.believe(r.m.GetTrust()); err != nil {
+				return err
+			}
+			c.heads.see(r.m.GetLogHead())
+		}
+	}
+}
+
+// acknowledged never exceeds the sequence that this agent has.
+func (c *Client) acknowledged() (uint64, <-chan struct{}) {
+	t, changed := c.trust.Load()
+	have := uint64(0)
+	if t != nil {
+		have = t.Sequence()
+	}
+	if c.cfg.Acknowledged == nil {
+		return have, changed
+	}
+	ack, changed := c.cfg.Acknowledged(have)
+	return min(ack, have), changed
+}
+
+// heads are the highest signed heads that this agent has seen, by instance.
+type heads struct {
+	mu         sync.Mutex
+	byInstance map[uint32]*capb.LogHead // guarded by mu; values immutable
+}
+
+// maxInstance is the highest instance byte.
+const maxInstance = 0x7f
+
+func (h *heads) see(p *capb.LogHead) {
+	if p == nil || p.GetInstance() > maxInstance || len(p.GetSignature()) > 256 || len(p.GetHash()) > 64 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.byInstance == nil {
+		h.byInstance = map[uint32]*capb.LogHead{}
+	}
+	if old := h.byInstance[p.GetInstance()]; old == nil || p.GetSequence() > old.GetSequence() {
+		h.byInstance[p.GetInstance()] = p
+	}
+}
+
+func (h *heads) all() []*capb.LogHead {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var out []*capb.LogHead
+	for i := range uint32(maxInstance + 1) {
+		if p := h.byInstance[i]; p != nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func sameHeads(a, b []*capb.LogHead) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] { // heads are immutable and kept, so pointers tell
+			return false
+		}
+	}
+	return true
+}
+
+func (s *session) watchNode(ctx context.Context) error {
+	stream, err := capb.NewAuthorityClient(s.conn).WatchNode(ctx, &capb.WatchNodeRequest{})
+	if err != nil {
+		return err
+	}
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		s.alive()
+		if uid := m.GetNodeUid(); uid != "" {
+			s.c.nodeUID.Store(&uid)
+		}
+		var pods []identity.Workload
+		for _, p := range m.GetPods() {
+			w, err := s.c.pod(p, m.GetNodeUid())
+			if err != nil {
+				return err
+			}
+			pods = append(pods, w)
+		}
+		if m.GetFull() {
+			s.c.cfg.Pods.Replace(pods)
+			s.c.synced.Store(true)
+			continue
+		}
+		for _, w := range pods {
+			s.c.cfg.Pods.Set(w)
+		}
+		for _, uid := range m.GetDeleted() {
+			s.c.cfg.Pods.Delete(uid)
+		}
+	}
+}
+
+// pod makes a workload of what the authority says; the node is always this one.
+func (c *Client) pod(p *capb.Pod, nodeUID string) (identity.Workload, error) {
+	w := identity.Workload{Namespace: p.GetNamespace(), ServiceAccount: p.GetServiceAccount(), Pod: p.GetName(), PodUID: p.GetUid(),
+		Node: c.cfg.Node, NodeUID: nodeUID, Labels: p.GetLabels(), UnixUID: p.UnixUid}
+	if w.PodUID == "" {
+		return identity.Workload{}, errors.New("the authority sent a pod without a UID")
+	}
+	for _, a := range p.GetAddresses() {
+		ip, err := netip.ParseAddr(a)
+		if err != nil {
+			return identity.Workload{}, fmt.Errorf("the authority sent pod %s with address %q: %w", w.PodUID, a, err)
+		}
+		w.Addresses = append(w.Addresses, ip)
+	}
+	return w, nil
+}
+
+// issueStream is one Issue stream; batches on it are matched by id.
+type issueStream struct {
+	stream grpc.BidiStreamingClient[capb.IssueRequest, capb.IssueResponse]
+	cancel context.CancelFunc
+
+	mu      sync.Mutex
+	next    uint64                              // guarded by mu
+	waiting map[uint64]chan *capb.IssueResponse // guarded by mu; nil once broken
+	err     error                               // guarded by mu; why it broke
+	send    sync.Mutex                          // one sender at a time
+}
+
+// Issue asks the authority for SVIDs. It fails as a whole, wrapping
+// ErrUnavailable, when there is no session or it breaks; else the results are in
+// the order of reqs, each with its own error. It may be called concurrently. The
+// chains are parsed but not verified: the caller knows what to expect.
+func (c *Client) Issue(ctx context.Context, reqs []identity.Request) ([]identity.Result, error) {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	var resp *capb.IssueResponse
+	for s := c.session.Value(); ; {
+		if s == nil || s.conn == nil {
+			return nil, fmt.Errorf("issuing: %w: %w", ErrUnavailable, c.Ready())
+		}
+		var err error
+		if resp, err = s.batch(ctx, toItems(reqs)); err == nil {
+			break
+		}
+		// A session that was replaced takes its batches along; the next one has them
+		// issued. What the first may have issued already nobody will ever see.
+		next := c.session.Value()
+		if next == s || ctx.Err() != nil {
+			return nil, fmt.Errorf("issuing: %w: %w", ErrUnavailable, err)
+		}
+		s = next
+	}
+	if len(resp.GetResults()) != len(reqs) {
+		return nil, fmt.Errorf("issuing: the authority answered %d items with %d results", len(reqs), len(resp.GetResults()))
+	}
+	out := make([]identity.Result, len(reqs))
+	for i, r := range resp.GetResults() {
+		out[i] = toResult(r)
+	}
+	return out, nil
+}
+
+func toItems(reqs []identity.Request) []*capb.IssueItem {
+	items := make([]*capb.IssueItem, len(reqs))
+	for i, r := range reqs {
+		item := &capb.IssueItem{PublicKey: r.PublicKey, Kind: &capb.IssueItem_X509{X509: &capb.X509Kind{}}}
+		if r.Token != "" {
+			item.Evidence = &capb.IssueItem_Token{Token: r.Token}
+		} else {
+			item.Evidence = &capb.IssueItem_PodUid{PodUid: r.PodUID}
+		}
+		items[i] = item
+	}
+	return items
+}
+
+func toResult(r *capb.IssueResult) identity.Result {
+	switch v := r.GetResult().(type) {
+	case *capb.IssueResult_X509:
+		chain, renewAt, err := parseSVID(v.X509)
+		return identity.Result{Chain: chain, RenewAt: renewAt, Err: err}
+	case *capb.IssueResult_Refusal:
+		out := identity.Result{Err: fmt.Errorf("the authority refused: %s (%s)", v.Refusal.GetMessage(), v.Refusal.GetCode())}
+		switch d := v.Refusal.GetRetryAfter(); {
+		case d != nil:
+			out.RetryAfter = max(d.AsDuration(), 0)
+		case v.Refusal.GetCode() == capb.Refusal_CODE_EVIDENCE, v.Refusal.GetCode() == capb.Refusal_CODE_OTHER_NODE,
+			v.Refusal.GetCode() == capb.Refusal_CODE_MALFORMED, v.Refusal.GetCode() == capb.Refusal_CODE_UNSUPPORTED:
+			out.RetryAfter = -1
+		}
+		return out
+	}
+	return identity.Result{Err: errors.New("the authority's answer is of a kind that was not asked for"), RetryAfter: -1}
+}
+
+// batch sends one batch on the session's Issue stream and waits for its answer.
+func (s *session) batch(ctx context.Context, items []*capb.IssueItem) (*capb.IssueResponse, error) {
+	st, err := s.issuing()
+	if err != nil {
+		return nil, err
+	}
+	answer := make(chan *capb.IssueResponse, 1)
+	st.mu.Lock()
+	if st.waiting == nil {
+		err := st.err
+		st.mu.Unlock()
+		return nil, err
+	}
+	st.next++
+	id := st.next
+	st.waiting[id] = answer
+	st.mu.Unlock()
+	defer func() {
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		delete(st.waiting, id)
+	}()
+	st.send.Lock()
+	err = st.stream.Send(&capb.IssueRequest{Id: id, Items: items})
+	st.send.Unlock()
+	if err != nil {
+		// The reader gets the status behind io.EOF and closes answer.
+		st.cancelLater()
+	}
+	select {
+	case r, ok := <-answer:
+		if !ok {
+			st.mu.Lock()
+			defer st.mu.Unlock()
+			return nil, st.err
+		}
+		return r, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (st *issueStream) cancelLater() { _ = st.stream.CloseSend() }
+
+// issuing is the session's Issue stream, opened if there is none.
+func (s *session) issuing() (*issueStream, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return nil, errors.New("the session ended")
+	}
+	if s.stream != nil {
+		return s.stream, nil
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	stream, err := capb.NewAuthorityClient(s.conn).Issue(ctx)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	st := &issueStream{stream: stream, cancel: cancel, waiting: map[uint64]chan *capb.IssueResponse{}}
+	s.stream = st
+	s.wg.Go(func() {
+		defer cancel()
+		for {
+			m, err := stream.Recv()
+			if err != nil {
+				s.mu.Lock()
+				if s.stream == st {
+					s.stream = nil
+				}
+				s.mu.Unlock()
+				st.fail(err)
+				return
+			}
+			st.mu.Lock()
+			if c := st.waiting[m.GetId()]; c != nil {
+				delete(st.waiting, m.GetId())
+				c <- m
+			}
+			st.mu.Unlock()
+		}
+	})
+	return st, nil
+}
+
+// fail ends every waiter.
+func (st *issueStream) fail(err error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.err = err
+	for _, c := range st.waiting {
+		close(c)
+	}
+	st.waiting = nil
+}
