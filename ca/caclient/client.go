@@ -99,6 +99,7 @@ type Client struct {
 	cred    identity.Watched[*Credential]
 	nodeUID atomic.Pointer[string]
 	session identity.Watched[*session]
+	up      identity.Watched[uint64] // how often the authority was reached after it was not
 	heads   heads
 	failure atomic.Pointer[error] // why there is no session; nil while there is one
 	warned  atomic.Bool           // the first failure of this process was logged
@@ -152,6 +153,11 @@ func (c *Client) Trust() (*identity.Trust, <-chan struct{}) { return c.trust.Loa
 // Credential is the agent's own SVID, nil before the first attestation, and a
 // channel that is closed when it changes.
 func (c *Client) Credential() (*Credential, <-chan struct{}) { return c.cred.Load() }
+
+// Reached counts how often the authority was reached after it was not, and has a
+// channel that is closed when it is reached again: what failed in the outage can
+// be asked for at once.
+func (c *Client) Reached() (times uint64, changed <-chan struct{}) { return c.up.Load() }
 
 // NodeUID is the UID of the node as the authority knows it, or empty.
 func (c *Client) NodeUID() string {

@@ -361,8 +361,17 @@ func TestTheAuthorityGoesAwayAndComesBack(t *testing.T) {
 	if tr, _ := c.Trust(); tr == nil || cfg.Pods.Len() != 2 {
 		t.Error("what was known is gone")
 	}
+	times, again := c.Reached()
 	a.start()
 	eventually(t, "the return", func() bool { return c.Ready() == nil })
+	select {
+	case <-again:
+	case <-time.After(10 * time.Second):
+		t.Error("nobody was told of the return")
+	}
+	if now, _ := c.Reached(); now <= times {
+		t.Errorf("reached %d times, %d before", now, times)
+	}
 	eventually(t, "issuance", func() bool {
 		rs, err := c.Issue(t.Context(), []identity.Request{r})
 		return err == nil && rs[0].Err == nil
@@ -375,10 +384,10 @@ func TestTheAuthorityGoesAwayAndComesBack(t *testing.T) {
 	saved, _ := c.Credential()
 	trust, _ := c.Trust()
 	a.stop()
-	again := a.config()
-	again.Saved, again.SavedTrust = saved, trust
-	again.TokenFile += "-gone"
-	c, _ = run(t, again)
+	next := a.config()
+	next.Saved, next.SavedTrust = saved, trust
+	next.TokenFile += "-gone"
+	c, _ = run(t, next)
 	if tr, _ := c.Trust(); tr != trust {
 		t.Error("saved trust is not there at once")
 	}

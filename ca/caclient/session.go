@@ -111,6 +111,7 @@ func (s *session) follow(ctx context.Context, method string, watch func(context.
 func (s *session) alive() {
 	s.heard.Store(true)
 	if s.c.failure.Swap(nil) != nil {
+		s.c.up.Store(s.c.up.Value() + 1)
 		s.c.cfg.Log.Info("session with the authority", "node", s.c.cfg.Node)
 	}
 }
