@@ -1,0 +1,60 @@
+// Package source brings policies from where they are kept to where decisions are
+// made, and never lets half a change through.
+//
+// # Folder
+//
+// A [Folder] is a directory of YAML files. All files directly in it whose names
+// end in .yaml or .yml and do not begin with a dot are policies; folders below it
+// are not looked into. What was read becomes one [authz.Snapshot], swapped whole.
+//
+// A file that is being written cannot be told from one that is complete by
+// looking at it, so the folder looks at how it came:
+//
+//   - At start the files are complete; that is the contract with whoever starts
+//     the program. The same holds for a folder that takes the place of the old one
+//     by a rename, or by a change of the symbolic link that the path goes through.
+//   - Later a file counts when it was renamed into place, and a removal counts.
+//     Several within a few milliseconds make one snapshot.
+//   - Kubelet's volumes of ConfigMaps, and others of that form (links to
+//     ..data/FILE, where ..data is itself a link), count as a whole when ..data
+//     is swapped.
+//   - Anything else is a write in place: appending, truncating and writing, cp onto
+//     the name or to a new one, creating a link. It is reported, as an
+//     [authz.Problem] with the remedy, in the log and by a metric, and the file's
+//     last contents that counted go on. Written back to those, it is as if nothing
+//     had happened.
+//
+// "mv FILE .t && mv .t FILE" makes a write in place count. sed -i, rsync, install
+// scripts and editors that save by renaming need nothing; vim and cp write in
+// place. Hard links and links to elsewhere count when they are renamed into place;
+// what later happens behind a link to elsewhere is a write in place.
+//
+// How a file came is known exactly, from the kernel's inotify events, which tell
+// a rename (IN_MOVED_TO) from a creation; a size, a time or an inode number could
+// not: freed inode numbers are used again at once. If events were lost, and
+// every few seconds to be safe, everything is compared with what was read; a
+// difference that no event explains is a write in place too. So the folder must
+// be on a file system of this machine: a network file system's changes by others
+// make no events.
+//
+// A file that counts and cannot be read (no permission, too large, not a regular
+// file, a dangling link) keeps the resources that came from it, and denies if there
+// are none; [authz.Set.Update] has the rules, resource by resource. FIFOs and
+// devices are never opened.
+//
+// A folder that is gone, cannot be listed, has lost the ..data that its links
+// refer to, exceeds a limit, or was created anew instead of renamed into place, is
+// an error, not "no policies": the last snapshot stays, [Folder.Ready] says why,
+// and a metric its age. A folder that is deleted file by file, slowly, is a series
+// of removals; within the 50 ms that removals wait, it is a folder that is gone.
+//
+// # Trust
+//
+// An attacker who can write to the folder decides who may call whom on this node.
+// One who can only write to the files in it, but not create names, can at most
+// have the writes reported, until the next start: then files are complete by
+// contract. One who controls the contents of one file that others rename into
+// place can add one more DENY or ALLOW for any workload: nothing here knows for
+// which namespaces a file may speak. That is up to whoever fills the folder.
+// One who can make the folder disappear can freeze the policies, visibly.
+package source
