@@ -1,0 +1,94 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"path/filepath"
+	"time"
+
+	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/identity/attest"
+)
+
+// config is agent.yaml. docs/configuration.md documents every key; a test holds
+// the two together.
+type config struct {
+	// TrustDomain is the one that the authority gives names in.
+	TrustDomain string `yaml:"trustDomain"`
+	// Node is the name of the node that this agent serves.
+	Node string `yaml:"node"`
+	// Socket is the Unix socket for the node's proxies, mode 0666: reaching it
+	// proves nothing.
+	Socket string `yaml:"socket"`
+	// StateDir is a folder on a tmpfs for what is needed to serve at once after a
+	// restart, keys included. Empty: nothing is saved.
+	StateDir string `yaml:"stateDir"`
+	// AllowSwap saves state although swap could write it to a disk.
+	AllowSwap bool `yaml:"allowSwap"`
+	CA        struct {
+		// Addresses are HOST:PORT of the authority's replicas.
+		Addresses []string `yaml:"addresses"`
+		// RootFile or RootHash pins the authority.
+		RootFile string `yaml:"rootFile"`
+		RootHash string `yaml:"rootHash"`
+		// TokenFile holds the agent's own token.
+		TokenFile string `yaml:"tokenFile"`
+	} `yaml:"ca"`
+	// Tokens says how proxies' tokens are verified.
+	Tokens struct {
+		Issuer      string        `yaml:"issuer"`
+		JWKSFile    string        `yaml:"jwksFile"`
+		Audience    string        `yaml:"audience"`
+		MaxLifetime time.Duration `yaml:"maxLifetime"`
+		Skew        time.Duration `yaml:"skew"`
+	} `yaml:"tokens"`
+	Policies struct {
+		// Dir is the folder of policies.
+		Dir string `yaml:"dir"`
+		// RootNamespace holds the policies of the whole mesh.
+		RootNamespace string `yaml:"rootNamespace"`
+		// TrustDomainAliases are further names of TrustDomain in policies.
+		TrustDomainAliases []string `yaml:"trustDomainAliases"`
+	} `yaml:"policies"`
+	Log  run.LogConfig  `yaml:"log"`
+	HTTP run.HTTPConfig `yaml:"http"`
+}
+
+// defaults is the configuration of an empty file.
+func defaults() config {
+	var c config
+	c.TrustDomain = "cluster.local"
+	c.Socket = "/run/signet/agent.sock"
+	c.StateDir = "/run/signet-agent"
+	c.CA.Addresses = []string{"signet-ca.signet-system.svc:8443"}
+	c.CA.TokenFile = "/var/run/secrets/tokens/signet-ca"
+	c.Tokens.Audience = "signet"
+	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
+	c.Policies.RootNamespace = "istio-system"
+	c.Log = run.LogConfig{Format: "text", Level: "info"}
+	c.HTTP.Listen = ":9102"
+	return c
+}
+
+func loadConfig(path string) (config, error) {
+	c := defaults()
+	if err := run.LoadConfig(path, &c); err != nil {
+		return config{}, err
+	}
+	bad := func(format string, args ...any) (config, error) {
+		return config{}, fmt.Errorf("reading configuration %s: "+format, append([]any{path}, args...)...)
+	}
+	switch {
+	case c.Socket == "" || !filepath.IsAbs(c.Socket):
+		return bad("socket %q: must be an absolute path", c.Socket)
+	case c.StateDir != "" && !filepath.IsAbs(c.StateDir):
+		return bad("stateDir %q: must be an absolute path, or empty to save nothing", c.StateDir)
+	case c.Tokens.Issuer == "" || c.Tokens.JWKSFile == "":
+		return bad("tokens.issuer and tokens.jwksFile are required")
+	case c.Policies.Dir == "":
+		return bad("policies.dir: is required")
+	}
+	return c, nil
+}
+
+func (c config) print(w io.Writer) error { return run.PrintConfig(w, c) }

@@ -1,0 +1,211 @@
+// Command signet-agent gives the proxies of one node their identities over SDS
+// and answers their ext_authz checks. This file is wiring in reading order.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/authz/extauthz"
+	"github.com/signet-mesh/signet/authz/source"
+	"github.com/signet-mesh/signet/ca/caclient"
+	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/cmd/internal/version"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
+	"github.com/signet-mesh/signet/identity/holder"
+	"github.com/signet-mesh/signet/sds"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+)
+
+// drain is how long checks in flight may take at the end. Streams of proxies
+// never end by themselves; proxies reopen them at the next agent.
+const drain = time.Second
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "signet-agent:", err)
+		os.Exit(1)
+	}
+}
+
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	root := &cobra.Command{Use: "signet-agent", Short: "The node agent of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
+	var path string
+	serve := &cobra.Command{Use: "serve", Short: "Serve the node's proxies until interrupted", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, stderr) }}
+	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
+	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c, err := loadConfig(path)
+			if err != nil {
+				return err
+			}
+			return c.print(stdout)
+		}}
+	for _, c := range []*cobra.Command{serve, show} {
+		c.Flags().StringVar(&path, "config", "/etc/signet/agent.yaml", "configuration `FILE`")
+	}
+	config.AddCommand(show)
+	root.AddCommand(serve, config)
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	return root.ExecuteContext(ctx)
+}
+
+func serve(ctx context.Context, path string, stderr io.Writer) error {
+	c, err := loadConfig(path)
+	if err != nil {
+		return err
+	}
+	log, err := c.Log.New(stderr)
+	if err != nil {
+		return err
+	}
+	td, err := identity.ParseTrustDomain(c.TrustDomain)
+	if err != nil {
+		return fmt.Errorf("trustDomain: %w", err)
+	}
+	// gRPC's own logging of messages would write private keys to a file.
+	if os.Getenv("GRPC_BINARY_LOG_FILTER") != "" {
+		return errors.New("GRPC_BINARY_LOG_FILTER is set: it would log every secret that is served; unset it")
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	log.Info("signet-agent starts", "version", version.Current().String(), "trust_domain", td.Name(), "node", c.Node, "pid", os.Getpid())
+
+	// What a predecessor saved: with it the agent serves before it reaches the
+	// authority.
+	saved, err := openSaved(c, td, log)
+	if err != nil {
+		return err
+	}
+	defer saved.Close()
+	pods := &identity.Pods{}
+	pods.Replace(saved.state.Pods)
+
+	// Policies before the socket: a check must never meet an agent without them.
+	policies, err := source.OpenFolder(source.Config{
+		Dir:     c.Policies.Dir,
+		Options: authz.Options{TrustDomain: td, TrustDomainAliases: c.Policies.TrustDomainAliases, RootNamespace: c.Policies.RootNamespace},
+		Log:     log, Metrics: reg,
+	})
+	if err != nil {
+		return err
+	}
+
+	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	if err != nil {
+		return err
+	}
+	attestor, err := attest.New(attest.Config{Issuer: c.Tokens.Issuer, Audience: c.Tokens.Audience, Keys: keys, Pods: pods, Node: c.Node,
+		AnyServiceAccount: true, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Metrics: reg})
+	if err != nil {
+		return err
+	}
+	gate, err := attest.NewGate(attest.GateConfig{Attestor: attestor, Pods: pods, Log: log, Metrics: reg})
+	if err != nil {
+		return err
+	}
+
+	// secrets and client need each other: the client reports what the streams
+	// have acknowledged.
+	var streams *sds.Server
+	client, err := caclient.New(caclient.Config{
+		Addresses: c.CA.Addresses, TrustDomain: td, Node: c.Node,
+		RootFile: c.CA.RootFile, RootHash: c.CA.RootHash, TokenFile: c.CA.TokenFile,
+		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust,
+		Acknowledged: func(current uint64) (uint64, <-chan struct{}) { return streams.Acknowledged(current) },
+		Version:      version.Current().String(), Log: log, Metrics: reg,
+	})
+	if err != nil {
+		return err
+	}
+	svids, err := holder.New(holder.Config{
+		TrustDomain: td, Issuer: client, Pods: pods, Node: c.Node,
+		Trust: func() *identity.Trust { t, _ := client.Trust(); return t },
+		Saved: saved.state.SVIDs, Log: log, Metrics: reg,
+	})
+	if err != nil {
+		return err
+	}
+	secrets, err := sds.NewSecrets(sds.SecretsConfig{TrustDomain: td, SVIDs: svids, Trust: client.Trust, Metrics: reg})
+	if err != nil {
+		return err
+	}
+	if streams, err = sds.New(sds.Config{Source: secrets, Log: log, Metrics: reg}); err != nil {
+		return err
+	}
+	checks, err := extauthz.New(extauthz.Config{Snapshot: policies.Snapshot, Log: log, Metrics: reg})
+	if err != nil {
+		return err
+	}
+
+	server := grpc.NewServer(
+		grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
+		// Bounds of what one proxy can make the agent hold; a CheckRequest has
+		// some kilobytes.
+		grpc.MaxRecvMsgSize(1<<20), grpc.MaxHeaderListSize(64<<10), grpc.MaxConcurrentStreams(10_000),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	)
+	streams.Register(server)
+	checks.Register(server)
+	listener, err := run.ListenUnix(c.Socket, 0o666)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	log.Info("serving proxies", "socket", filepath.Clean(c.Socket))
+
+	health := &run.Health{}
+	health.Add("authority", client.Ready)
+	health.Add("svids", svids.Health)
+	health.Add("policies", policies.Ready)
+	health.Add("token keys", keys.Err)
+	return run.InOrder(ctx,
+		func(cause error) {
+			health.End()
+			log.Info("shutting down", "reason", cause)
+		},
+		[]run.Job{
+			client.Run, svids.Run, policies.Run,
+			func(ctx context.Context) error { return retry(ctx, client, svids) },
+			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node) },
+		},
+		[]run.Job{
+			func(ctx context.Context) error { return run.ServeGRPC(ctx, server, listener, drain) },
+			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },
+		})
+}
+
+// retry has the holder ask again at once for what failed while the authority was
+// away.
+func retry(ctx context.Context, client *caclient.Client, svids *holder.Holder) error {
+	for {
+		_, again := client.Reached()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-again:
+			svids.Retry()
+		}
+	}
+}

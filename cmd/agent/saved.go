@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/caclient"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/holder"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// settle is how long changes are gathered before they are saved.
+const settle = 50 * time.Millisecond
+
+// saved is the state file, or nothing where none can be kept.
+type saved struct {
+	file  *holder.StateFile // nil: nothing is kept
+	state holder.State      // what a predecessor left; zero if there is nothing
+	log   *slog.Logger
+}
+
+// openSaved loads what the last agent of this node saved. State that cannot be
+// used is left out with a warning, since the agent can do without; a folder that
+// must not hold keys is an error.
+func openSaved(c config, td spiffeid.TrustDomain, log *slog.Logger) (*saved, error) {
+	s := &saved{log: log}
+	if c.StateDir == "" {
+		log.Warn("stateDir is empty: after a restart this agent serves nobody before it has reached the authority")
+		return s, nil
+	}
+	file, err := holder.OpenStateFile(c.StateDir, holder.StateOptions{AllowSwap: c.AllowSwap, NotBelow: []string{filepath.Dir(c.Socket)}, Log: log})
+	if errors.Is(err, holder.ErrNoState) {
+		log.Warn("no state is saved: after a restart this agent serves nobody before it has reached the authority", "err", err)
+		return s, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stateDir: %w", err)
+	}
+	s.file = file
+	state, err := file.Load()
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil // the first agent on this node since it booted
+	}
+	if err != nil {
+		log.Warn("saved state is not used", "err", err)
+		return s, nil
+	}
+	// State of another trust domain or node would not be of this agent.
+	if state.Trust != nil && state.Trust.TrustDomain() != td {
+		log.Warn("saved state is not used", "err", fmt.Errorf("it is of trust domain %s", state.Trust.TrustDomain().Name()))
+		return s, nil
+	}
+	if id, err := identity.AgentID(td, c.Node); err == nil && state.Agent != nil && state.Agent.ID != id {
+		log.Warn("saved state is not used", "err", fmt.Errorf("it is of %s", state.Agent.ID))
+		return s, nil
+	}
+	s.state = state
+	return s, nil
+}
+
+// credential is the saved agent SVID, or nil.
+func (s *saved) credential() *caclient.Credential {
+	if s.state.Agent == nil {
+		return nil
+	}
+	return &caclient.Credential{SVID: s.state.Agent, RenewAt: s.state.AgentRenewAt, TokenBy: s.state.TokenBy}
+}
+
+// keep saves the state after each change, until ctx ends, and once more then.
+func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder.Holder, pods *identity.Pods, node string) error {
+	if s.file == nil {
+		<-ctx.Done()
+		return nil
+	}
+	failing := false
+	for {
+		trust, trustChanged := client.Trust()
+		cred, credChanged := client.Credential()
+		onNode, podsChanged := pods.OnNode(node)
+		svidsChanged := svids.Changed()
+		state := holder.State{Trust: trust, NodeUID: client.NodeUID(), Pods: onNode, SVIDs: svids.Export()}
+		if cred != nil {
+			state.Agent, state.AgentRenewAt, state.TokenBy = cred.SVID, cred.RenewAt, cred.TokenBy
+		}
+		err := s.file.Save(state)
+		switch {
+		case err != nil && !failing:
+			s.log.Warn("saving state failed; it is tried again at the next change", "err", err)
+		case err == nil && failing:
+			s.log.Info("state is saved again")
+		}
+		failing = err != nil
+		if ctx.Err() != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			continue // once more, with what the last loops left
+		case <-trustChanged:
+		case <-credChanged:
+		case <-podsChanged:
+		case <-svidsChanged:
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(settle):
+		}
+	}
+}
+
+// Close releases the state file; the state stays for the next agent.
+func (s *saved) Close() error {
+	if s.file == nil {
+		return nil
+	}
+	return s.file.Close()
+}

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
+)
+
+// config is ca.yaml. docs/configuration.md documents every key; a test holds the
+// two together.
+type config struct {
+	// TrustDomain of every name that the authority gives out. It cannot change
+	// once the authority exists.
+	TrustDomain string `yaml:"trustDomain"`
+	// Instance tells replicas apart, 1 to 127.
+	Instance uint8 `yaml:"instance"`
+	// DataDir holds keys, state and issuance log. It must exist and not be open to
+	// others.
+	DataDir string `yaml:"dataDir"`
+	// Listen is HOST:PORT for agents.
+	Listen string `yaml:"listen"`
+	// DNSNames of the serving certificate, beside the SPIFFE ID.
+	DNSNames []string `yaml:"dnsNames"`
+	// AdminSocket is the Unix socket for operators, mode 0600. Empty: admin.sock in
+	// DataDir.
+	AdminSocket string `yaml:"adminSocket"`
+	// Publish says where the trust bundle is put for agents to pin.
+	Publish struct {
+		// RootFile gets the roots as PEM, written when the authority serves. Empty:
+		// not written.
+		RootFile string `yaml:"rootFile"`
+	} `yaml:"publish"`
+	Authority struct {
+		RootTTL         time.Duration `yaml:"rootTTL"`
+		IntermediateTTL time.Duration `yaml:"intermediateTTL"`
+	} `yaml:"authority"`
+	SVID struct {
+		TTL      time.Duration `yaml:"ttl"`
+		AgentTTL time.Duration `yaml:"agentTTL"`
+		MinTTL   time.Duration `yaml:"minTTL"`
+		MaxTTL   time.Duration `yaml:"maxTTL"`
+		Backdate time.Duration `yaml:"backdate"`
+	} `yaml:"svid"`
+	// Tokens says how service-account tokens are verified.
+	Tokens struct {
+		Issuer   string `yaml:"issuer"`
+		JWKSFile string `yaml:"jwksFile"`
+		// Audience of workloads' tokens, AgentAudience of agents'.
+		Audience      string `yaml:"audience"`
+		AgentAudience string `yaml:"agentAudience"`
+		// MaxLifetime refuses tokens that are good for longer.
+		MaxLifetime time.Duration `yaml:"maxLifetime"`
+		// Skew is allowed on the moments before which a token is not good.
+		Skew time.Duration `yaml:"skew"`
+	} `yaml:"tokens"`
+	Agents struct {
+		// ServiceAccounts are NAMESPACE/NAME of the accounts that agents run under.
+		ServiceAccounts []string `yaml:"serviceAccounts"`
+		// TokenEvery is how long an agent may renew without a fresh token.
+		TokenEvery time.Duration `yaml:"tokenEvery"`
+	} `yaml:"agents"`
+	// Log.HeadInterval is how often the head of the issuance log is signed.
+	IssuanceLog struct {
+		HeadInterval time.Duration `yaml:"headInterval"`
+	} `yaml:"issuanceLog"`
+	// Workloads lists every pod, agents' own included, where there is no
+	// Kubernetes.
+	Workloads []workload     `yaml:"workloads"`
+	Log       run.LogConfig  `yaml:"log"`
+	HTTP      run.HTTPConfig `yaml:"http"`
+}
+
+type workload struct {
+	Namespace      string            `yaml:"namespace"`
+	ServiceAccount string            `yaml:"serviceAccount"`
+	Pod            string            `yaml:"pod"`
+	PodUID         string            `yaml:"podUID"`
+	Node           string            `yaml:"node"`
+	NodeUID        string            `yaml:"nodeUID,omitempty"`
+	Labels         map[string]string `yaml:"labels,omitempty"`
+	Addresses      []string          `yaml:"addresses,omitempty"`
+	UnixUID        *uint32           `yaml:"unixUID,omitempty"`
+}
+
+// defaults is the configuration of an empty file.
+func defaults() config {
+	var c config
+	c.TrustDomain = "cluster.local"
+	c.Instance = 1
+	c.DataDir = "/var/lib/signet-ca"
+	c.Listen = ":8443"
+	c.Authority.RootTTL, c.Authority.IntermediateTTL = 365*24*time.Hour, 7*24*time.Hour
+	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MinTTL, c.SVID.MaxTTL, c.SVID.Backdate = time.Hour, time.Hour, time.Minute, 24*time.Hour, time.Minute
+	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
+	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
+	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
+	c.Agents.TokenEvery = 24 * time.Hour
+	c.IssuanceLog.HeadInterval = 10 * time.Second
+	c.Log = run.LogConfig{Format: "text", Level: "info"}
+	c.HTTP.Listen = ":9101"
+	return c
+}
+
+func loadConfig(path string) (config, error) {
+	c := defaults()
+	if err := run.LoadConfig(path, &c); err != nil {
+		return config{}, err
+	}
+	if c.AdminSocket == "" {
+		c.AdminSocket = filepath.Join(c.DataDir, "admin.sock")
+	}
+	if c.Tokens.Issuer == "" || c.Tokens.JWKSFile == "" {
+		return config{}, fmt.Errorf("reading configuration %s: tokens.issuer and tokens.jwksFile are required", path)
+	}
+	if c.Tokens.Audience == c.Tokens.AgentAudience {
+		return config{}, fmt.Errorf("reading configuration %s: tokens.audience and tokens.agentAudience are both %q: a workload's token must not pass for an agent's", path, c.Tokens.Audience)
+	}
+	if len(c.Agents.ServiceAccounts) == 0 {
+		return config{}, fmt.Errorf("reading configuration %s: agents.serviceAccounts is empty: no agent could attest", path)
+	}
+	return c, nil
+}
+
+// pods makes the set of pods from the static list, refusing what could not be
+// told apart or named.
+func (c config) pods() (*identity.Pods, error) {
+	td, err := identity.ParseTrustDomain(c.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	var list []identity.Workload
+	seen := map[string]int{}
+	for i, w := range c.Workloads {
+		bad := func(format string, args ...any) {
+			errs = append(errs, fmt.Errorf("workloads[%d] (%s/%s): "+format, append([]any{i, w.Namespace, w.Pod}, args...)...))
+		}
+		id := identity.Workload{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Pod: w.Pod, PodUID: w.PodUID,
+			Node: w.Node, NodeUID: w.NodeUID, Labels: w.Labels, UnixUID: w.UnixUID}
+		if w.PodUID == "" || w.Pod == "" || w.Node == "" {
+			bad("pod, podUID and node are required")
+		}
+		if _, err := id.ID(td); err != nil {
+			bad("%w", err)
+		}
+		if first, ok := seen[w.PodUID]; ok {
+			bad("podUID %s is also that of workloads[%d]", w.PodUID, first)
+		}
+		seen[w.PodUID] = i
+		for _, a := range w.Addresses {
+			ip, err := netip.ParseAddr(a)
+			if err != nil {
+				bad("address %q is not an IP address", a)
+			}
+			id.Addresses = append(id.Addresses, ip)
+		}
+		list = append(list, id)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	pods := &identity.Pods{}
+	pods.Replace(list)
+	return pods, nil
+}
+
+// authority is the configuration of package ca, without what main wires.
+func (c config) authority() (ca.Config, error) {
+	td, err := identity.ParseTrustDomain(c.TrustDomain)
+	if err != nil {
+		return ca.Config{}, fmt.Errorf("trustDomain: %w", err)
+	}
+	return ca.Config{
+		TrustDomain: td, Instance: c.Instance, DataDir: c.DataDir, DNSNames: c.DNSNames,
+		RootTTL: c.Authority.RootTTL, IntermediateTTL: c.Authority.IntermediateTTL,
+		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate},
+		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval,
+	}, nil
+}
+
+func (c config) print(w io.Writer) error { return run.PrintConfig(w, c) }

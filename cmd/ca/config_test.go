@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/signet-mesh/signet/cmd/internal/run/runtest"
+)
+
+func TestEveryKeyIsDocumented(t *testing.T) {
+	runtest.KeysAreDocumented(t, config{}, "../../docs/configuration.md", "## signet-ca")
+}
+
+func write(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "ca.yaml")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestWhatIsPrintedIsTheSameConfiguration: print, read, print is the identity.
+func TestWhatIsPrintedIsTheSameConfiguration(t *testing.T) {
+	show := func(path string) string {
+		t.Helper()
+		var out, errs bytes.Buffer
+		if err := execute(context.Background(), []string{"config", "print", "--config", path}, &out, &errs); err != nil {
+			t.Fatalf("%v\n%s", err, errs.String())
+		}
+		return out.String()
+	}
+	first := show(write(t, withKeys(t)+"svid: {ttl: 10m}\nworkloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d, node: e, labels: {f: g}, unixUID: 7}\n"))
+	if again := show(write(t, first)); again != first {
+		t.Errorf("printed\n%s\nread and printed\n%s", first, again)
+	}
+	for _, want := range []string{"ttl: 10m0s", "agentTTL: 1h0m0s", "unixUID: 7", "admin.sock"} {
+		if !strings.Contains(first, want) {
+			t.Errorf("%q is missing in\n%s", want, first)
+		}
+	}
+}
+
+func TestBadConfigurationsAreRefused(t *testing.T) {
+	const w = "workloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d, node: e}\n"
+	for name, c := range map[string]struct{ yaml, says string }{
+		"an unknown key":                {"trustdomain: x\n", `line 1: unknown key "trustdomain"`},
+		"an unknown key below another":  {"svid:\n  tll: 1h\n", `line 2: unknown key "tll"`},
+		"a key given twice":             {"listen: a\nlisten: b\n", "already defined"},
+		"a wrong type":                  {"instance: many\n", "line 1"},
+		"a duration without a unit":     {"svid: {ttl: 10}\n", `line 1: "10" is not a duration`},
+		"broken YAML":                   {"svid: {ttl: 1h\n", "yaml"},
+		"two documents":                 {"listen: a\n---\nlisten: b\n", "more than one YAML document"},
+		"one audience for both":         {strings.Replace(withKeys(t), "{", "{audience: a, agentAudience: a, ", 1), "must not pass for an agent's"},
+		"no account for agents":         {withKeys(t) + "agents: {serviceAccounts: []}\n", "no agent could attest"},
+		"a trust domain that is none":   {withKeys(t) + "trustDomain: A/b\n", "trust domain"},
+		"two workloads with one UID":    {withKeys(t) + w + "- {namespace: a, serviceAccount: b, pod: c2, podUID: d, node: e}\n", "also that of workloads[0]"},
+		"a workload without a node":     {withKeys(t) + "workloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d}\n", "node are required"},
+		"a workload that has no name":   {withKeys(t) + "workloads:\n- {namespace: a/b, serviceAccount: b, pod: c, podUID: d, node: e}\n", "workloads[0]"},
+		"a workload without an address": {withKeys(t) + "workloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d, node: e, addresses: [x]}\n", "not an IP address"},
+		"no issuer":                     {w, "tokens.issuer"},
+		"log of an unknown format":      {withKeys(t) + "log: {format: xml}\n", "log.format"},
+		"log of an unknown level":       {withKeys(t) + "log: {level: loud}\n", "log.level"},
+		"SVIDs that live too short":     {withKeys(t) + "svid: {ttl: 1s}\n", "svid.minTTL"},
+		"a folder that is not there":    {withKeys(t) + "dataDir: /nonexistent/signet\n", "does not exist"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out, errs bytes.Buffer
+			err := execute(context.Background(), []string{"serve", "--config", write(t, c.yaml)}, &out, &errs)
+			if err == nil || !strings.Contains(strings.ToLower(err.Error()), strings.ToLower(c.says)) {
+				t.Errorf("got %v, want %q", err, c.says)
+			}
+			if strings.Contains(err.Error(), "main.config") {
+				t.Errorf("the error speaks of Go types: %v", err)
+			}
+		})
+	}
+	if err := execute(context.Background(), []string{"serve", "--config", "/nonexistent.yaml"}, &bytes.Buffer{}, &bytes.Buffer{}); err == nil {
+		t.Error("a missing file was taken")
+	}
+	if err := execute(context.Background(), []string{"serve", "--config", write(t, strings.Repeat("#", 17<<20))}, &bytes.Buffer{}, &bytes.Buffer{}); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("a huge file: %v", err)
+	}
+}
+
+// withKeys is configuration that gets past the token keys.
+func withKeys(t *testing.T) string {
+	t.Helper()
+	return "tokens: {issuer: \"https://issuer.test\", jwksFile: " + runtest.JWKSFile(t) + "}\n"
+}

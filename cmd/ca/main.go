@@ -1,0 +1,158 @@
+// Command signet-ca is the certificate authority: it issues short-lived SPIFFE
+// SVIDs to node agents. This file is wiring in reading order; what is wired lives
+// in package ca and below.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/cmd/internal/version"
+	"github.com/signet-mesh/signet/identity/attest"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+)
+
+// drain is how long RPCs in flight may take at the end.
+const drain = 3 * time.Second
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "signet-ca:", err)
+		os.Exit(1)
+	}
+}
+
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	root := &cobra.Command{Use: "signet-ca", Short: "The certificate authority of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
+	var path string
+	serve := &cobra.Command{Use: "serve", Short: "Serve node agents until interrupted", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, stderr) }}
+	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
+	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c, err := loadConfig(path)
+			if err != nil {
+				return err
+			}
+			return c.print(stdout)
+		}}
+	for _, c := range []*cobra.Command{serve, show} {
+		c.Flags().StringVar(&path, "config", "/etc/signet/ca.yaml", "configuration `FILE`")
+	}
+	config.AddCommand(show)
+	root.AddCommand(serve, config)
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	return root.ExecuteContext(ctx)
+}
+
+func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
+	c, err := loadConfig(path)
+	if err != nil {
+		return err
+	}
+	log, err := c.Log.New(stderr)
+	if err != nil {
+		return err
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	log.Info("signet-ca starts", "version", version.Current().String(), "trust_domain", c.TrustDomain, "pid", os.Getpid())
+
+	cfg, err := c.authority()
+	if err != nil {
+		return err
+	}
+	if cfg.Pods, err = c.pods(); err != nil {
+		return err
+	}
+	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	if err != nil {
+		return err
+	}
+	tokens := attest.Config{Issuer: c.Tokens.Issuer, Keys: keys, Pods: cfg.Pods, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Metrics: reg}
+	agents := tokens
+	agents.Audience, agents.ServiceAccounts = c.Tokens.AgentAudience, c.Agents.ServiceAccounts
+	if cfg.Agents, err = attest.New(agents); err != nil {
+		return err
+	}
+	workloads := tokens
+	workloads.Audience, workloads.AnyServiceAccount = c.Tokens.Audience, true
+	if cfg.Workloads, err = attest.New(workloads); err != nil {
+		return err
+	}
+
+	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
+	authority, err := ca.Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	// Storage closes last, after everything that could write to it.
+	defer func() { err = errors.Join(err, authority.Close()) }()
+
+	health := &run.Health{}
+	health.Add("authority", authority.Ready)
+	health.Add("token keys", keys.Err)
+
+	listener, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return fmt.Errorf("listening for agents: listen: %w", err)
+	}
+	defer listener.Close()
+	adminListener, err := run.ListenUnix(c.AdminSocket, 0o600)
+	if err != nil {
+		return err
+	}
+	defer adminListener.Close()
+	if err := publish(c, authority, log); err != nil {
+		return err
+	}
+	log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", authority.ID().String())
+
+	return run.InOrder(ctx,
+		func(cause error) {
+			health.End()
+			log.Info("shutting down", "reason", cause)
+		},
+		[]run.Job{authority.Run},
+		[]run.Job{
+			func(ctx context.Context) error { return run.ServeGRPC(ctx, authority.NewServer(), listener, drain) },
+			func(ctx context.Context) error {
+				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain)
+			},
+			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },
+		})
+}
+
+// publish puts the roots where agents pin them, whole or not at all.
+func publish(c config, a *ca.Authority, log *slog.Logger) error {
+	path := c.Publish.RootFile
+	if path == "" {
+		return nil
+	}
+	trust, _ := a.Trust()
+	if err := run.WriteFile(path, trust.PEM(), fs.FileMode(0o644)); err != nil {
+		return fmt.Errorf("publishing roots: publish.rootFile: %w", err)
+	}
+	log.Info("roots published", "file", filepath.Clean(path), "sequence", trust.Sequence())
+	return nil
+}

@@ -1,0 +1,52 @@
+package run
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+)
+
+// ListenUnix listens on a Unix socket with exactly that mode, replacing a socket
+// that a killed predecessor left behind. The socket is made under another name
+// and renamed into place, so nobody ever connects to one with another mode, and
+// connections that race the change reach either the old socket or the new.
+// Something at path that is not a socket is not removed: that is an error.
+func ListenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+	if fi, err := os.Lstat(path); err == nil && fi.Mode()&fs.ModeSocket == 0 {
+		return nil, fmt.Errorf("listening on %s: there is a file of that name that is not a socket; remove it or choose another path", path)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("listening on %s: %w", path, err)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("listening on %s: another process is serving on it; stop that one first", path)
+	}
+	tmp := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%d.%s", os.Getpid(), filepath.Base(path)))
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("listening on %s: removing a stale socket: %w", path, err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listening on %s: %w", path, err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chmod(tmp, mode), os.Rename(tmp, path)); err != nil {
+		l.Close()
+		_ = os.Remove(tmp)
+		return nil, fmt.Errorf("listening on %s: %w", path, err)
+	}
+	return &unixListener{Listener: l, path: path}, nil
+}
+
+// unixListener removes the socket's file when it is closed in order.
+type unixListener struct {
+	net.Listener
+	path string
+}
+
+func (l *unixListener) Close() error {
+	return errors.Join(l.Listener.Close(), os.Remove(l.path))
+}
