@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/signet-mesh/signet/identity"
 )
@@ -41,7 +42,7 @@ type GateConfig struct {
 }
 
 // Gate lets only proven callers through to the handlers of a gRPC server. Its
-// methods Unary and Stream are the interceptors.
+// methods Unary and Stream are the interceptors, Tap goes before them.
 //
 // The proof is the token in the RPC's metadata, under authorization: exactly one
 // value, with or without "Bearer ". It belongs to the RPC, never to the connection,
@@ -93,6 +94,20 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 		return nil, fmt.Errorf("setting up the gate: %w", err)
 	}
 	return g, nil
+}
+
+// Tap is a tap.ServerInHandle (grpc.InTapHandle): it refuses an RPC without a good
+// proof on its headers, before any message is read, so that callers who prove
+// nothing cannot make the server hold their messages. It only keeps out: Unary and
+// Stream verify again, since a message may be slow to come.
+func (g *Gate) Tap(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if _, ok := g.open[info.FullMethodName]; ok {
+		return ctx, nil
+	}
+	if _, err := g.caller(ctx); err != nil {
+		return ctx, g.refuse(ctx, info.FullMethodName, err)
+	}
+	return ctx, nil
 }
 
 // Unary is a grpc.UnaryServerInterceptor. The context of the call ends, with the
