@@ -16,7 +16,10 @@ import (
 	"github.com/signet-mesh/signet/storage"
 )
 
-const agentPrefix = "agents/"
+const (
+	agentPrefix  = "agents/"
+	agentVersion = 1
+)
 
 // agent is what an agent SVID stands for: the pod and the node that were proved
 // when it was issued. An SVID that is not on record is worth nothing here.
@@ -58,6 +61,9 @@ func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
 		if err := json.Unmarshal(e.Value, &r); err != nil {
 			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
 		}
+		if r.Version > agentVersion {
+			return nil, fmt.Errorf("reading agent %s: %w: it has version %d, this build reads up to %d; run the newer signet-ca", e.Key, storage.ErrNewerFormat, r.Version, agentVersion)
+		}
 		if r.serial, err = hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)); err != nil {
 			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
 		}
@@ -68,7 +74,7 @@ func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
 
 // add makes an agent SVID good, durably.
 func (as *agents) add(ctx context.Context, r agent) error {
-	r.Version = 1
+	r.Version = agentVersion
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("recording agent on %s: %w", r.Node, err)
@@ -130,11 +136,11 @@ func (as *agents) forget(ctx context.Context, now time.Time) error {
 	for _, s := range serials {
 		delete(as.bySerial, s)
 	}
-	for node, s := range as.streams {
-		if s.open == 0 && !slices.ContainsFunc(slices.Collect(maps.Values(as.bySerial)), func(r *agent) bool { return r.Node == node }) {
-			delete(as.streams, node)
-		}
+	known := make(map[string]bool, len(as.bySerial))
+	for _, r := range as.bySerial {
+		known[r.Node] = true
 	}
+	maps.DeleteFunc(as.streams, func(node string, s *streamsOfNode) bool { return s.open == 0 && !known[node] })
 	return nil
 }
 

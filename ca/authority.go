@@ -17,6 +17,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -26,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 )
 
 // ErrUnavailable is returned while nothing can be issued, because nothing can be
@@ -38,7 +40,6 @@ type Authority struct {
 	cfg      Config
 	instance uint8
 	id       spiffeid.ID // its own SPIFFE ID
-	dir      string      // DATADIR/authority
 	store    *storage.Bolt
 	log      *storage.FileLog
 	keys     *keyFolder
@@ -56,8 +57,13 @@ type Authority struct {
 	trust        identity.Watched[*identity.Trust]
 	head         identity.Watched[storage.Head] // newest signed head; zero before the first
 	serving      atomic.Pointer[tls.Certificate]
-	servingRenew time.Time // owned by Open and then by Run
-	ahead        atomic.Pointer[storage.Head]
+	servingRenew time.Time                    // owned by Open and then by Run
+	lost         atomic.Pointer[storage.Head] // a signed head that the log does not hold
+	strangers    chan struct{}                // a place for each first attestation under way
+
+	// warnings bounds the lines that refused callers can make the log grow by; the
+	// metrics count every refusal.
+	warnings *rate.Limiter
 
 	mu       sync.Mutex
 	failures map[string]error // what Run fails at now, by job; guarded by mu
@@ -109,6 +115,10 @@ func ensureFolder(ctx context.Context, cfg Config) (string, error) {
 	if fi.Mode().Perm()&0o007 != 0 {
 		return "", fmt.Errorf("dataDir %s has mode %v and is open to others: run: chmod o-rwx %s", cfg.DataDir, fi.Mode().Perm(), cfg.DataDir)
 	}
+	// Whoever may rename in dataDir could put another authority in this one's place.
+	if fi.Mode().Perm()&0o020 != 0 && fi.Mode()&fs.ModeSticky == 0 && !ours(fi) {
+		return "", fmt.Errorf("dataDir %s belongs to somebody else and its group may write: run: chown %d %s", cfg.DataDir, os.Geteuid(), cfg.DataDir)
+	}
 	dir := filepath.Join(cfg.DataDir, folderName)
 	fi, err = os.Lstat(dir)
 	switch {
@@ -116,10 +126,18 @@ func ensureFolder(ctx context.Context, cfg Config) (string, error) {
 		return dir, create(ctx, cfg, dir)
 	case err != nil:
 		return "", fmt.Errorf("dataDir: %w", err)
+	case !ours(fi):
+		return "", fmt.Errorf("%s belongs to another user than the one that runs signet-ca (%d): it is not this authority's; restore it, or run: chown -R %d %s", dir, os.Geteuid(), os.Geteuid(), dir)
 	case !fi.IsDir() || fi.Mode().Perm()&0o077 != 0:
 		return "", fmt.Errorf("%s has mode %v: it must be a folder that only its owner can enter; run: chmod 700 %s", dir, fi.Mode(), dir)
 	}
 	return dir, checkComplete(dir)
+}
+
+// ours reports whether a file belongs to the user that this process runs as.
+func ours(fi fs.FileInfo) bool {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
 }
 
 // checkComplete refuses a folder from which something is gone. Nothing is made
@@ -208,8 +226,8 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	if mustExist {
 		reg = cfg.Metrics
 	}
-	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, dir: dir, store: store, log: log, keys: keys,
-		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, metrics: newMetrics(reg)}
+	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: keys,
+		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	return a, nil
 }
 
@@ -352,7 +370,7 @@ func (a *Authority) load(ctx context.Context) error {
 	a.trust.Store(t)
 	// An intermediate that expired while the authority was down is replaced before
 	// anything is served; one that is due is left to Run.
-	if now := time.Now(); !now.Before(a.intermediate.Load().cert.NotAfter) {
+	if now := time.Now().Round(0); !now.Before(a.intermediate.Load().cert.NotAfter) {
 		return a.renewIntermediate(ctx)
 	}
 	return nil
@@ -373,8 +391,8 @@ func (a *Authority) Ready() error {
 	if err := a.failing(); err != nil {
 		return err
 	}
-	if h := a.ahead.Load(); h != nil {
-		return fmt.Errorf("an agent holds a signed head of this log at record %d, which is beyond its end: records were lost; restore the log", h.Sequence)
+	if h := a.lost.Load(); h != nil {
+		return fmt.Errorf("an agent holds a signed head of this log at record %d that the log does not hold: records were lost; restore the log", h.Sequence)
 	}
 	now := time.Now()
 	if c := a.intermediate.Load().cert; !now.Before(c.NotAfter) {
@@ -439,19 +457,19 @@ func (a *Authority) failing() error {
 }
 
 func (a *Authority) renew(ctx context.Context) error {
-	now := time.Now()
+	now := time.Now().Round(0)
 	c := a.intermediate.Load().cert
+	var errs []error
 	// Half life, where life is what the certificate was made for; the root's end
 	// may have cut it.
 	if now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2)) {
-		if err := a.renewIntermediate(ctx); err != nil {
-			return err
-		}
+		errs = append(errs, a.renewIntermediate(ctx))
 	}
+	// Also when the intermediate cannot be renewed: it is good for days yet.
 	if !now.Before(a.servingRenew) {
-		return a.renewServing(ctx)
+		errs = append(errs, a.renewServing(ctx))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // renewIntermediate replaces the intermediate under the same root, which every
@@ -486,6 +504,10 @@ func (a *Authority) renewIntermediate(ctx context.Context) error {
 	}
 	next.Authorities = append(next.Authorities, entry)
 	revision, err := next.commit(ctx, a.store, a.journalRevision)
+	if errors.Is(err, storage.ErrNotDurable) {
+		// Nobody knows whether the journal names the new key by now, so it stays.
+		return fmt.Errorf("renewing the intermediate: %w", err)
+	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("renewing the intermediate: %w", err), a.keys.remove(entry.Key))
 	}
@@ -525,6 +547,13 @@ func (a *Authority) renewServing(ctx context.Context) error {
 	a.serving.Store(cert)
 	a.servingRenew = out[0].renewAt
 	return nil
+}
+
+// warn logs a refusal, at a bounded rate: refused callers must not fill a disk.
+func (a *Authority) warn(message string, args ...any) {
+	if a.warnings.Allow() {
+		a.cfg.Log.Warn(message, args...)
+	}
 }
 
 // signHead signs the head of the log, if it grew since the last.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
@@ -20,6 +21,7 @@ import (
 
 	"golang.org/x/crypto/cryptobyte"
 	cryptobyteasn1 "golang.org/x/crypto/cryptobyte/asn1"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -300,7 +302,8 @@ func TestTheClock(t *testing.T) {
 	w := newWorld(t)
 	a, _ := w.attest(agentA)
 	now := time.Now()
-	at := func(d time.Duration) { w.SetClock(func() time.Time { return now.Add(d) }, now) }
+	// What a stepped clock returns: the wall time moves, the monotonic reading not.
+	at := func(d time.Duration) { w.SetClock(func() time.Time { return now.Round(0).Add(d) }, now.Round(0)) }
 
 	at(-4 * time.Minute)
 	rs, err := issue(t, a, item(t, byUID(server.PodUID)))
@@ -327,4 +330,127 @@ func TestTheClock(t *testing.T) {
 	if w.Ready() != nil {
 		t.Error(w.Ready())
 	}
+}
+
+// TestAKeyStaysWhileNobodyKnowsWhetherItIsNeeded fails the journal's commit after
+// it landed: the next start finds the new intermediate in the journal, and its key.
+func TestAKeyStaysWhileNobodyKnowsWhetherItIsNeeded(t *testing.T) {
+	t.Parallel()
+	for _, landed := range []bool{false, true} {
+		var armed bool
+		w := newWorld(t, func(c *ca.Config) {
+			c.StoreOptions.Hook = func(l bool) error {
+				if armed && l == landed {
+					return errors.New("injected failure")
+				}
+				return nil
+			}
+		})
+		before := w.Intermediate()
+		armed = true
+		if err := w.RenewIntermediate(t.Context()); err == nil {
+			t.Error("a failed commit was taken for a good one")
+		}
+		armed = false
+		w.close()
+		w.open()
+		if renewed := !w.Intermediate().Equal(before); renewed != landed {
+			t.Errorf("landed=%v: renewed=%v", landed, renewed)
+		}
+		a, _ := w.attest(agentA)
+		if rs, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil || rs[0].GetX509() == nil {
+			t.Errorf("landed=%v: %v, %v", landed, rs, err)
+		}
+	}
+}
+
+// TestHalfCloseStillGetsItsAnswers: an agent that says that no more batches come
+// waits for those that it sent.
+func TestHalfCloseStillGetsItsAnswers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, _ := w.attest(agentA)
+	for range 10 {
+		s, err := a.Issue(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id := range uint64(3) {
+			if err := s.Send(&capb.IssueRequest{Id: id, Items: []*capb.IssueItem{item(t, byUID(server.PodUID))}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		got := 0
+		for {
+			m, err := s.Recv()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil || m.GetResults()[0].GetX509() == nil {
+				t.Fatal(m, err)
+			}
+			got++
+		}
+		if got != 3 {
+			t.Fatalf("%d of 3 answers came", got)
+		}
+	}
+}
+
+// TestStrangersHoldLittle: who has no certificate gets a few places for first
+// attestations, for some seconds, and no other method is even read.
+func TestStrangersHoldLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		stalled := func(method string) (grpc.ClientStream, error) {
+			return w.conn(nil).NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, method)
+		}
+		var open []grpc.ClientStream
+		for range 100 {
+			s, err := stalled(capb.Authority_Attest_FullMethodName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			open = append(open, s)
+		}
+		synctest.Wait()
+		refused := 0
+		deadline := time.After(time.Second)
+		results := make(chan error, len(open))
+		for _, s := range open {
+			go func() { results <- s.RecvMsg(&capb.AttestResponse{}) }()
+		}
+	count:
+		for {
+			select {
+			case err := <-results:
+				if status.Code(err) != codes.ResourceExhausted {
+					t.Errorf("refused with %v", err)
+				}
+				refused++
+			case <-deadline:
+				break count
+			}
+		}
+		if refused != 100-32 {
+			t.Errorf("%d of 100 stalled attestations were refused", refused)
+		}
+		time.Sleep(20 * time.Second)
+		synctest.Wait()
+		w.attest(agentA) // the places are free again
+		s, err := stalled(capb.Authority_Issue_FullMethodName)
+		if err == nil {
+			err = s.RecvMsg(&capb.IssueResponse{})
+		}
+		if status.Code(err) != codes.Unauthenticated {
+			t.Errorf("Issue without a certificate: %v", err)
+		}
+		for range 100 - refused {
+			<-results
+		}
+		w.close()
+	})
 }

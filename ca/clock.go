@@ -17,18 +17,21 @@ const maxStepBack = 5 * time.Minute
 // the newest thing that the authority recorded. Nothing is signed then.
 var ErrClock = errors.New("the system clock is more than five minutes before the newest record")
 
-// clock is wall-clock time that does not go back.
+// clock is wall-clock time that does not go back behind what was recorded.
 type clock struct {
 	wall func() time.Time
 
 	mu     sync.Mutex
-	newest time.Time // guarded by mu
+	newest time.Time // of what was recorded, without a monotonic reading; guarded by mu
 }
 
+// now is the time to put into certificates. Only what was recorded holds it: a
+// glitch into the future that nobody used is over when it is over.
 func (c *clock) now() (time.Time, error) {
+	// Round(0) drops the monotonic reading, which would hide a step of the clock.
+	t := c.wall().Round(0)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t := c.wall()
 	if t.Before(c.newest) {
 		if c.newest.Sub(t) > maxStepBack {
 			return time.Time{}, fmt.Errorf("%w: it says %s, the newest record is of %s; set the clock right and start again",
@@ -36,6 +39,14 @@ func (c *clock) now() (time.Time, error) {
 		}
 		return c.newest, nil
 	}
-	c.newest = t
 	return t, nil
+}
+
+// recorded notes that something with time t became durable.
+func (c *clock) recorded(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t = t.Round(0); t.After(c.newest) {
+		c.newest = t
+	}
 }

@@ -19,7 +19,7 @@
 //
 // # Layout
 //
-//	DATADIR/authority/state.db    storage.Bolt: journal, trust, agents
+//	DATADIR/authority/state.db    storage.Bolt: journal, agents
 //	DATADIR/authority/log/        storage.FileLog: issuance log
 //	DATADIR/authority/keys/*.key  PKCS#8 PEM, 0600, one per authority and the log's
 //
@@ -34,6 +34,6 @@
 // store but not the keys can at most stop the authority, or make it forget agents
 // (who then attest again) or publish a bundle without its root (which agents
 // refuse to connect with); records of issuance can be cut, but signed heads that
-// agents hold give that away. One who controls the clock can make certificates
+// running agents hold give that away. One who controls the clock can make certificates
 // that are valid later, up to the lifetime of the intermediate.
 package ca

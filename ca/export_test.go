@@ -48,3 +48,11 @@ func (a *Authority) SetClock(now func() time.Time, newest time.Time) {
 
 // Agents is the number of agent SVIDs on record.
 func (a *Authority) Agents() int { return len(a.agents.status()) }
+
+// ClockAt is what the clock says when the wall says t, and something was recorded
+// at newest.
+func ClockAt(t, newest time.Time) (time.Time, error) {
+	c := &clock{wall: func() time.Time { return t }}
+	c.recorded(newest)
+	return c.now()
+}

@@ -52,7 +52,7 @@ type issued struct {
 	err     error
 }
 
-// issuer is an authority certificate with its key. certificate is nil for a root
+// issuer is an authority certificate with its key. cert is nil for a root
 // that is about to sign itself.
 type issuer struct {
 	cert  *x509.Certificate
@@ -79,6 +79,7 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 	if err != nil {
 		return nil, err
 	}
+	a.clock.recorded(now)
 	out := make([]issued, len(logged))
 	inParallel(len(logged), func(i int) { out[i] = logged[i].sign(now) })
 	for i := range out {

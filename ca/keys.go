@@ -73,6 +73,9 @@ func (f *keyFolder) open(uri string, pub crypto.PublicKey) (crypto.Signer, error
 	if err != nil {
 		return nil, fmt.Errorf("loading key: %w", err)
 	}
+	if !ours(fi) {
+		return nil, fmt.Errorf("key file %s belongs to another user than the one that runs signet-ca (%d): run: chown %d %s", path, os.Geteuid(), os.Geteuid(), path)
+	}
 	if !fi.Mode().IsRegular() || fi.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("key file %s has mode %v: it must be a regular file that only its owner can read; run: chmod 600 %s", path, fi.Mode(), path)
 	}
@@ -91,14 +94,14 @@ func (f *keyFolder) open(uri string, pub crypto.PublicKey) (crypto.Signer, error
 	return key, nil
 }
 
-// remove deletes the key of an authority that is gone for good.
+// remove deletes a key that certifies nothing any more, or never did.
 func (f *keyFolder) remove(uri string) error {
 	path, err := f.path(uri)
 	if err != nil {
 		return err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("removing an expired key: %w", err)
+		return fmt.Errorf("removing a key that is not needed: %w", err)
 	}
 	return nil
 }

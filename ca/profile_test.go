@@ -184,3 +184,22 @@ func FuzzPublicKey(f *testing.F) {
 		}
 	})
 }
+
+// TestTheClockSeesAStep: a monotonic reading, as time.Now has one, must not hide
+// that the wall clock was set back.
+func TestTheClockSeesAStep(t *testing.T) {
+	t.Parallel()
+	newest := time.Now() // with a monotonic reading
+	for _, c := range []struct {
+		step time.Duration
+		want time.Duration // after newest
+		bad  bool
+	}{{0, 0, false}, {time.Hour, time.Hour, false}, {-4 * time.Minute, 0, false}, {-6 * time.Minute, 0, true}} {
+		// AddDate drops nothing, Add moves both readings: only a time without the
+		// monotonic reading is what a stepped clock gives.
+		got, err := ca.ClockAt(newest.Round(0).Add(c.step), newest)
+		if (err != nil) != c.bad || err == nil && !got.Equal(newest.Round(0).Add(c.want)) {
+			t.Errorf("step %v: %v, %v", c.step, got.Sub(newest.Round(0)), err)
+		}
+	}
+}

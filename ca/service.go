@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -21,15 +22,20 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // Limits of the wire. They bound what one agent can make the authority do.
 const (
-	maxBatch        = 256     // items in an IssueRequest
-	maxMessage      = 6 << 20 // bytes: a full batch of the largest tokens
-	maxInFlight     = 4       // batches of one stream that are worked on at once
+	maxBatch        = 256      // items in an IssueRequest
+	maxMessage      = 3 << 19  // bytes; the batches of agents stay below 1 MiB
+	maxHeaders      = 16 << 10 // bytes of an RPC's headers
+	maxStreams      = 16       // of one connection at once; an agent needs four
+	maxStrangers    = 32       // first attestations that are read at once
+	strangerTime    = 15 * time.Second
+	maxInFlight     = 4 // batches of one stream that are worked on at once
 	maxToken        = 16 << 10
 	maxPodUID       = 64
 	maxHeads        = 128
@@ -47,13 +53,19 @@ type service struct {
 // NewServer makes a gRPC server for agents: TLS 1.3 with the authority's serving
 // certificate, no session tickets (a resumed session would outlive the checks of
 // its certificate), client certificates of the trust domain verified where given.
+//
+// Who calls is checked on the headers of an RPC, before any of its messages is
+// read: strangers can make the authority hold no more than a few first
+// attestations, for some seconds each.
 func (a *Authority) NewServer() *grpc.Server {
 	s := grpc.NewServer(
 		grpc.Creds(credentials.NewTLS(a.tlsConfig())),
+		grpc.InTapHandle(a.admit),
 		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxConcurrentStreams(64),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(10*time.Second),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 5 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	capb.RegisterAuthorityServer(s, service{a: a})
@@ -115,7 +127,7 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 	}
 	c := info.State.PeerCertificates[0]
 	refuse := func(err error) (*agent, error) {
-		a.cfg.Log.Warn("agent refused", "serial", fmt.Sprintf("%x", c.SerialNumber), "peer", p.Addr.String(), "err", err)
+		a.warn("agent refused", "serial", fmt.Sprintf("%x", c.SerialNumber), "peer", p.Addr.String(), "err", err)
 		return nil, status.Error(codes.PermissionDenied, "the SVID is not that of a live agent; attest again")
 	}
 	id, err := identity.CheckSVID(c)
@@ -134,6 +146,49 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 		return refuse(err)
 	}
 	return r, nil
+}
+
+// admit lets an RPC be read. A first attestation comes from a stranger, who gets
+// one of a few places for some seconds; everybody else must be an agent.
+func (a *Authority) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if info.FullMethodName != capb.Authority_Attest_FullMethodName || hasCertificate(ctx) {
+		_, err := a.caller(ctx)
+		return ctx, err
+	}
+	select {
+	case a.strangers <- struct{}{}:
+	default:
+		return ctx, status.Error(codes.ResourceExhausted, "too many attestations at once; try again later")
+	}
+	// The stream's context ends with the stream, so both are released then.
+	ctx, cancel := context.WithTimeout(ctx, strangerTime)
+	context.AfterFunc(ctx, func() { cancel(); <-a.strangers })
+	return ctx, nil
+}
+
+func hasCertificate(ctx context.Context) bool {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return false
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	return ok && len(info.State.PeerCertificates) > 0
+}
+
+// within runs a stream's handler until it returns or the agent's SVID, pod or node
+// goes. A peer that does not read cannot hold the stream open beyond that: when
+// this returns, whatever body waits for on the stream fails.
+func (a *Authority) within(ctx context.Context, r *agent, body func(context.Context) error) error {
+	ctx, cancel := a.bound(ctx, r)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- body(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ended(ctx)
+	}
 }
 
 // bound derives the context of an agent's stream: it ends with the agent's SVID,
@@ -208,7 +263,7 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	case *capb.AttestRequest_Token:
 		w, err := a.attestToken(ctx, a.cfg.Agents, e.Token)
 		if err != nil {
-			a.cfg.Log.Warn("agent attestation refused", "err", err)
+			a.warn("agent attestation refused", "err", err)
 			return nil, code(err)
 		}
 		r = agent{Node: w.Node, NodeUID: w.NodeUID, PodUID: w.PodUID, TokenAt: now}
@@ -266,8 +321,12 @@ func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.I
 	if err != nil {
 		return err
 	}
-	ctx, cancel := s.a.bound(stream.Context(), r)
-	defer cancel()
+	return s.a.within(stream.Context(), r, func(ctx context.Context) error { return s.a.issuing(ctx, r, stream) })
+}
+
+// issuing answers the batches of one stream. When the agent says that no more
+// come, those under way are still answered.
+func (a *Authority) issuing(ctx context.Context, r *agent, stream grpc.BidiStreamingServer[capb.IssueRequest, capb.IssueResponse]) error {
 	g, ctx := errgroup.WithContext(ctx)
 	answers := make(chan *capb.IssueResponse)
 	requests := receive(ctx, stream.Recv)
@@ -276,7 +335,13 @@ func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.I
 			select {
 			case <-ctx.Done():
 				return ended(ctx)
-			case m := <-answers:
+			case m, ok := <-answers:
+				if !ok {
+					return nil // every batch is answered
+				}
+				if ctx.Err() != nil {
+					return ended(ctx)
+				}
 				if err := stream.Send(m); err != nil {
 					return err
 				}
@@ -284,6 +349,7 @@ func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.I
 		}
 	})
 	slots := make(chan struct{}, maxInFlight)
+	var batches sync.WaitGroup
 	g.Go(func() error {
 		for {
 			var m received[capb.IssueRequest]
@@ -291,6 +357,11 @@ func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.I
 			case <-ctx.Done():
 				return ended(ctx)
 			case m = <-requests:
+			}
+			if errors.Is(m.err, io.EOF) {
+				batches.Wait()
+				close(answers)
+				return nil
 			}
 			if m.err != nil {
 				return m.err
@@ -303,20 +374,18 @@ func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.I
 				return ended(ctx)
 			case slots <- struct{}{}:
 			}
-			g.Go(func() error {
+			batches.Go(func() {
 				defer func() { <-slots }()
 				select {
-				case answers <- s.a.answer(ctx, r, m.msg):
+				case answers <- a.answer(ctx, r, m.msg):
 				case <-ctx.Done():
 				}
-				return nil
 			})
 		}
 	})
-	if err := g.Wait(); !errors.Is(err, io.EOF) {
-		return err
-	}
-	return nil
+	err := g.Wait()
+	batches.Wait()
+	return err
 }
 
 // received is a message or the reason why there are no more.
@@ -369,7 +438,7 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 		case err == nil:
 			certs, at = append(certs, checked[i]), append(at, i)
 		case errors.As(err, &ref):
-			a.cfg.Log.Warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "err", err)
+			a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "err", err)
 			refuse(i, ref.code, ref.retry, ref.public)
 		default:
 			a.cfg.Log.Error("issuing failed", "node", r.Node, "err", err)
@@ -473,14 +542,19 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 	if err != nil {
 		return err
 	}
-	ctx, cancel := a.bound(stream.Context(), r)
-	defer cancel()
 	a.agents.watching(r.Node, +1)
 	defer a.agents.watching(r.Node, -1)
+	return a.within(stream.Context(), r, func(ctx context.Context) error { return a.watchTrust(ctx, r, stream) })
+}
+
+func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
 	requests := receive(ctx, stream.Recv)
 	for {
 		t, trustChanged := a.trust.Load()
 		h, headChanged := a.head.Load()
+		if ctx.Err() != nil {
+			return ended(ctx)
+		}
 		m := &capb.WatchTrustResponse{Trust: trustToProto(t)}
 		if h.Sequence > 0 {
 			m.LogHead = headToProto(h)
@@ -504,7 +578,7 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 				if q.err != nil {
 					return q.err
 				}
-				if err := a.hear(r, t, q.msg); err != nil {
+				if err := a.hear(r, q.msg); err != nil {
 					return err
 				}
 			}
@@ -513,9 +587,9 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 }
 
 // hear takes what an agent says on WatchTrust.
-func (a *Authority) hear(r *agent, t *identity.Trust, m *capb.WatchTrustRequest) error {
-	if m.GetAcknowledged() > t.Sequence() {
-		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), t.Sequence())
+func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
+	if newest := a.trust.Value().Sequence(); m.GetAcknowledged() > newest {
+		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
 	}
 	if len(m.GetLogHeads()) > maxHeads {
 		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
@@ -528,9 +602,10 @@ func (a *Authority) hear(r *agent, t *identity.Trust, m *capb.WatchTrustRequest)
 		if err != nil || !a.verifyHead(h) {
 			continue
 		}
-		if end := a.log.Head().Sequence; h.Sequence > end && a.ahead.Swap(&h) == nil {
-			a.cfg.Log.Error("the issuance log is shorter than a head that it signed: records were lost or an old copy was put back",
-				"node", r.Node, "head", h.Sequence, "log", end)
+		// A log that was cut and has grown back has another hash there.
+		if same, known := a.log.Holds(h); known && !same && a.lost.Swap(&h) == nil {
+			a.cfg.Log.Error("the issuance log does not hold a head that it signed: records were lost or an old copy was put back",
+				"node", r.Node, "head", h.Sequence, "log", a.log.Head().Sequence)
 		}
 	}
 	return nil
@@ -542,8 +617,10 @@ func (s service) WatchNode(_ *capb.WatchNodeRequest, stream grpc.ServerStreaming
 	if err != nil {
 		return err
 	}
-	ctx, cancel := a.bound(stream.Context(), r)
-	defer cancel()
+	return a.within(stream.Context(), r, func(ctx context.Context) error { return a.watchNode(ctx, r, stream) })
+}
+
+func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
 	sent := map[string]identity.Workload{}
 	full := true
 	for {
@@ -560,6 +637,9 @@ func (s service) WatchNode(_ *capb.WatchNodeRequest, stream grpc.ServerStreaming
 			if _, ok := now[uid]; !ok {
 				m.Deleted = append(m.Deleted, uid)
 			}
+		}
+		if ctx.Err() != nil {
+			return ended(ctx)
 		}
 		if full || len(m.Pods)+len(m.Deleted) > 0 {
 			if err := stream.Send(m); err != nil {

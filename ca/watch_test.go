@@ -243,3 +243,124 @@ func TestAStreamEndsWithItsSVID(t *testing.T) {
 		w.close()
 	})
 }
+
+// TestTheServingCertificateOutlivesTheIntermediatesRenewal: in the root's last
+// days no intermediate can be renewed, and agents must still be served.
+func TestTheServingCertificateOutlivesTheIntermediatesRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *ca.Config) {
+			c.RootTTL, c.IntermediateTTL, c.HeadInterval = 15*24*time.Hour, 7*24*time.Hour, time.Hour
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- w.Run(ctx) }()
+		refused := false
+		for time.Now().Add(6 * time.Hour).Before(w.Root().NotAfter) {
+			time.Sleep(5 * time.Hour)
+			refused = refused || w.Ready() != nil
+			a, _ := w.attest(agentA)
+			if rs, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil || rs[0].GetX509() == nil {
+				t.Fatalf("%v before the root's end: %v, %v", time.Until(w.Root().NotAfter), rs, err)
+			}
+		}
+		if !refused {
+			t.Error("readiness never said that the root has to be replaced")
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		w.close()
+	})
+}
+
+// TestAnUnreadStreamEndsToo: an agent that does not read cannot hold its streams
+// open beyond its SVID.
+func TestAnUnreadStreamEndsToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, cert := w.attest(agentA)
+		s, err := a.WatchNode(t.Context(), &capb.WatchNodeRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// More than the flow-control window, and nobody reads.
+		labels := map[string]string{}
+		for i := range 200 {
+			labels[strings.Repeat("k", 50)+string(rune('a'+i%26))+strings.Repeat("x", i)] = strings.Repeat("v", 60)
+		}
+		for i := range 50 {
+			p := server
+			p.PodUID, p.Labels = "uid-"+string(rune('A'+i)), labels
+			w.pods.Set(p)
+			synctest.Wait()
+		}
+		time.Sleep(time.Until(cert.Leaf.NotAfter) + time.Second)
+		synctest.Wait()
+		late := server
+		late.PodUID = "uid-late"
+		w.pods.Set(late)
+		for err == nil {
+			var m *capb.WatchNodeResponse
+			m, err = s.Recv()
+			for _, p := range m.GetPods() {
+				if p.GetUid() == "uid-late" {
+					t.Error("a pod of after the SVID's end was told")
+				}
+			}
+		}
+		if status.Code(err) != codes.Unauthenticated {
+			t.Errorf("it ended with %v", err)
+		}
+		w.close()
+	})
+}
+
+// TestALogThatGrewBackIsNoticed: as long as before, with other records.
+func TestALogThatGrewBackIsNoticed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.close()
+	old := copyTree(t, w.cfg.DataDir+"/authority/log")
+	w.open()
+	a, cert := w.attest(agentA)
+	if _, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.SignHead(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	head, _ := w.Log().SignedHead()
+	w.close()
+	restoreTree(t, old, w.cfg.DataDir+"/authority/log")
+	w.open()
+	a = w.dial(cert)
+	for w.Log().Head().Sequence <= head.Sequence {
+		if _, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if same, known := w.Log().Holds(head); same || !known {
+		t.Errorf("the log says that it holds a foreign head: %v, %v", same, known)
+	}
+	if same, known := w.Log().Holds(w.Log().Head()); !same || !known {
+		t.Errorf("the log does not know its own head: %v, %v", same, known)
+	}
+	s, err := a.WatchTrust(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(&capb.WatchTrustRequest{LogHeads: []*capb.LogHead{{Instance: head.Instance, Sequence: head.Sequence, Hash: head.Hash[:],
+		Time: timestamppb.New(head.Time), Signature: head.Signature}}}); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for w.Ready() == nil && time.Now().Before(deadline) {
+		if err := s.Send(&capb.WatchTrustRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "records were lost") {
+		t.Errorf("not noticed: %v", err)
+	}
+}

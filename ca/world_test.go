@@ -191,6 +191,11 @@ func spki(t testing.TB, pub crypto.PublicKey) []byte {
 // dial connects with a client certificate, or with none.
 func (w *world) dial(cert *tls.Certificate) capb.AuthorityClient {
 	w.t.Helper()
+	return capb.NewAuthorityClient(w.conn(cert))
+}
+
+func (w *world) conn(cert *tls.Certificate) *grpc.ClientConn {
+	w.t.Helper()
 	roots := x509.NewCertPool()
 	roots.AddCert(w.Root())
 	cfg := &tls.Config{RootCAs: roots, ServerName: "localhost", MinVersion: tls.VersionTLS13}
@@ -203,7 +208,7 @@ func (w *world) dial(cert *tls.Certificate) capb.AuthorityClient {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { conn.Close() })
-	return capb.NewAuthorityClient(conn)
+	return conn
 }
 
 // attest makes an agent of that pod, and returns a connection with its SVID.

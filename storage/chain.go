@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -24,13 +25,6 @@ type chain struct {
 
 func newChain(instance uint32, base mark) chain {
 	return chain{instance: instance, newest: base, recent: []mark{base}}
-}
-
-// clone is a copy that shares nothing with c that either of them changes.
-func (c *chain) clone() chain {
-	d := *c
-	d.recent = slices.Clone(c.recent)
-	return d
 }
 
 // advance goes on to the state after a batch.
@@ -57,6 +51,24 @@ func (c *chain) batch(b batch) error {
 	return nil
 }
 
+// find is the place of a sequence among the recent marks.
+func (c *chain) find(sequence uint64) (i int, ok bool) {
+	return slices.BinarySearchFunc(c.recent, sequence, func(m mark, s uint64) int { return cmp.Compare(m.sequence, s) })
+}
+
+// holds says whether the chain went through the state that a head names; known is
+// false for one from before the recent marks.
+func (c *chain) holds(h Head) (same, known bool) {
+	if h.Instance != c.instance {
+		return false, true
+	}
+	if h.Sequence < c.recent[0].sequence {
+		return false, false
+	}
+	i, ok := c.find(h.Sequence)
+	return ok && c.recent[i].hash == h.Hash, true
+}
+
 // checkHead checks a signed head against what is known of the chain.
 func (c *chain) checkHead(h Head) error {
 	if len(h.Signature) == 0 || len(h.Signature) > MaxSignature {
@@ -68,15 +80,7 @@ func (c *chain) checkHead(h Head) error {
 	if h.Sequence < c.signed.Sequence {
 		return fmt.Errorf("head at sequence %d is before the newest signed one at %d", h.Sequence, c.signed.Sequence)
 	}
-	i, ok := slices.BinarySearchFunc(c.recent, h.Sequence, func(m mark, s uint64) int {
-		switch {
-		case m.sequence < s:
-			return -1
-		case m.sequence > s:
-			return 1
-		}
-		return 0
-	})
+	i, ok := c.find(h.Sequence)
 	if !ok {
 		return fmt.Errorf("head at sequence %d is not a recent state of this log", h.Sequence)
 	}

@@ -11,3 +11,13 @@ func (l *FileLog) Err() error {
 
 // Err is nil while the store can be used, else the reason why not.
 func (b *Bolt) Err() error { return b.usable() }
+
+// Holds reports whether the log holds the state that a head names. A head beyond
+// the end, or with another hash at its place, is of a log that lost records, or of
+// another log altogether. Neither time nor signature is compared.
+// known is false for a head so old that only reading the whole log could tell.
+func (l *FileLog) Holds(h Head) (same, known bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.chain.holds(h)
+}

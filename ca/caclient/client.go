@@ -43,6 +43,10 @@ const (
 	rpcTimeout = 20 * time.Second
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = 10 * time.Second
+	// minRenewal is the least time between two renewals that succeed, unless an
+	// eighth of what is left of the SVID is less: a clock that is ahead must not make the
+	// agent renew without pause.
+	minRenewal = 10 * time.Second
 	// silence is how long a session may stay unanswered before the token is tried:
 	// an authority that was set up anew refuses old SVIDs in the handshake, which
 	// looks like one that is away.
@@ -249,7 +253,7 @@ func delay(attempt int, random float64) time.Duration {
 // session has to be given up.
 func (c *Client) hold(ctx context.Context, s *session) error {
 	end := s.cred.SVID.Certificates[0].NotAfter
-	renew := time.NewTimer(time.Until(s.cred.RenewAt))
+	renew := time.NewTimer(max(time.Until(s.cred.RenewAt), min(minRenewal, time.Until(end)/8)))
 	defer renew.Stop()
 	silent := time.NewTicker(silence)
 	defer silent.Stop()
@@ -381,7 +385,7 @@ func (c *Client) believe(p *capb.Trust) error {
 	case old != nil && t.Sequence() < old.Sequence():
 		return fmt.Errorf("the authority's trust bundle has sequence %d, %d is known: an old state was put back; raise the sequence with a restore", t.Sequence(), old.Sequence())
 	case old != nil && t.Sequence() == old.Sequence() && string(t.PEM()) != string(old.PEM()):
-		return fmt.Errorf("the authority's trust bundle with sequence %d differs from the one that is known: there are two authorities, or one was set up anew; if that was meant, remove the agent's saved state and restart it", t.Sequence())
+		return fmt.Errorf("the authority's trust bundle with sequence %d differs from the one that is known: there are two authorities, or one was set up anew; if that was meant, stop the agent, remove its saved state and start it", t.Sequence())
 	case old != nil && t.Sequence() == old.Sequence():
 		return nil
 	}

@@ -464,3 +464,24 @@ func TestConfigIsChecked(t *testing.T) {
 		}
 	}
 }
+
+// TestRenewalsHaveAPause: a clock that is ahead makes every SVID due at once
+// and must not make the agent renew without end.
+func TestRenewalsHaveAPause(t *testing.T) {
+	a := newAuthority(t)
+	cfg := a.config()
+	c, end := run(t, cfg)
+	ready(t, c)
+	saved, _ := c.Credential()
+	end()
+	due := *saved
+	due.RenewAt = time.Now().Add(-time.Minute)
+	cfg = a.config()
+	cfg.Saved = &due
+	c, _ = run(t, cfg)
+	ready(t, c)
+	<-time.After(300 * time.Millisecond)
+	if now, _ := c.Credential(); now != &due {
+		t.Error("an SVID that was due was renewed without a pause: a clock that is ahead would do that without end")
+	}
+}

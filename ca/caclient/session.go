@@ -167,10 +167,10 @@ func (s *session) watchTrust(ctx context.Context) error {
 			if r.err != nil {
 				return r.err
 			}
-			s.alive()
 			if err := c.believe(r.m.GetTrust()); err != nil {
 				return err
 			}
+			s.alive()
 			c.heads.see(r.m.GetLogHead())
 		}
 	}
@@ -391,13 +391,13 @@ func (s *session) batch(ctx context.Context, items []*capb.IssueItem) (*capb.Iss
 		defer st.mu.Unlock()
 		delete(st.waiting, id)
 	}()
+	// Cancelling the stream is what frees a Send that waits for the authority to
+	// read. After a failed Send the reader gets the status and closes answer.
+	stop := context.AfterFunc(ctx, st.cancel)
+	defer stop()
 	st.send.Lock()
-	err = st.stream.Send(&capb.IssueRequest{Id: id, Items: items})
+	_ = st.stream.Send(&capb.IssueRequest{Id: id, Items: items})
 	st.send.Unlock()
-	if err != nil {
-		// The reader gets the status behind io.EOF and closes answer.
-		st.cancelLater()
-	}
 	select {
 	case r, ok := <-answer:
 		if !ok {
@@ -407,11 +407,12 @@ func (s *session) batch(ctx context.Context, items []*capb.IssueItem) (*capb.Iss
 		}
 		return r, nil
 	case <-ctx.Done():
+		// An authority that does not answer may not read either: the next batch gets
+		// a stream of its own.
+		st.cancel()
 		return nil, context.Cause(ctx)
 	}
 }
-
-func (st *issueStream) cancelLater() { _ = st.stream.CloseSend() }
 
 // issuing is the session's Issue stream, opened if there is none.
 func (s *session) issuing() (*issueStream, error) {

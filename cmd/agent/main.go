@@ -35,6 +35,9 @@ import (
 // never end by themselves; proxies reopen them at the next agent.
 const drain = time.Second
 
+// handover is how long a predecessor may take to leave.
+const handover = 5 * time.Second
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
@@ -90,6 +93,14 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	log.Info("signet-agent starts", "version", version.Current().String(), "trust_domain", td.Name(), "node", c.Node, "pid", os.Getpid())
+
+	// One agent at a time: a predecessor that is still leaving would save its state
+	// over this one's.
+	lock, err := run.LockFolder(filepath.Dir(c.Socket), handover)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 
 	// What a predecessor saved: with it the agent serves before it reaches the
 	// authority.
@@ -159,10 +170,13 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 	}
 
 	server := grpc.NewServer(
+		// The tap comes before any message is read: nobody without a proof makes the
+		// agent hold more than headers.
+		grpc.InTapHandle(gate.Tap),
 		grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
 		// Bounds of what one proxy can make the agent hold; a CheckRequest has
-		// some kilobytes.
-		grpc.MaxRecvMsgSize(1<<20), grpc.MaxHeaderListSize(64<<10), grpc.MaxConcurrentStreams(10_000),
+		// some kilobytes, and Envoy opens another connection where streams run out.
+		grpc.MaxRecvMsgSize(256<<10), grpc.MaxHeaderListSize(32<<10), grpc.MaxConcurrentStreams(1000),
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 	)
@@ -177,6 +191,12 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 
 	health := &run.Health{}
 	health.Add("authority", client.Ready)
+	health.Add("pods", func() error {
+		if !client.Synced() && pods.Len() == 0 {
+			return errors.New("the authority has not told the pods of this node yet")
+		}
+		return nil
+	})
 	health.Add("svids", svids.Health)
 	health.Add("policies", policies.Ready)
 	health.Add("token keys", keys.Err)

@@ -19,6 +19,9 @@ import (
 // settle is how long changes are gathered before they are saved.
 const settle = 50 * time.Millisecond
 
+// retrySave is when a state that could not be saved is saved again.
+const retrySave = 10 * time.Second
+
 // saved is the state file, or nothing where none can be kept.
 type saved struct {
 	file  *holder.StateFile // nil: nothing is kept
@@ -92,7 +95,7 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		err := s.file.Save(state)
 		switch {
 		case err != nil && !failing:
-			s.log.Warn("saving state failed; it is tried again at the next change", "err", err)
+			s.log.Warn("saving state failed; it is tried again", "err", err)
 		case err == nil && failing:
 			s.log.Info("state is saved again")
 		}
@@ -100,9 +103,14 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		if ctx.Err() != nil {
 			return nil
 		}
+		var again <-chan time.Time
+		if failing {
+			again = time.After(retrySave)
+		}
 		select {
 		case <-ctx.Done():
 			continue // once more, with what the last loops left
+		case <-again:
 		case <-trustChanged:
 		case <-credChanged:
 		case <-podsChanged:

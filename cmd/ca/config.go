@@ -67,7 +67,7 @@ type config struct {
 		// TokenEvery is how long an agent may renew without a fresh token.
 		TokenEvery time.Duration `yaml:"tokenEvery"`
 	} `yaml:"agents"`
-	// Log.HeadInterval is how often the head of the issuance log is signed.
+	// IssuanceLog.HeadInterval is how often the head of the issuance log is signed.
 	IssuanceLog struct {
 		HeadInterval time.Duration `yaml:"headInterval"`
 	} `yaml:"issuanceLog"`

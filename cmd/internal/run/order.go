@@ -9,7 +9,7 @@ import (
 // Job is work that goes on until its context ends, and then returns nil.
 type Job func(context.Context) error
 
-// InOrder runs loops and servers until ctx ends or one of them returns, and ends
+// InOrder runs loops and servers until ctx ends or one of them fails, and ends
 // them in order: ending is called (readiness off), then the servers stop and
 // drain, then the loops, so that whatever a last RPC needs is still there. It
 // returns when all have, with every error. What must close last, storage, the

@@ -283,3 +283,43 @@ func TestWriteFileIsAllOrNothing(t *testing.T) {
 		t.Errorf("left behind: %v", es)
 	}
 }
+
+// TestALatePredecessorLeavesItsSuccessorAlone: closing twice, as a server and its
+// owner do, must not remove the socket of whoever listens by now.
+func TestALatePredecessorLeavesItsSuccessorAlone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	first, err := run.ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	second, err := run.ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	first.Close()
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the successor's socket is gone: %v", err)
+	}
+}
+
+func TestAFolderIsForOneProcess(t *testing.T) {
+	dir := t.TempDir()
+	lock, err := run.LockFolder(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run.LockFolder(dir, 50*time.Millisecond); err == nil || !strings.Contains(err.Error(), "another process has it") {
+		t.Errorf("locked twice: %v", err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { lock.Close() })
+	again, err := run.LockFolder(dir, 10*time.Second)
+	if err != nil {
+		t.Fatalf("a predecessor that leaves is waited for: %v", err)
+	}
+	again.Close()
+	if _, err := run.LockFolder(dir+"-x", 0); err == nil {
+		t.Error("a folder that does not exist was locked")
+	}
+}
