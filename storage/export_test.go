@@ -1,6 +1,15 @@
 package storage
 
-import "io"
+import (
+	"io"
+
+	"go.etcd.io/bbolt"
+)
 
 // Examine is what OpenBolt does before it trusts a file.
 func Examine(file io.ReaderAt, size int64) error { return examine(file, size) }
+
+// CommitFailed is what the store makes of a commit that bbolt says has failed.
+func (b *Bolt) CommitFailed(err error) error {
+	return b.db.View(func(tx *bbolt.Tx) error { return b.commitFailed(err, tx.ID()) })
+}

@@ -263,6 +263,9 @@ func TestNoChangedByteIsAccepted(t *testing.T) {
 	tail := lastFrame(segments[1])
 	for i, segment := range segments {
 		for off := range segment {
+			if testing.Short() && off%4 != 0 {
+				continue
+			}
 			flip := []byte{0x01, 0x80, 0xff}[off%3]
 			changed := slices.Clone(segments)
 			changed[i] = slices.Clone(segment)
@@ -375,6 +378,7 @@ func TestDamageIsNamedAndNeverRepaired(t *testing.T) {
 		"a valid frame after the damage":      {[][]byte{segments[0], join(segments[1], []byte("damage"), encodeFrame(segments[1], 3, []byte("x")))}, ": no frame here, but one at offset 4074"},
 		"bytes after a damaged frame":         {[][]byte{segments[0], join(mangled, []byte("more"))}, "offset 3497: frame with a wrong checksum and 4 bytes after it"},
 		"more damage than one frame explains": {[][]byte{segments[0], join(segments[1], zeros)}, fmt.Sprintf("offset %d: 5242880 bytes that are no frame", len(segments[1]))},
+		"a carried head cut off whole":        {[][]byte{segments[0], segments[1][:headerSize]}, "segment 000000000002.seg, offset 128: the newest signed head is missing"},
 		"a grown segment":                     {[][]byte{join(segments[0], frame), segments[1]}, "segment 000000000001.seg has "},
 		"an empty file":                       {[][]byte{segments[0], {}}, "segment 000000000002.seg is shorter than its header"},
 		"something else":                      {[][]byte{zeros[:500]}, "segment 000000000001.seg: not a log segment"},

@@ -115,6 +115,10 @@ func (b *Bolt) start(opt BoltOptions) error {
 	if err != nil {
 		return err
 	}
+	// Whoever created the file may not have got so far.
+	if err := syncDir(filepath.Dir(b.path)); err != nil {
+		return fmt.Errorf("making the name of the file durable: %w", err)
+	}
 	b.history = newHistory(opt.History, revision)
 	b.metrics, err = newBoltMetrics(opt.Metrics)
 	return err
@@ -183,8 +187,7 @@ func openDB(path string, file *os.File, opt *bbolt.Options) (db *bbolt.DB, err e
 // createBolt makes an empty store. If another process does the same at the same
 // time, one of the two files gets the name.
 func createBolt(path string) (err error) {
-	dir, base := filepath.Split(path)
-	f, err := os.CreateTemp(dir, base+newSuffix+"*") // mode 0600
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+newSuffix+"*") // mode 0600
 	if err != nil {
 		return err
 	}
@@ -192,9 +195,6 @@ func createBolt(path string) (err error) {
 	defer func() {
 		if removeErr := os.Remove(temp); removeErr != nil && !errors.Is(removeErr, fs.ErrNotExist) {
 			err = errors.Join(err, removeErr)
-		}
-		if err == nil {
-			err = syncDir(filepath.Dir(path))
 		}
 	}()
 	db, err := openDB(temp, f, &bbolt.Options{})
@@ -227,10 +227,7 @@ func createBolt(path string) (err error) {
 // removeLeftovers removes what a creation that did not end left. Who removes has
 // the store open, so it exists and nobody needs them.
 func removeLeftovers(path string) error {
-	dir, base := filepath.Split(path)
-	if dir == "" {
-		dir = "."
-	}
+	dir, base := filepath.Dir(path), filepath.Base(path)
 	names, err := os.ReadDir(dir)
 	if err != nil {
 		return err

@@ -369,6 +369,22 @@ func logCopies(t *testing.T, l *logTest) {
 		copy(r.Data, "YYYYYY")
 		_ = append(r.Data, "ZZZZZZ..."...) // must not reach the next record
 	}
+	// What a scan yielded stays while it goes on.
+	for i := range 12 {
+		l.append(string(bytes.Repeat([]byte{byte('a' + i)}, 60_000)))
+	}
+	var kept [][]byte
+	for r, err := range l.Scan(t.Context(), 1) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept = append(kept, r.Data)
+	}
+	for i, data := range kept {
+		if want := l.want[uint64(i)+1]; string(data) != want {
+			t.Errorf("record %d became %.10q…, was %.10q…", i+1, data, want)
+		}
+	}
 	h := l.Head()
 	h.Signature = []byte("signature")
 	if err := l.AppendHead(t.Context(), h); err != nil {

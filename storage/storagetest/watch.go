@@ -57,6 +57,23 @@ func storeWatch(t *testing.T, s *storeTest) {
 	if got := s.watched("a/", r1, 2); !slices.Equal(got, want[2:]) {
 		t.Errorf("after %d got %q, want %q", r1, got, want[2:])
 	}
+	// Many changes, so many in a commit that an engine might split it.
+	const commits, ops = 7, 90
+	after := s.commit(nil, set("many", ""))
+	want = nil
+	for i := range commits {
+		var batch []storage.Op
+		for j := range ops {
+			batch = append(batch, set(fmt.Sprintf("many/%d", j), fmt.Sprint(i)))
+		}
+		r := s.commit(nil, batch...)
+		for j := range ops {
+			want = append(want, fmt.Sprintf("many/%d=%d@%d", j, i, r))
+		}
+	}
+	if got := s.watched("many/", after, commits*ops); !slices.Equal(got, want) {
+		t.Errorf("many changes: got %q, want %q", got, want)
+	}
 	if got := s.watched("", r0, 6); got[1] != fmt.Sprintf("b/1=1@%d", r1) {
 		t.Errorf("without a prefix: %q", got)
 	}
