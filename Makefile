@@ -1,0 +1,42 @@
+# The targets are shorthand; `go build`, `go vet` and `go test -race ./...` work
+# without them. `make help` tells what each does.
+
+VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null)
+COMMIT  ?= $(shell git describe --always --exclude '*' --abbrev=12 --dirty 2>/dev/null)
+STAMP   := github.com/signet-mesh/signet/cmd/internal/version
+BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X $(STAMP).release=$(VERSION) -X $(STAMP).commit=$(COMMIT)'
+TOOLS    = $$(go run ./integration/fetch tools)
+
+.PHONY: help build tools demo test bench lint generate image clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+build: ## build bin/signet-ca, bin/signet-agent and bin/signet
+	$(BUILD) -o bin/signet-ca ./cmd/ca
+	$(BUILD) -o bin/signet-agent ./cmd/agent
+	$(BUILD) -o bin/signet ./cmd/signet
+
+tools: ## fetch or build what tests and lint need, once, into the user's cache
+	@go run ./integration/fetch
+
+demo: build ## show the whole product at work on this machine, in a minute
+	@ENVOY=$$(go run ./integration/fetch envoy) bin/signet demo
+
+test: tools ## run all tests, with the race detector
+	@go run ./integration/testrun -race -timeout 20m ./...
+
+bench: tools ## run all benchmarks and write bin/bench.json
+	@mkdir -p bin && go run ./integration/bench -o bin/bench.json ./...
+
+lint: ## check format, code, modules, wire format, structure and links
+	@bash integration/lint.sh
+
+generate: ## regenerate the wire format's Go
+	@tools=$(TOOLS) && PATH="$$tools:$$PATH" buf generate
+
+image: ## record the wire format that later changes must be compatible with; at a release only
+	@tools=$(TOOLS) && $$tools/buf build --exclude-source-info -o ca/capb/released.binpb
+
+clean: ## remove what make made; the cache of tools stays
+	rm -rf bin

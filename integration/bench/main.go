@@ -1,0 +1,119 @@
+// Command bench runs Go benchmarks and writes every metric of every one, also
+// those that a benchmark reports itself (testing.B.ReportMetric), as JSON:
+//
+//	go run ./integration/bench -o bin/bench.json ./...
+//
+// The file is an array of {"name", "value", "unit"}, sorted by name and unit.
+// What else is measured (memory of a daemon, time to the first secret) is a
+// benchmark as well, in the package that can measure it.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	output := flags.String("o", "bin/bench.json", "write the JSON to this `file`")
+	match := flags.String("bench", ".", "run benchmarks that match this `regexp`")
+	benchtime := flags.String("benchtime", "1s", "run each for this `time`")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	// One package at a time, or they would disturb one another.
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-p", "1", "-run", "^$", "-bench", *match, "-benchmem", "-benchtime", *benchtime, "-timeout", "30m"}, flags.Args()...)...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, stdout), stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w", strings.Join(cmd.Args, " "), err)
+	}
+	metrics, err := parse(&out)
+	if err != nil {
+		return err
+	}
+	if len(metrics) == 0 {
+		return errors.New("no benchmark ran")
+	}
+	b, err := json.MarshalIndent(metrics, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(*output, append(b, '\n'), 0o644); err != nil {
+		return fmt.Errorf("writing the metrics: %w", err)
+	}
+	fmt.Fprintf(stdout, "%d metrics in %s\n", len(metrics), *output)
+	return nil
+}
+
+// metric is one number.
+type metric struct {
+	// Name is the package below the module and the benchmark, such as
+	// "authz.Decide/policies=100".
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit"`
+}
+
+// procs is what go test puts after a name: GOMAXPROCS, where it is not 1.
+var procs = regexp.MustCompile(`-\d+$`)
+
+// parse reads what `go test -bench` prints.
+func parse(r io.Reader) ([]metric, error) {
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return nil, err
+	}
+	var metrics []metric
+	pkg := ""
+	for line := range strings.Lines(string(b)) {
+		if p, ok := strings.CutPrefix(line, "pkg: "); ok {
+			_, pkg, _ = strings.Cut(strings.TrimSpace(p), "/signet/")
+			continue
+		}
+		name, ok := strings.CutPrefix(line, "Benchmark")
+		fields := strings.Fields(name)
+		// A name, a count, and pairs of value and unit; other lines are logs.
+		if !ok || len(fields) < 4 || len(fields)%2 != 0 {
+			continue
+		}
+		for i := 2; i < len(fields); i += 2 {
+			value, err := strconv.ParseFloat(fields[i], 64)
+			if err != nil {
+				return nil, fmt.Errorf("benchmark line %q: %w", strings.TrimSpace(line), err)
+			}
+			metrics = append(metrics, metric{pkg + "." + procs.ReplaceAllString(fields[0], ""), value, fields[i+1]})
+		}
+	}
+	slices.SortFunc(metrics, func(a, b metric) int {
+		if c := strings.Compare(a.Name, b.Name); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Unit, b.Unit)
+	})
+	return metrics, nil
+}

@@ -1,0 +1,43 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	got, err := parse(strings.NewReader(`goos: linux
+goarch: amd64
+pkg: github.com/signet-mesh/signet/authz
+cpu: a cpu
+BenchmarkDecide/policies=100-2         	 1000000	      1042.5 ns/op	       0 B/op	       0 allocs/op
+BenchmarkDecide/name-with-dash-2       	       1	         5 ns/op
+PASS
+ok  	github.com/signet-mesh/signet/authz	1.2s
+pkg: github.com/signet-mesh/signet/identity/attest
+BenchmarkFirstSecret
+    attest_test.go:5: a log
+BenchmarkFirstSecret-2 	      10	 1.5e+06 ns/op	        12.50 ms/first-secret
+PASS
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []metric{
+		{"authz.Decide/name-with-dash", 5, "ns/op"},
+		{"authz.Decide/policies=100", 0, "B/op"},
+		{"authz.Decide/policies=100", 0, "allocs/op"},
+		{"authz.Decide/policies=100", 1042.5, "ns/op"},
+		{"identity/attest.FirstSecret", 12.5, "ms/first-secret"},
+		{"identity/attest.FirstSecret", 1.5e6, "ns/op"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	if _, err := parse(strings.NewReader("BenchmarkX-2 1 fast ns/op\n")); err == nil {
+		t.Error("a value that is no number was taken")
+	}
+}

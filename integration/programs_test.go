@@ -1,0 +1,45 @@
+package integration_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+	out  []byte
+}
+
+// programs builds the three programs with the race detector, once for all tests,
+// and returns the folder that they are in.
+func programs(t testing.TB) string {
+	t.Helper()
+	built.once.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "signet-programs-*"); built.err != nil {
+			return
+		}
+		for name, pkg := range map[string]string{"signet-ca": "ca", "signet-agent": "agent", "signet": "signet"} {
+			cmd := exec.Command("go", "build", "-race", "-o", filepath.Join(built.dir, name), "../cmd/"+pkg)
+			if built.out, built.err = cmd.CombinedOutput(); built.err != nil {
+				return
+			}
+		}
+	})
+	if built.err != nil {
+		t.Fatalf("building the programs: %v\n%s", built.err, built.out)
+	}
+	return built.dir
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		_ = os.RemoveAll(built.dir)
+	}
+	os.Exit(code)
+}

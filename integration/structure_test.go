@@ -1,0 +1,174 @@
+package integration_test
+
+import (
+	"encoding/json"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/signet-mesh/signet/"
+
+// allowed is who may import whom. A package that is not here may not exist, and
+// an import that is not here may not either: add it when DESIGN.md says why.
+var allowed = map[string]string{
+	"identity":                   "",
+	"identity/attest":            "identity",
+	"identity/attest/attesttest": "identity identity/attest/devissuer",
+	"identity/attest/devissuer":  "",
+	"identity/holder":            "identity",
+	"storage":                    "",
+	"storage/storagetest":        "storage",
+	"ca/capb":                    "",
+	"ca/caclient":                "ca/capb identity",
+	"ca":                         "ca/capb identity identity/attest storage",
+	"sds":                        "identity identity/holder",
+	"authz":                      "identity",
+	"authz/source":               "authz identity",
+	"authz/extauthz":             "authz identity identity/attest",
+	"cmd/internal/run":           "",
+	"cmd/internal/run/runtest":   "identity/attest/attesttest",
+	"cmd/internal/version":       "",
+	"cmd/ca":                     "ca ca/capb identity identity/attest storage cmd/internal/run cmd/internal/version",
+	"cmd/agent":                  "authz authz/extauthz authz/source ca/caclient identity identity/attest identity/holder sds cmd/internal/run cmd/internal/version",
+	"cmd/signet":                 "authz authz/extauthz authz/source ca/caclient ca/capb identity identity/attest/devissuer cmd/signet/demo cmd/internal/version",
+	"cmd/signet/demo":            "ca/caclient ca/capb identity identity/attest/devissuer",
+	"integration/parts":          "",
+	"integration/envoytest":      "integration/parts",
+	"integration/fetch":          "integration/parts",
+	"integration/bench":          "",
+	"integration/testrun":        "",
+}
+
+// binaries are the programs, and what they must not be able to do.
+var binaries = map[string]struct {
+	never []string // prefixes of import paths
+}{
+	"cmd/ca": {},
+	// An agent that is taken over has nothing in it that could sign.
+	"cmd/agent":  {never: []string{module + "ca", "go.step.sm/crypto/kms"}},
+	"cmd/signet": {never: []string{module + "ca"}},
+}
+
+// Limits of a program's first-party packages and of its longest chain of imports,
+// main included in both.
+const (
+	maxPackages = 16
+	maxChain    = 5
+)
+
+// homeless are names of packages that have not found out what they are about.
+var homeless = []string{"util", "utils", "common", "types", "manager", "helpers", "misc", "shared", "base", "lib"}
+
+type goPackage struct {
+	ImportPath string
+	Name       string
+	Imports    []string
+	Deps       []string
+}
+
+// listPackages returns the packages of the product's module by their path in it.
+func listPackages(t *testing.T) map[string]goPackage {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Name,Imports,Deps", "./...")
+	cmd.Dir = ".."
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, stderr.String())
+	}
+	packages := make(map[string]goPackage)
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p goPackage
+		if err := d.Decode(&p); err == io.EOF {
+			return packages
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		name, ok := strings.CutPrefix(p.ImportPath, module)
+		if !ok {
+			t.Fatalf("package %s is not below %s", p.ImportPath, module)
+		}
+		packages[name] = p
+	}
+}
+
+// ours are the first-party packages of a list, by their path in the module.
+func ours(importPaths []string) (names []string) {
+	for _, p := range importPaths {
+		if name, ok := strings.CutPrefix(p, module); ok {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+func TestImportTable(t *testing.T) {
+	t.Parallel()
+	packages := listPackages(t)
+	for name, p := range packages {
+		row, ok := allowed[name]
+		if !ok {
+			// A folder that holds nothing but tests imports nothing.
+			if len(p.Imports) > 0 || p.Name != "integration_test" && name != "integration" {
+				t.Errorf("package %s is not in the import table", name)
+			}
+			continue
+		}
+		for _, imported := range ours(p.Imports) {
+			if !slices.Contains(strings.Fields(row), imported) {
+				t.Errorf("%s imports %s, which the import table does not allow", name, imported)
+			}
+		}
+		if slices.Contains(homeless, path.Base(name)) || slices.Contains(homeless, p.Name) {
+			t.Errorf("package %s: a name that says nothing; what is it about?", name)
+		}
+	}
+	for name := range allowed {
+		if _, ok := packages[name]; !ok {
+			t.Errorf("the import table has a row for %s, which does not exist", name)
+		}
+	}
+}
+
+func TestProgramsStaySmall(t *testing.T) {
+	t.Parallel()
+	packages := listPackages(t)
+	// chain is the longest chain of imports that begins with a package.
+	var chain func(name string) []string
+	chain = func(name string) (longest []string) {
+		for _, next := range ours(packages[name].Imports) {
+			if c := chain(next); len(c) > len(longest) {
+				longest = c
+			}
+		}
+		return append([]string{name}, longest...)
+	}
+	for name, binary := range binaries {
+		p, ok := packages[name]
+		if !ok || p.Name != "main" {
+			t.Errorf("%s is not a program", name)
+			continue
+		}
+		reached, longest := append(ours(p.Deps), name), chain(name)
+		t.Logf("%s: %d packages of ours; longest chain %d: %s", name, len(reached), len(longest), strings.Join(longest, " → "))
+		if len(reached) > maxPackages {
+			t.Errorf("%s reaches %d packages of ours, more than %d: %s", name, len(reached), maxPackages, strings.Join(reached, " "))
+		}
+		if len(longest) > maxChain {
+			t.Errorf("%s: a chain of %d imports, more than %d: %s", name, len(longest), maxChain, strings.Join(longest, " → "))
+		}
+		for _, never := range binary.never {
+			for _, dep := range p.Deps {
+				// Of ours the package itself; of others also everything below.
+				if dep == never || !strings.HasPrefix(never, module) && strings.HasPrefix(dep, never) {
+					t.Errorf("%s reaches %s", name, dep)
+				}
+			}
+		}
+	}
+}
