@@ -31,6 +31,8 @@ type certificate struct {
 	node      string
 	podUID    string
 	requester []byte
+	door      string
+	tokenAt   time.Time // zero: not recorded
 }
 
 // prepared is a certificate as it will be signed: step 2.
@@ -130,6 +132,9 @@ func (a *Authority) record(ctx context.Context, ps []prepared) ([]recorded, erro
 		}
 		if !p.id.IsZero() {
 			r.SpiffeId = p.id.String()
+		}
+		if r.Door = p.door; !p.tokenAt.IsZero() {
+			r.TokenAt = p.tokenAt.Unix()
 		}
 		if p.issuer.cert != nil {
 			r.Authority = p.issuer.cert.SubjectKeyId

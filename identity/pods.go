@@ -46,6 +46,20 @@ func (p *Pods) OnNode(node string) (pods []Workload, changed <-chan struct{}) {
 	return pods, c
 }
 
+// Find is a pod of that namespace and service account on that node, the one with
+// the lowest UID if there are several; ok is false if there is none.
+func (p *Pods) Find(node, namespace, serviceAccount string) (w Workload, ok bool) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	for uid := range p.nodes[node] {
+		c := p.byUID[uid]
+		if c.Namespace == namespace && c.ServiceAccount == serviceAccount && (!ok || uid < w.PodUID) {
+			w, ok = c, true
+		}
+	}
+	return w, ok
+}
+
 // Len is the number of pods in the set.
 func (p *Pods) Len() int {
 	p.mu.RLock()

@@ -129,3 +129,24 @@ func TestWatched(t *testing.T) {
 		t.Error("the next channel must be open")
 	}
 }
+
+func TestAPodIsFoundByNodeAndAccount(t *testing.T) {
+	p := &identity.Pods{}
+	if _, ok := p.Find("a", "default", "web"); ok {
+		t.Error("an empty set has a pod")
+	}
+	p.Replace([]identity.Workload{pod("2", "a"), pod("1", "a"), pod("0", "b")})
+	if w, ok := p.Find("a", "default", "web"); !ok || w.PodUID != "1" {
+		t.Errorf("found %v, %v; want the lowest UID on node a", w, ok)
+	}
+	for _, c := range [][3]string{{"c", "default", "web"}, {"a", "other", "web"}, {"a", "default", "db"}} {
+		if w, ok := p.Find(c[0], c[1], c[2]); ok {
+			t.Errorf("%v: found %v", c, w)
+		}
+	}
+	p.Delete("1")
+	p.Delete("2")
+	if w, ok := p.Find("a", "default", "web"); ok {
+		t.Errorf("found %v after it was deleted", w)
+	}
+}

@@ -93,8 +93,12 @@ const (
 	IssuanceRecord_EVIDENCE_SELF    IssuanceRecord_Evidence = 1
 	IssuanceRecord_EVIDENCE_TOKEN   IssuanceRecord_Evidence = 2
 	IssuanceRecord_EVIDENCE_POD_UID IssuanceRecord_Evidence = 3
-	// EVIDENCE_RENEWAL: the agent SVID that the request came with.
+	// EVIDENCE_RENEWAL: the certificate that the request came with, an agent's or,
+	// at Istio's door, a workload's.
 	IssuanceRecord_EVIDENCE_RENEWAL IssuanceRecord_Evidence = 4
+	// EVIDENCE_IMPERSONATION: the token of a node's own proxy, and a pod of that
+	// name on its node; pod_uid is that pod's.
+	IssuanceRecord_EVIDENCE_IMPERSONATION IssuanceRecord_Evidence = 5
 )
 
 // Enum value maps for IssuanceRecord_Evidence.
@@ -105,13 +109,15 @@ var (
 		2: "EVIDENCE_TOKEN",
 		3: "EVIDENCE_POD_UID",
 		4: "EVIDENCE_RENEWAL",
+		5: "EVIDENCE_IMPERSONATION",
 	}
 	IssuanceRecord_Evidence_value = map[string]int32{
-		"EVIDENCE_UNSPECIFIED": 0,
-		"EVIDENCE_SELF":        1,
-		"EVIDENCE_TOKEN":       2,
-		"EVIDENCE_POD_UID":     3,
-		"EVIDENCE_RENEWAL":     4,
+		"EVIDENCE_UNSPECIFIED":   0,
+		"EVIDENCE_SELF":          1,
+		"EVIDENCE_TOKEN":         2,
+		"EVIDENCE_POD_UID":       3,
+		"EVIDENCE_RENEWAL":       4,
+		"EVIDENCE_IMPERSONATION": 5,
 	}
 )
 
@@ -152,8 +158,8 @@ type IssuanceRecord struct {
 	Node     string                  `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
 	Evidence IssuanceRecord_Evidence `protobuf:"varint,5,opt,name=evidence,proto3,enum=signet.ca.v1.IssuanceRecord_Evidence" json:"evidence,omitempty"`
 	PodUid   string                  `protobuf:"bytes,6,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
-	// requester is the serial of the agent SVID that asked; empty for a first
-	// attestation.
+	// requester is the serial of the certificate that asked; empty where a token
+	// alone was the evidence.
 	Requester []byte `protobuf:"bytes,7,opt,name=requester,proto3" json:"requester,omitempty"`
 	// authority is the subject key identifier of the issuer.
 	Authority []byte `protobuf:"bytes,8,opt,name=authority,proto3" json:"authority,omitempty"`
@@ -161,7 +167,12 @@ type IssuanceRecord struct {
 	NotBefore int64 `protobuf:"varint,9,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
 	NotAfter  int64 `protobuf:"varint,10,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	// key_hash is SHA-256 of the certified SubjectPublicKeyInfo.
-	KeyHash       []byte `protobuf:"bytes,11,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	KeyHash []byte `protobuf:"bytes,11,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	// token_at is when the token was verified that the evidence goes back to, Unix
+	// seconds; a renewal hands it on. 0 where that is not asked for later.
+	TokenAt int64 `protobuf:"varint,12,opt,name=token_at,json=tokenAt,proto3" json:"token_at,omitempty"`
+	// door is the protocol by which it was asked for; empty for signet.ca.v1.
+	Door          string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -273,11 +284,25 @@ func (x *IssuanceRecord) GetKeyHash() []byte {
 	return nil
 }
 
+func (x *IssuanceRecord) GetTokenAt() int64 {
+	if x != nil {
+		return x.TokenAt
+	}
+	return 0
+}
+
+func (x *IssuanceRecord) GetDoor() string {
+	if x != nil {
+		return x.Door
+	}
+	return ""
+}
+
 var File_record_proto protoreflect.FileDescriptor
 
 const file_record_proto_rawDesc = "" +
 	"\n" +
-	"\frecord.proto\x12\fsignet.ca.v1\"\xf1\x04\n" +
+	"\frecord.proto\x12\fsignet.ca.v1\"\xbd\x05\n" +
 	"\x0eIssuanceRecord\x125\n" +
 	"\x04kind\x18\x01 \x01(\x0e2!.signet.ca.v1.IssuanceRecord.KindR\x04kind\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\fR\x06serial\x12\x1b\n" +
@@ -291,7 +316,9 @@ const file_record_proto_rawDesc = "" +
 	"not_before\x18\t \x01(\x03R\tnotBefore\x12\x1b\n" +
 	"\tnot_after\x18\n" +
 	" \x01(\x03R\bnotAfter\x12\x19\n" +
-	"\bkey_hash\x18\v \x01(\fR\akeyHash\"w\n" +
+	"\bkey_hash\x18\v \x01(\fR\akeyHash\x12\x19\n" +
+	"\btoken_at\x18\f \x01(\x03R\atokenAt\x12\x12\n" +
+	"\x04door\x18\r \x01(\tR\x04door\"w\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_ROOT\x10\x01\x12\x15\n" +
@@ -299,13 +326,14 @@ const file_record_proto_rawDesc = "" +
 	"\fKIND_SERVING\x10\x03\x12\x0e\n" +
 	"\n" +
 	"KIND_AGENT\x10\x04\x12\x11\n" +
-	"\rKIND_WORKLOAD\x10\x05\"w\n" +
+	"\rKIND_WORKLOAD\x10\x05\"\x93\x01\n" +
 	"\bEvidence\x12\x18\n" +
 	"\x14EVIDENCE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rEVIDENCE_SELF\x10\x01\x12\x12\n" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
-	"\x10EVIDENCE_RENEWAL\x10\x04B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
+	"\x16EVIDENCE_IMPERSONATION\x10\x05B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_record_proto_rawDescOnce sync.Once

@@ -57,6 +57,8 @@ type kubernetesClaim struct {
 	ServiceAccount objectRef  `json:"serviceaccount"`
 	Pod            *objectRef `json:"pod"`
 	Node           *objectRef `json:"node"`
+	// WarnAfter is when an extended token would have expired.
+	WarnAfter *numericDate `json:"warnafter"`
 }
 
 type objectRef struct {
@@ -113,6 +115,9 @@ func (a *Attestor) verify(ctx context.Context, token string, now time.Time) (*pr
 	c, err := parseClaims(payload)
 	if err != nil {
 		return nil, err
+	}
+	if k := c.Kubernetes; a.cfg.Extended && k != nil && k.WarnAfter != nil && c.Expires != nil {
+		*c.Expires = min(*c.Expires, *k.WarnAfter)
 	}
 	if err := a.checkClaims(c, now); err != nil {
 		return nil, err
