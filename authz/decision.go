@@ -23,6 +23,24 @@ const (
 	// workload. Allowed.
 	ReasonNoAllowPolicy Reason = "no-allow-policy"
 
+	// ReasonAskRule: a CUSTOM rule certainly matches, so its provider must be
+	// asked. Neither allowed nor denied yet.
+	ReasonAskRule Reason = "ask-rule"
+	// ReasonAskUnknown: a CUSTOM rule may match; an attribute that it reads is
+	// unknown. Its provider must be asked: asking once too often never opens.
+	ReasonAskUnknown Reason = "ask-unknown"
+	// ReasonProviders: a CUSTOM rule matches, or may, and CUSTOM policies with
+	// different providers select the workload, which Istio by default denies.
+	ReasonProviders Reason = "several-providers"
+
+	// ReasonTokenRefused: the request has a token where a RequestAuthentication
+	// looks for one, and the proxy verified none. Istio's proxies answer 401.
+	ReasonTokenRefused Reason = "token-refused"
+	// ReasonTokenForeign: the verified token has an issuer or an audience that no
+	// RequestAuthentication of the workload accepts, or a claim of a type that
+	// Istio's proxies refuse.
+	ReasonTokenForeign Reason = "token-foreign"
+
 	// ReasonPlaintext: PeerAuthentication is STRICT on the port and the peer
 	// has no verified certificate.
 	ReasonPlaintext Reason = "plaintext"
@@ -61,7 +79,15 @@ const (
 // Decision is the answer to one [Request] and what it rests on. It is a small
 // value; the zero Decision denies.
 type Decision struct {
+	// Allowed is false also where Ask is true: nothing is allowed until the
+	// provider has been asked and [Program.After] has decided.
 	Allowed bool
+	// Ask says that a CUSTOM policy matches, so that Provider must be asked,
+	// which in Istio comes before everything but mutual TLS. If it denies, the
+	// request is denied; if it allows, [Program.After] has the rest.
+	Ask bool
+	// Provider is the name of the extension provider to ask.
+	Provider string
 	// Kind is the kind of the resource that decided, one of the Kind constants,
 	// or empty where no resource did.
 	Kind string
@@ -75,6 +101,92 @@ type Decision struct {
 	Reason Reason
 
 	why *Rule // what Text renders; shared with the Program, never changed
+
+	// stage is how many providers have allowed.
+	stage int
+	// What matched without deciding; shared with the Program, never changed.
+	audit                   match
+	shadowDeny, shadowAllow shadow
+}
+
+// Verdict is "allow", "deny" or "ask".
+func (d Decision) Verdict() string {
+	switch {
+	case d.Ask:
+		return "ask"
+	case d.Allowed:
+		return "allow"
+	}
+	return "deny"
+}
+
+// Match names a rule that matched without deciding.
+type Match struct {
+	// Policy is "NAMESPACE/NAME", Rule the index in its rules.
+	Policy string
+	Rule   int
+	// Certain is false if the rule may match and an attribute that it reads is
+	// unknown.
+	Certain bool
+}
+
+// Audited is the first AUDIT rule that matches, certainly or not, in the order of
+// Envoy's names. Where there is one Envoy sets the metadata access_log_hint. It
+// never changes what is decided. A request that is refused before AUDIT policies
+// are looked at (by PeerAuthentication, by RequestAuthentication, or because of
+// a resource that cannot be enforced), or is still to be asked about, has none.
+func (d Decision) Audited() (m Match, ok bool) {
+	if d.audit.rule == nil {
+		return Match{}, false
+	}
+	return Match{d.audit.rule.policy, d.audit.rule.Index, d.audit.certain}, true
+}
+
+// DryRun is what the policies of one action that are annotated istio.io/dry-run
+// would have said. They never change what is decided.
+type DryRun struct {
+	// Action is ActionDeny or ActionAllow.
+	Action Action
+	// Allowed is what they alone say: no DENY rule matches, or an ALLOW rule
+	// certainly does.
+	Allowed bool
+	// Match is the rule that says so; its Policy is empty if no rule does.
+	Match
+}
+
+// DryRuns are the results of dry-run policies, DENY before ALLOW; nil if none
+// select the workload. As in Envoy, those of ALLOW are not looked at where DENY
+// has denied, and none are where the request was refused earlier.
+func (d Decision) DryRuns() []DryRun {
+	var out []DryRun
+	for _, s := range []struct {
+		action Action
+		shadow
+	}{{ActionDeny, d.shadowDeny}, {ActionAllow, d.shadowAllow}} {
+		if !s.ran {
+			continue
+		}
+		r := DryRun{Action: s.action, Allowed: (s.action == ActionDeny) == (s.rule == nil), Match: Match{Rule: -1, Certain: true}}
+		if s.rule != nil {
+			r.Match = Match{s.rule.policy, s.rule.Index, s.certain}
+			r.Allowed = s.action == ActionAllow && s.certain
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// match is a rule that matches, or may; rule is nil for none.
+type match struct {
+	rule    *Rule
+	certain bool
+}
+
+// shadow is what dry-run policies of one action say, if there are any and they
+// were looked at.
+type shadow struct {
+	match
+	ran bool
 }
 
 // Text renders the decision as one sentence for people. It is made on demand, so
@@ -82,9 +194,12 @@ type Decision struct {
 // the request said; values from policies are quoted and clipped.
 func (d Decision) Text() string {
 	var b strings.Builder
-	if d.Allowed {
+	switch d.Verdict() {
+	case "allow":
 		b.WriteString("allowed")
-	} else {
+	case "ask":
+		fmt.Fprintf(&b, "provider %s must be asked", clip(d.Provider))
+	default:
 		b.WriteString("denied")
 	}
 	if d.Policy != "" {
@@ -95,9 +210,16 @@ func (d Decision) Text() string {
 	}
 	b.WriteString(": ")
 	switch d.Reason {
-	case ReasonAllowRule, ReasonDenyRule:
+	case ReasonAllowRule, ReasonDenyRule, ReasonAskRule:
 		d.why.describe(&b)
-	case ReasonDenyUnknown:
+	case ReasonProviders:
+		b.WriteString("CUSTOM policies with different providers select the workload, which is not enabled: ")
+		d.why.describe(&b)
+	case ReasonTokenRefused:
+		b.WriteString("the request has a token that was not verified")
+	case ReasonTokenForeign:
+		b.WriteString("the verified token is not one that a RequestAuthentication of the workload accepts")
+	case ReasonDenyUnknown, ReasonAskUnknown:
 		b.WriteString("it may match, but the proxy did not send all that it reads: ")
 		d.why.describe(&b)
 	case ReasonAllowUnknown:

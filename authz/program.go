@@ -14,12 +14,21 @@ const (
 	ActionAllow Action = iota
 	// ActionDeny stops it.
 	ActionDeny
+	// ActionAudit marks it for the access log and changes nothing.
+	ActionAudit
+	// ActionCustom has an extension provider asked about it.
+	ActionCustom
 )
 
-// String is the action as Istio writes it: ALLOW or DENY.
+// String is the action as Istio writes it: ALLOW, DENY, AUDIT or CUSTOM.
 func (a Action) String() string {
-	if a == ActionDeny {
+	switch a {
+	case ActionDeny:
 		return "DENY"
+	case ActionAudit:
+		return "AUDIT"
+	case ActionCustom:
+		return "CUSTOM"
 	}
 	return "ALLOW"
 }
@@ -34,6 +43,10 @@ type Rule struct {
 	// everything.
 	Index  int
 	Action Action
+	// Provider is the extension provider that an ActionCustom rule has asked.
+	Provider string
+	// DryRun says that the rule only reports what it would have done.
+	DryRun bool
 	// Origin and Line are where the rule, or the resource, stands.
 	Origin string
 	Line   int
@@ -99,6 +112,16 @@ func (p *Program) Decide(r *Request) Decision {
 		return rule.decision(false, ReasonAllowUnknown)
 	}
 	return Decision{Kind: KindAuthorizationPolicy, Rule: -1, Reason: ReasonNoAllowRule}
+}
+
+// After decides what follows once the provider that d asks for has allowed the
+// request: another provider must be asked, or the request is allowed or denied.
+// d must be a decision of p about r.
+func (p *Program) After(d Decision, r *Request) Decision {
+	if !d.Ask {
+		return d
+	}
+	return p.Decide(r)
 }
 
 // PeerMode is PeerAuthentication's mode on a port. Where a resource cannot be

@@ -1,6 +1,10 @@
 package authz
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"google.golang.org/protobuf/types/known/structpb"
+)
 
 // Field is a set of attributes of a [Request].
 type Field uint32
@@ -22,12 +26,51 @@ const (
 	FieldPath
 	// FieldHost is Request.Host.
 	FieldHost
+	// FieldRemoteIP is Request.RemoteIP. Without it the address is derived as a
+	// sidecar of Istio does, where FieldHeaders and FieldSourceIP allow it.
+	FieldRemoteIP
+	// FieldDestinationIP is Request.DestinationIP.
+	FieldDestinationIP
+	// FieldSNI is Request.SNI.
+	FieldSNI
+	// FieldHeaders vouches that Request.Headers is complete.
+	FieldHeaders
+	// FieldClaims is Request.Claims.
+	FieldClaims
+	// FieldMetadata vouches that Request.Metadata is complete. A filter that is
+	// in the map is known without it.
+	FieldMetadata
 
 	// FieldsTCP are the attributes that a connection without HTTP has.
-	FieldsTCP = FieldPeer | FieldPrincipal | FieldSourceIP | FieldDestinationPort
+	FieldsTCP = FieldPeer | FieldPrincipal | FieldSourceIP | FieldDestinationPort |
+		FieldRemoteIP | FieldDestinationIP | FieldSNI | FieldMetadata
 	// FieldsHTTP are all attributes.
-	FieldsHTTP = FieldsTCP | FieldMethod | FieldPath | FieldHost
+	FieldsHTTP = FieldsTCP | FieldMethod | FieldPath | FieldHost | FieldHeaders | FieldClaims
 )
+
+// HeaderForm says what the value of a [Header] is.
+type HeaderForm uint8
+
+const (
+	// HeaderValue is one value, byte by byte. A header that came several times is
+	// in the list as often: policies look at each value by itself.
+	HeaderValue HeaderForm = iota
+	// HeaderJoined is all values of the header, joined by commas, so that they
+	// cannot be told apart from one value that holds commas. A condition on it is
+	// true, or false, if it is that for every way to split the value.
+	HeaderJoined
+	// HeaderUnclear is a header that is there with a value that is not known, as
+	// where a proxy has replaced bytes.
+	HeaderUnclear
+)
+
+// Header is one header of a request.
+type Header struct {
+	// Name is in lower case.
+	Name  string
+	Value []byte
+	Form  HeaderForm
+}
 
 // Request is what is known about one request or connection. Decide neither
 // changes nor keeps it, so it and its slices may be reused.
@@ -40,8 +83,8 @@ type Request struct {
 	// Known says which attributes the caller can vouch for.
 	Known Field
 	// HTTP says that this is a request, not a bare connection. Without it the
-	// rules of Istio for TCP hold: an ALLOW rule that uses Host, Method or Path
-	// is left out, a DENY rule is read without them.
+	// rules of Istio for TCP hold: an ALLOW rule that uses an attribute which
+	// only HTTP has is left out, a rule of another action is read without it.
 	HTTP bool
 	// Authenticated says that the peer proved itself with a certificate which
 	// the proxy verified.
@@ -58,9 +101,20 @@ type Request struct {
 	// a forwarding header. Zones and the IPv4-mapped form are removed. Leave
 	// FieldSourceIP out for a peer without an address (a pipe).
 	SourceIP netip.Addr
+	// RemoteIP is the original client as the proxy has it. Leave FieldRemoteIP
+	// out to have it derived as Istio's sidecars do: the last entry of
+	// X-Forwarded-For, or else SourceIP. It is not unmapped: an IPv4-mapped
+	// address is an IPv6 one.
+	RemoteIP netip.Addr
+	// DestinationIP is the address that the connection came in on. The
+	// IPv4-mapped form is removed.
+	DestinationIP netip.Addr
 	// DestinationPort is the port that the connection came in on: the
 	// container's, not the Service's.
 	DestinationPort uint16
+	// SNI is the server name that the client asked for in TLS; empty if it asked
+	// for none. Its case does not matter: Envoy's policies see it in lower case.
+	SNI []byte
 	// Method is the HTTP method, exactly as sent. nil means that there is none.
 	Method []byte
 	// Path is :path after the proxy's normalization; Decide cuts it at the first
@@ -69,4 +123,15 @@ type Request struct {
 	// Host is :authority (HTTP/1: Host), with its port if it has one. nil means
 	// that there is none, empty that it is present without a value.
 	Host []byte
+	// Headers are the request's headers. Those named :method, :path, :authority
+	// and host are not looked at; Method, Path and Host are.
+	Headers []Header
+	// Claims is the payload of the token that the proxy verified, as jwt_authn
+	// writes it into metadata under "payload"; nil if none was verified. It is
+	// read, never changed.
+	Claims *structpb.Struct
+	// Metadata is the dynamic metadata of Envoy's filters by the name of the
+	// filter, as "envoy.filters.network.mysql_proxy", for the conditions
+	// experimental.envoy.filters.*. It is read, never changed.
+	Metadata map[string]*structpb.Struct
 }

@@ -57,13 +57,6 @@ func (m *metrics) answered(d authz.Decision, took time.Duration) {
 	if kind == "" {
 		kind = "none"
 	}
-	m.checks.WithLabelValues(verdict(d), kind, string(d.Reason)).Inc()
+	m.checks.WithLabelValues(d.Verdict(), kind, string(d.Reason)).Inc()
 	m.seconds.Observe(took.Seconds())
-}
-
-func verdict(d authz.Decision) string {
-	if d.Allowed {
-		return "allow"
-	}
-	return "deny"
 }

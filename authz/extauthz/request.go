@@ -22,6 +22,9 @@ const (
 	ReasonCertificate authz.Reason = "peer-certificate"
 	// ReasonDestination: the destination address is not the calling pod's.
 	ReasonDestination authz.Reason = "destination-address"
+	// ReasonNotAsked: a CUSTOM policy has an extension provider that must be
+	// asked, and this version asks nobody.
+	ReasonNotAsked authz.Reason = "provider-not-asked"
 	// ReasonInternal: a defect of this program.
 	ReasonInternal authz.Reason = "internal"
 )
@@ -59,6 +62,16 @@ func malformed(detail string) error { return &RequestError{ReasonRequest, detail
 //     they are (encode_raw_headers). Otherwise they come from the fields in which
 //     Envoy replaces bytes that are no UTF-8 by "!", and a value that holds one is
 //     unknown. Two forms that differ are an error.
+//   - Headers come from header_map, each value by itself, or else from headers,
+//     where Envoy joins the values of a name. The list counts as complete: where
+//     allowed_headers or disallowed_headers hide headers from this service, they
+//     must not hide one that policies read.
+//   - The remote address is left to be derived from X-Forwarded-For.
+//   - The server name is known where the proxy sends the TLS session
+//     (include_tls_session), or, for TCP, as the destination's service.
+//   - The claims are the payload that jwt_authn has left in the metadata context.
+//     Without it no token was verified. Metadata of other filters is known where
+//     it is there.
 //   - A request without HTTP attributes is a TCP connection.
 //
 // The path keeps its query; Decide cuts it. The query and fragment fields are not
@@ -93,18 +106,134 @@ func (p *peers) read(r *authv3.CheckRequest, into *authz.Request) (dst netip.Add
 	if err != nil {
 		return dst, err
 	}
+	if dst.IsValid() {
+		into.DestinationIP = dst
+		into.Known |= authz.FieldDestinationIP
+	}
 	// Port 0 is where no port was given; nobody listens there.
 	if port != 0 {
 		into.DestinationPort = port
 		into.Known |= authz.FieldDestinationPort
 	}
-	if h := a.GetRequest().GetHttp(); h != nil {
-		into.HTTP = true
-		if err := readHTTP(h, into); err != nil {
-			return dst, err
+	into.Metadata = a.GetMetadataContext().GetFilterMetadata()
+	h := a.GetRequest().GetHttp()
+	if h == nil {
+		sni(a.GetTlsSession(), a.GetDestination().GetService(), into)
+		return dst, nil
+	}
+	into.HTTP = true
+	sni(a.GetTlsSession(), "", into)
+	if err := readHTTP(h, into); err != nil {
+		return dst, err
+	}
+	if err := readHeaders(h, into); err != nil {
+		return dst, err
+	}
+	return dst, readClaims(into)
+}
+
+// sni reads the server name, which Envoy's own policies see in lower case.
+func sni(tls *authv3.AttributeContext_TLSSession, service string, into *authz.Request) {
+	name := tls.GetSni()
+	if name == "" {
+		name = service
+	}
+	if tls == nil && name == "" {
+		return
+	}
+	into.SNI = []byte(strings.ToLower(name))
+	// "!" may stand for any byte.
+	if !strings.Contains(name, "!") {
+		into.Known |= authz.FieldSNI
+	}
+}
+
+// jwtFilter is where Envoy's jwt_authn leaves the payload of the token that it
+// verified, in Istio under this key.
+const (
+	jwtFilter  = "envoy.filters.http.jwt_authn"
+	jwtPayload = "payload"
+)
+
+func readClaims(into *authz.Request) error {
+	into.Known |= authz.FieldClaims
+	v, ok := into.Metadata[jwtFilter].GetFields()[jwtPayload]
+	if !ok {
+		return nil
+	}
+	if into.Claims = v.GetStructValue(); into.Claims == nil {
+		return malformed("the payload of the token is no object")
+	}
+	return nil
+}
+
+// readHeaders lists the headers without the pseudo-headers, which have fields of
+// their own, but for :scheme and :protocol, which have none.
+func readHeaders(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error {
+	into.Known |= authz.FieldHeaders
+	raw, joined := h.GetHeaderMap().GetHeaders(), h.GetHeaders()
+	if len(raw) == 0 && len(joined) == 0 {
+		return nil
+	}
+	into.Headers = make([]authz.Header, 0, max(len(raw), len(joined)))
+	for _, hv := range raw {
+		name, value := strings.ToLower(hv.GetKey()), hv.GetRawValue()
+		if ownField(name) {
+			continue
+		}
+		if value == nil {
+			value = []byte(hv.GetValue())
+		} else if hv.GetValue() != "" {
+			return malformed("a header has two values")
+		}
+		into.Headers = append(into.Headers, authz.Header{Name: name, Value: value})
+	}
+	if len(raw) > 0 {
+		return agree(into.Headers, joined)
+	}
+	for name, value := range joined {
+		name = strings.ToLower(name)
+		if ownField(name) {
+			continue
+		}
+		hd := authz.Header{Name: name, Value: []byte(value)}
+		switch {
+		case strings.Contains(value, "!"):
+			hd.Form = authz.HeaderUnclear
+		case strings.Contains(value, ","):
+			hd.Form = authz.HeaderJoined
+		}
+		into.Headers = append(into.Headers, hd)
+	}
+	return nil
+}
+
+func ownField(name string) bool {
+	return name == ":method" || name == ":path" || name == ":authority" || name == "host"
+}
+
+// agree refuses a joined header that is not what the list has.
+func agree(list []authz.Header, joined map[string]string) error {
+	for name, value := range joined {
+		if ownField(strings.ToLower(name)) {
+			continue
+		}
+		var all []byte
+		found := false
+		for _, h := range list {
+			if h.Name != strings.ToLower(name) {
+				continue
+			}
+			if found {
+				all = append(all, ',')
+			}
+			all, found = append(all, h.Value...), true
+		}
+		if !found || string(all) != value && utf8.Valid(all) {
+			return malformed("header_map contradicts headers")
 		}
 	}
-	return dst, nil
+	return nil
 }
 
 // principal reads who the peer is.

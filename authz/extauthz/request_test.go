@@ -10,6 +10,7 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
@@ -18,9 +19,11 @@ import (
 func TestFromCheckRequest(t *testing.T) {
 	t.Parallel()
 	type attributes = authv3.AttributeContext
+	const fromHTTP = authz.FieldsHTTP &^ (authz.FieldRemoteIP | authz.FieldSNI | authz.FieldMetadata)
+	const fromTCP = authz.FieldsTCP & fromHTTP
 	base := authz.Request{
-		Known: authz.FieldsHTTP, HTTP: true, Authenticated: true, Principal: []byte(client),
-		SourceIP: netip.MustParseAddr("10.0.0.1"), DestinationPort: 8080,
+		Known: fromHTTP, HTTP: true, Authenticated: true, Principal: []byte(client),
+		SourceIP: netip.MustParseAddr("10.0.0.1"), DestinationIP: netip.MustParseAddr("10.0.0.2"), DestinationPort: 8080,
 		Method: []byte("GET"), Path: []byte("/ok?q=1"), Host: []byte("server:8080"),
 	}
 	svid := certificate(t, "", nil, client)
@@ -65,7 +68,7 @@ func TestFromCheckRequest(t *testing.T) {
 				a.Request.Http.Path, a.Request.Http.Host, a.Request.Http.Method = "/a!b", "h!", "!"
 			},
 			func(r *authz.Request) {
-				r.Known = authz.FieldsTCP
+				r.Known = fromTCP | authz.FieldHeaders | authz.FieldClaims
 				r.Path, r.Host, r.Method = nil, nil, nil
 			},
 		},
@@ -116,7 +119,7 @@ func TestFromCheckRequest(t *testing.T) {
 		"takes a request without HTTP as a connection": {
 			func(a *attributes) { a.Request = nil },
 			func(r *authz.Request) {
-				r.HTTP, r.Known = false, authz.FieldsTCP
+				r.HTTP, r.Known = false, fromTCP
 				r.Method, r.Path, r.Host = nil, nil, nil
 			},
 		},
@@ -164,22 +167,22 @@ func TestFromCheckRequest(t *testing.T) {
 		"does not know the address of a pipe": {
 			func(a *attributes) { a.Source.Address, a.Destination.Address = pipe(), pipe() },
 			func(r *authz.Request) {
-				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationPort
-				r.SourceIP, r.DestinationPort = netip.Addr{}, 0
+				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationIP | authz.FieldDestinationPort
+				r.SourceIP, r.DestinationIP, r.DestinationPort = netip.Addr{}, netip.Addr{}, 0
 			},
 		},
 		"does not know an internal address": {
 			func(a *attributes) { a.Source.Address, a.Destination.Address = internal(), internal() },
 			func(r *authz.Request) {
-				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationPort
-				r.SourceIP, r.DestinationPort = netip.Addr{}, 0
+				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationIP | authz.FieldDestinationPort
+				r.SourceIP, r.DestinationIP, r.DestinationPort = netip.Addr{}, netip.Addr{}, 0
 			},
 		},
 		"does not know an address that is not there": {
 			func(a *attributes) { a.Source.Address, a.Destination = nil, nil },
 			func(r *authz.Request) {
-				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationPort
-				r.SourceIP, r.DestinationPort = netip.Addr{}, 0
+				r.Known &^= authz.FieldSourceIP | authz.FieldDestinationIP | authz.FieldDestinationPort
+				r.SourceIP, r.DestinationIP, r.DestinationPort = netip.Addr{}, netip.Addr{}, 0
 			},
 		},
 		"does not know a named port": {
@@ -208,6 +211,7 @@ func TestFromCheckRequest(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Bytes of what is unknown do not matter, but nil and empty differ.
+			got.Headers = nil // has a test of its own
 			if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}), cmp.FilterPath(func(p cmp.Path) bool {
 				return p.Last().String() == ".Method" && want.Known&authz.FieldMethod == 0 ||
 					p.Last().String() == ".Path" && want.Known&authz.FieldPath == 0 ||
@@ -216,6 +220,83 @@ func TestFromCheckRequest(t *testing.T) {
 				t.Error(d)
 			}
 		})
+	}
+}
+
+func TestFromCheckRequestReadsHeaders(t *testing.T) {
+	t.Parallel()
+	value := func(name, v string) authz.Header { return authz.Header{Name: name, Value: []byte(v)} }
+	for name, c := range map[string]struct {
+		raw    *corev3.HeaderMap
+		joined map[string]string
+		want   []authz.Header
+	}{
+		"each raw value by itself, in order": {
+			raw:  raw(":path", "/ok?q=1", "X-Role", "a,b", "x-role", "", "x-role", "\xff!", ":scheme", "https"),
+			want: []authz.Header{value("x-role", "a,b"), value("x-role", ""), value("x-role", "\xff!"), value(":scheme", "https")},
+		},
+		"a joined value that may be several":   {joined: map[string]string{"x-role": "a,b", "host": "x"}, want: []authz.Header{{Name: "x-role", Value: []byte("a,b"), Form: authz.HeaderJoined}}},
+		"a joined value that is one":           {joined: map[string]string{"X-Role": "a"}, want: []authz.Header{value("x-role", "a")}},
+		"a joined value that was cleaned":      {joined: map[string]string{"x-role": "a!"}, want: []authz.Header{{Name: "x-role", Value: []byte("a!"), Form: authz.HeaderUnclear}}},
+		"raw ones where both are there":        {raw: raw("a", "1", "a", "2"), joined: map[string]string{"a": "1,2"}, want: []authz.Header{value("a", "1"), value("a", "2")}},
+		"raw ones where the other was cleaned": {raw: raw("a", "\xff"), joined: map[string]string{"a": "!"}, want: []authz.Header{value("a", "\xff")}},
+		"none":                                 {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var r authz.Request
+			check := check(func(a *authv3.AttributeContext) { a.Request.Http.HeaderMap, a.Request.Http.Headers = c.raw, c.joined })
+			if err := extauthz.FromCheckRequest(check, &r); err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(c.want, r.Headers); d != "" || r.Known&authz.FieldHeaders == 0 {
+				t.Errorf("known %b\n%s", r.Known, d)
+			}
+		})
+	}
+}
+
+func TestFromCheckRequestReadsTLSAndMetadata(t *testing.T) {
+	t.Parallel()
+	type attributes = authv3.AttributeContext
+	metadata := func(v *structpb.Value) func(a *attributes) {
+		return func(a *attributes) {
+			a.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+				"envoy.filters.http.jwt_authn": {Fields: map[string]*structpb.Value{"payload": v}},
+			}}
+		}
+	}
+	for name, c := range map[string]struct {
+		change func(a *attributes)
+		sni    string
+		known  authz.Field
+		iss    string
+	}{
+		"no TLS session and no token":          {func(a *attributes) {}, "", authz.FieldClaims, ""},
+		"a TLS session without a server name":  {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{} }, "", authz.FieldClaims | authz.FieldSNI, ""},
+		"a server name in the client's case":   {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "A.Example"} }, "a.example", authz.FieldClaims | authz.FieldSNI, ""},
+		"a server name that was cleaned":       {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "a!"} }, "a!", authz.FieldClaims, ""},
+		"a destination's service of a request": {func(a *attributes) { a.Destination.Service = "x" }, "", authz.FieldClaims, ""},
+		"that of a connection":                 {func(a *attributes) { a.Destination.Service, a.Request = "X", nil }, "x", authz.FieldSNI, ""},
+		"the payload of a token": {
+			metadata(structpb.NewStructValue(&structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("i")}})),
+			"", authz.FieldClaims, "i",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var r authz.Request
+			if err := extauthz.FromCheckRequest(check(c.change), &r); err != nil {
+				t.Fatal(err)
+			}
+			if string(r.SNI) != c.sni || r.Known&(authz.FieldClaims|authz.FieldSNI) != c.known || r.Claims.GetFields()["iss"].GetStringValue() != c.iss {
+				t.Errorf("server name %q, known %b, claims %v", r.SNI, r.Known, r.Claims)
+			}
+		})
+	}
+	var r authz.Request
+	if err := extauthz.FromCheckRequest(check(metadata(structpb.NewStringValue("x"))), &r); err == nil {
+		t.Error("took a payload that is no object")
 	}
 }
 
@@ -228,9 +309,16 @@ func TestFromCheckRequestRefuses(t *testing.T) {
 		reason authz.Reason
 		change func(a *attributes)
 	}{
-		"a source that is no address":    {extauthz.ReasonRequest, func(a *attributes) { a.Source.Address = socketAddress("here", 1) }},
-		"an empty source address":        {extauthz.ReasonRequest, func(a *attributes) { a.Source.Address = socketAddress("", 1) }},
-		"a destination with a name":      {extauthz.ReasonRequest, func(a *attributes) { a.Destination.Address = socketAddress("server", 1) }},
+		"a source that is no address": {extauthz.ReasonRequest, func(a *attributes) { a.Source.Address = socketAddress("here", 1) }},
+		"an empty source address":     {extauthz.ReasonRequest, func(a *attributes) { a.Source.Address = socketAddress("", 1) }},
+		"a destination with a name":   {extauthz.ReasonRequest, func(a *attributes) { a.Destination.Address = socketAddress("server", 1) }},
+		"two values of a header":      {extauthz.ReasonRequest, func(a *attributes) { a.Request.Http.HeaderMap.Headers[3].Value = "y" }},
+		"headers that contradict": {extauthz.ReasonRequest, func(a *attributes) {
+			a.Request.Http.HeaderMap, a.Request.Http.Headers = raw("a", "1"), map[string]string{"a": "2"}
+		}},
+		"a header that only one form has": {extauthz.ReasonRequest, func(a *attributes) {
+			a.Request.Http.HeaderMap, a.Request.Http.Headers = raw("a", "1"), map[string]string{"b": ""}
+		}},
 		"a port that is none":            {extauthz.ReasonRequest, func(a *attributes) { a.Destination.Address = socketAddress("10.0.0.2", 65536) }},
 		"an endless principal":           {extauthz.ReasonRequest, func(a *attributes) { a.Source.Principal = "spiffe://" + strings.Repeat("a", 2048) }},
 		"two paths":                      {extauthz.ReasonRequest, func(a *attributes) { a.Request.Http.HeaderMap = raw(":path", "/ok?q=1", ":path", "/ok?q=1") }},

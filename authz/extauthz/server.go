@@ -24,8 +24,11 @@ import (
 	"github.com/signet-mesh/signet/identity"
 )
 
-// deniedBody is what Istio's sidecars answer with.
-const deniedBody = "RBAC: access denied"
+// deniedBody and tokenBody are what Istio's sidecars answer with.
+const (
+	deniedBody = "RBAC: access denied"
+	tokenBody  = "Jwt verification fails"
+)
 
 // Config is what [New] needs.
 type Config struct {
@@ -118,7 +121,12 @@ func (s *Server) decide(w *identity.Workload, r *authv3.CheckRequest, req *authz
 	if labels := r.GetAttributes().GetDestination().GetLabels(); len(labels) > 0 && !maps.Equal(labels, w.Labels) {
 		s.metrics.labels.Inc()
 	}
-	return s.snapshot().For(*w).Decide(req), nil
+	if d = s.snapshot().For(*w).Decide(req); d.Ask {
+		// Nobody is asked, so nobody has allowed.
+		d.Ask, d.Allowed, d.Reason = false, false, ReasonNotAsked
+		return d, errors.New("a CUSTOM policy wants an extension provider to be asked, which this version does not do")
+	}
+	return d, nil
 }
 
 // checkDestination refuses an address that the calling pod cannot have.
@@ -133,14 +141,18 @@ func checkDestination(w *identity.Workload, dst netip.Addr) error {
 }
 
 func denied(d authz.Decision) *authv3.CheckResponse {
+	code, httpCode, body := codes.PermissionDenied, typev3.StatusCode_Forbidden, deniedBody
+	if d.Reason == authz.ReasonTokenRefused || d.Reason == authz.ReasonTokenForeign {
+		code, httpCode, body = codes.Unauthenticated, typev3.StatusCode_Unauthorized, tokenBody
+	}
 	return &authv3.CheckResponse{
-		Status: &statuspb.Status{Code: int32(codes.PermissionDenied)},
+		Status: &statuspb.Status{Code: int32(code)},
 		HttpResponse: &authv3.CheckResponse_DeniedResponse{DeniedResponse: &authv3.DeniedHttpResponse{
-			Status: &typev3.HttpStatus{Code: typev3.StatusCode_Forbidden},
-			Body:   deniedBody,
+			Status: &typev3.HttpStatus{Code: httpCode},
+			Body:   body,
 		}},
 		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{
-			"decision": structpb.NewStringValue(verdict(d)),
+			"decision": structpb.NewStringValue(d.Verdict()),
 			"kind":     structpb.NewStringValue(d.Kind),
 			"policy":   structpb.NewStringValue(d.Policy),
 			"rule":     structpb.NewNumberValue(float64(d.Rule)),
