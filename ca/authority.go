@@ -46,6 +46,7 @@ type Authority struct {
 	logKey   crypto.Signer
 	clock    *clock
 	agents   *agents
+	keyUses  *keyUses
 	metrics  *metrics
 
 	// journal is owned by Open and then by Run.
@@ -228,6 +229,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	}
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: keys,
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
+	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
 }
 
@@ -309,6 +311,9 @@ func (a *Authority) start(ctx context.Context) error {
 	}
 	var err error
 	if a.agents, err = loadAgents(ctx, a.store); err != nil {
+		return err
+	}
+	if err := a.loadKeyUses(ctx); err != nil {
 		return err
 	}
 	if head, ok := a.log.SignedHead(); ok {
@@ -410,6 +415,9 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "head", a.cfg.HeadInterval, a.signHead) })
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
+	g.Go(func() error {
+		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(time.Now()); return nil })
+	})
 	return g.Wait()
 }
 

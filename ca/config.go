@@ -73,6 +73,10 @@ type SVIDConfig struct {
 	// Backdate is how long before now a certificate becomes valid, for clocks
 	// that lag; 0 means a minute.
 	Backdate time.Duration
+	// AcceptedKeys are the kinds of public keys that are certified, out of KeyP256,
+	// KeyP384, KeyP521, KeyEd25519 and KeyRSA (2048 bits and more); nil means all.
+	// P-256, which agents use, must be among them.
+	AcceptedKeys []string
 }
 
 func (c Config) withDefaults() Config {
@@ -91,6 +95,9 @@ func (c Config) withDefaults() Config {
 	def(&c.SVID.MinTTL, time.Minute)
 	def(&c.SVID.MaxTTL, 24*time.Hour)
 	def(&c.SVID.Backdate, time.Minute)
+	if c.SVID.AcceptedKeys == nil {
+		c.SVID.AcceptedKeys = allKeys
+	}
 	def(&c.TokenEvery, 24*time.Hour)
 	def(&c.HeadInterval, 10*time.Second)
 	if c.Log == nil {
@@ -137,6 +144,9 @@ func (c Config) check() error {
 	}
 	if c.RootTTL < 2*c.IntermediateTTL {
 		bad("authority.rootTTL %v: must be at least twice authority.intermediateTTL (%v)", c.RootTTL, c.IntermediateTTL)
+	}
+	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
+		bad("%w", err)
 	}
 	for _, n := range c.DNSNames {
 		if !validDNSName(n) {

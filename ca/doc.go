@@ -7,11 +7,13 @@
 //
 //  1. the request is checked: key type, evidence, limits;
 //  2. what will be signed is built, from verified facts only: names never come
-//     from a request;
+//     from a request. Its DER is linted, byte by byte, against a profile made from
+//     the same facts, and its key is claimed: as long as the certificate lives it
+//     is certified for no other identity;
 //  3. the record of it is made durable in the issuance log: Append returns after
 //     fsync has;
-//  4. the key signs; crypto/x509 verifies its own signature;
-//  5. the certificate is checked against the profile and goes out.
+//  4. the key signs exactly those bytes, and the signature is verified;
+//  5. the certificate is read once more as a relying party does, and goes out.
 //
 // A step that fails ends the ceremony. A record without a certificate is
 // harmless; a certificate without a record cannot exist, because only [recorded]

@@ -67,9 +67,12 @@ func TestAnAgentGetsTheIdentitiesOfItsOwnNodeAndNoOther(t *testing.T) {
 		}), capb.Refusal_CODE_UNSUPPORTED, ""},
 		{"a missing key is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = nil }), capb.Refusal_CODE_MALFORMED, ""},
 		{"a key of 1 MB is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = make([]byte, 1<<20) }), capb.Refusal_CODE_MALFORMED, ""},
-		{"an RSA key is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = rsaKey(t) }), capb.Refusal_CODE_MALFORMED, ""},
-		{"an Ed25519 key is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = edKey(t) }), capb.Refusal_CODE_MALFORMED, ""},
-		{"a P-384 key is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = p384Key(t) }), capb.Refusal_CODE_MALFORMED, ""},
+		{"an RSA key of 1024 bits is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = rsaKey(t, 1024) }), capb.Refusal_CODE_MALFORMED, ""},
+		{"an RSA key of 2048 bits is good", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = rsaKey(t, 2048) }), none, "spiffe://cluster.local/ns/default/sa/server"},
+		{"an Ed25519 key is good", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = edKey(t) }), none, "spiffe://cluster.local/ns/default/sa/server"},
+		{"a P-384 key is good", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = ecKey(t, elliptic.P384()) }), none, "spiffe://cluster.local/ns/default/sa/server"},
+		{"a P-521 key is good", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = ecKey(t, elliptic.P521()) }), none, "spiffe://cluster.local/ns/default/sa/server"},
+		{"a P-224 key is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = ecKey(t, elliptic.P224()) }), capb.Refusal_CODE_MALFORMED, ""},
 		{"a key with bytes behind it is refused", item(t, func(i *capb.IssueItem) { byUID(server.PodUID)(i); i.PublicKey = append(i.PublicKey, 0) }), capb.Refusal_CODE_MALFORMED, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -126,9 +129,9 @@ func verify(t *testing.T, w *world, s *capb.X509SVID, want string) *x509.Certifi
 	return chain[0]
 }
 
-func rsaKey(t *testing.T) []byte {
+func rsaKey(t *testing.T, bits int) []byte {
 	t.Helper()
-	k, err := rsa.GenerateKey(rand.Reader, 2048)
+	k, err := rsa.GenerateKey(rand.Reader, bits)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,9 +147,9 @@ func edKey(t *testing.T) []byte {
 	return spki(t, pub)
 }
 
-func p384Key(t *testing.T) []byte {
+func ecKey(t *testing.T, c elliptic.Curve) []byte {
 	t.Helper()
-	k, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	k, err := ecdsa.GenerateKey(c, rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,10 @@ import (
 	"crypto/x509"
 	"time"
 
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 var (
@@ -14,6 +17,7 @@ var (
 	Validity       = validity
 	NewSerial      = newSerial
 	ParsePublicKey = parsePublicKey
+	AllKeys        = allKeys
 	ValidDNSName   = validDNSName
 )
 
@@ -56,3 +60,51 @@ func ClockAt(t, newest time.Time) (time.Time, error) {
 	c.recorded(newest)
 	return c.now()
 }
+
+// Certify runs the ceremony for one certificate of a kind, under the authority that
+// signs that kind.
+func (a *Authority) Certify(ctx context.Context, kind capb.IssuanceRecord_Kind, id spiffeid.ID, dnsNames []string, pub crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
+	iss := a.intermediate.Load()
+	if kind == capb.IssuanceRecord_KIND_INTERMEDIATE {
+		iss = a.root
+	}
+	out, err := a.issue(ctx, iss, []certificate{{kind: kind, evidence: capb.IssuanceRecord_EVIDENCE_SELF, id: id, dnsNames: dnsNames, pub: pub, ttl: ttl}})
+	if err != nil {
+		return nil, err
+	}
+	return out[0].chain, out[0].err
+}
+
+// Profile is what lint compares a workload's certificate with.
+type Profile struct{ profile }
+
+// Lint holds a TBSCertificate against the profile.
+func (p Profile) Lint(tbs []byte) error {
+	_, err := p.lint(tbs)
+	return err
+}
+
+// ProfileOf is the profile that a certificate has which issuer signed; a nil issuer
+// means itself.
+func ProfileOf(kind capb.IssuanceRecord_Kind, c, issuer *x509.Certificate) Profile {
+	p := profile{kind: kind, serial: serialBytes(c), notBefore: c.NotBefore, notAfter: c.NotAfter, spki: c.RawSubjectPublicKeyInfo,
+		uri: c.URIs[0].String(), dnsNames: c.DNSNames, subject: c.RawSubject, issuer: c.RawIssuer, signer: c.PublicKey}
+	if issuer != nil {
+		p.issuerKey, p.signer = issuer.SubjectKeyId, issuer.PublicKey
+	}
+	return Profile{p}
+}
+
+// KeyUses is the memory of certified keys.
+type KeyUses struct{ u *keyUses }
+
+func NewKeyUses(limit int, forgot func(int)) KeyUses { return KeyUses{newKeyUses(limit, forgot)} }
+
+func (k KeyUses) Claim(keyHash []byte, identity string, notAfter, now time.Time) error {
+	return k.u.claim(keyHash, identity, notAfter, now)
+}
+func (k KeyUses) Expire(now time.Time) { k.u.expire(now) }
+func (k KeyUses) Len() int             { return k.u.len() }
+
+// CertifiedKeys is how many keys the authority remembers.
+func (a *Authority) CertifiedKeys() int { return a.keyUses.len() }

@@ -6,8 +6,10 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"sync"
 	"time"
@@ -16,6 +18,8 @@ import (
 	"github.com/signet-mesh/signet/identity"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/crypto/cryptobyte"
+	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -35,19 +39,24 @@ type certificate struct {
 	tokenAt   time.Time // zero: not recorded
 }
 
-// prepared is a certificate as it will be signed: step 2.
+// prepared is a certificate as it will be signed: step 2. tbs has been linted.
 type prepared struct {
 	certificate
-	serial   []byte
-	template *x509.Certificate
-	issuer   *issuer
+	serial    []byte
+	notBefore time.Time
+	notAfter  time.Time
+	keyHash   [sha256.Size]byte
+	issuer    *issuer
+	tbs       []byte            // TBSCertificate, DER
+	algorithm []byte            // AlgorithmIdentifier of the signature, DER
+	opts      crypto.SignerOpts // what the algorithm means to the key
 }
 
 // recorded is a prepared certificate whose record is durable: step 3. record is
 // the only function that makes one, and sign takes nothing else.
 type recorded struct{ prepared }
 
-// issued is a signed certificate: step 5.
+// issued is a signed certificate: step 5; or err, why this one alone was not.
 type issued struct {
 	chain   []*x509.Certificate // leaf first, without the root
 	renewAt time.Time
@@ -63,28 +72,38 @@ type issuer struct {
 }
 
 // issue runs the ceremony for certificates of one issuer. The results are in the
-// order of certs. A failure to record fails all of them, and then none is signed.
+// order of certs; one that may not be issued fails alone. A failure to record
+// fails all of them, and then none is signed.
 func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate) ([]issued, error) {
 	now, err := a.clock.now()
 	if err != nil {
 		return nil, err
 	}
+	if iss.cert != nil && !iss.cert.NotAfter.After(now) {
+		return nil, fmt.Errorf("%w: the issuing authority expired at %s", ErrUnavailable, iss.cert.NotAfter.Format(time.RFC3339))
+	}
+	out := make([]issued, len(certs))
+	all := make([]prepared, len(certs))
+	inParallel(len(certs), func(i int) { all[i], out[i].err = a.prepare(now, iss, certs[i]) })
 	ready := make([]prepared, 0, len(certs))
-	for _, c := range certs {
-		p, err := a.prepare(now, iss, c)
-		if err != nil {
-			return nil, err
+	at := make([]int, 0, len(certs))
+	for i := range all {
+		if out[i].err == nil {
+			ready, at = append(ready, all[i]), append(at, i)
+		} else if errors.Is(out[i].err, errLint) {
+			a.metrics.lintFailures.Inc()
 		}
-		ready = append(ready, p)
+	}
+	if len(ready) == 0 {
+		return out, nil
 	}
 	logged, err := a.record(ctx, ready)
 	if err != nil {
 		return nil, err
 	}
 	a.clock.recorded(now)
-	out := make([]issued, len(logged))
-	inParallel(len(logged), func(i int) { out[i] = logged[i].sign(now) })
-	for i := range out {
+	inParallel(len(logged), func(k int) { out[at[k]] = logged[k].sign(now) })
+	for _, i := range at {
 		if out[i].err != nil {
 			a.metrics.signFailures.Inc()
 			continue
@@ -94,41 +113,98 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 	return out, nil
 }
 
+// prepare builds what will be signed, lints it and claims the key.
 func (a *Authority) prepare(now time.Time, iss *issuer, c certificate) (prepared, error) {
 	p := prepared{certificate: c, serial: newSerial(a.instance, now), issuer: iss}
-	notBefore, notAfter := validity(now, c.ttl, a.cfg.SVID.Backdate, iss.cert)
-	if !notAfter.After(now) {
-		return prepared{}, fmt.Errorf("%w: the issuing authority expired at %s", ErrUnavailable, iss.cert.NotAfter.Format(time.RFC3339))
-	}
+	p.notBefore, p.notAfter = validity(now, c.ttl, a.cfg.SVID.Backdate, iss.cert)
+	want := profile{kind: c.kind, serial: p.serial, notBefore: p.notBefore, notAfter: p.notAfter, dnsNames: c.dnsNames}
+	var t *x509.Certificate
 	switch c.kind {
 	case capb.IssuanceRecord_KIND_ROOT:
-		p.template = rootTemplate(a.cfg.TrustDomain, p.serial, notBefore, notAfter)
+		t, want.uri = rootTemplate(a.cfg.TrustDomain, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	case capb.IssuanceRecord_KIND_INTERMEDIATE:
-		p.template = intermediateTemplate(a.cfg.TrustDomain, a.instance, p.serial, notBefore, notAfter)
+		t, want.uri = intermediateTemplate(a.cfg.TrustDomain, a.instance, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	default:
-		p.template = leafTemplate(c.id, c.dnsNames, p.serial, notBefore, notAfter)
+		t, want.uri = leafTemplate(c.id, c.dnsNames, p.serial, p.notBefore, p.notAfter), c.id.String()
+		if c.ttl > a.cfg.SVID.MaxTTL {
+			return prepared{}, fmt.Errorf("%w: a life of %v; at most %v are configured", errLint, c.ttl, a.cfg.SVID.MaxTTL)
+		}
 	}
-	ski, err := subjectKeyID(c.pub)
-	if err != nil {
+	var err error
+	if want.spki, err = x509.MarshalPKIXPublicKey(c.pub); err != nil {
+		return prepared{}, fmt.Errorf("encoding public key: %w", err)
+	}
+	p.keyHash = sha256.Sum256(want.spki)
+	if t.SubjectKeyId, err = keyIdentifier(want.spki); err != nil {
 		return prepared{}, err
 	}
-	p.template.SubjectKeyId = ski
-	return p, nil
+	if p.tbs, p.opts, err = build(t, iss, c.pub); err != nil {
+		return prepared{}, err
+	}
+	if want.subject, err = asn1.Marshal(t.Subject.ToRDNSequence()); err != nil {
+		return prepared{}, fmt.Errorf("encoding the subject: %w", err)
+	}
+	want.issuer, want.signer = want.subject, iss.key.Public()
+	if iss.cert != nil {
+		want.issuer, want.issuerKey = iss.cert.RawSubject, iss.cert.SubjectKeyId
+	}
+	if p.algorithm, err = want.lint(p.tbs); err != nil {
+		return prepared{}, err
+	}
+	return p, a.keyUses.claim(p.keyHash[:], p.owner(), p.notAfter, now)
+}
+
+// owner is the identity that a key belongs to: all authorities are one.
+func (c certificate) owner() string {
+	if c.id.IsZero() {
+		return ""
+	}
+	return c.id.String()
+}
+
+// draft takes the place of a key while what it will sign is built: crypto/x509
+// hands it the TBSCertificate and gets no signature.
+type draft struct {
+	pub  crypto.PublicKey
+	tbs  []byte
+	opts crypto.SignerOpts
+}
+
+var errDraft = errors.New("this is a draft")
+
+func (d *draft) Public() crypto.PublicKey { return d.pub }
+
+func (d *draft) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) { return nil, errDraft }
+
+// SignMessage implements crypto.MessageSigner.
+func (d *draft) SignMessage(_ io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
+	d.tbs, d.opts = tbs, opts
+	return nil, errDraft
+}
+
+// build is the TBSCertificate of a template, and how the issuer's key has to sign
+// it.
+func build(t *x509.Certificate, iss *issuer, pub crypto.PublicKey) (tbs []byte, opts crypto.SignerOpts, err error) {
+	parent := iss.cert
+	if parent == nil {
+		parent = t // a root signs itself
+	}
+	d := &draft{pub: iss.key.Public()}
+	if _, err := x509.CreateCertificate(rand.Reader, t, parent, pub, d); !errors.Is(err, errDraft) || d.tbs == nil {
+		return nil, nil, fmt.Errorf("building what will be signed: %w", err)
+	}
+	return d.tbs, d.opts, nil
 }
 
 // record makes the records of certificates durable, together. When it returns
 // nil, fsync has returned.
 func (a *Authority) record(ctx context.Context, ps []prepared) ([]recorded, error) {
 	records := make([][]byte, 0, len(ps))
-	for _, p := range ps {
-		spki, err := x509.MarshalPKIXPublicKey(p.pub)
-		if err != nil {
-			return nil, fmt.Errorf("encoding public key: %w", err)
-		}
-		hash := sha256.Sum256(spki)
+	for i := range ps {
+		p := &ps[i]
 		r := &capb.IssuanceRecord{
 			Kind: p.kind, Serial: p.serial, Node: p.node, Evidence: p.evidence, PodUid: p.podUID, Requester: p.requester,
-			NotBefore: p.template.NotBefore.Unix(), NotAfter: p.template.NotAfter.Unix(), KeyHash: hash[:],
+			NotBefore: p.notBefore.Unix(), NotAfter: p.notAfter.Unix(), KeyHash: p.keyHash[:],
 		}
 		if !p.id.IsZero() {
 			r.SpiffeId = p.id.String()
@@ -158,19 +234,25 @@ func (a *Authority) record(ctx context.Context, ps []prepared) ([]recorded, erro
 
 // sign is steps 4 and 5.
 func (r recorded) sign(now time.Time) issued {
-	parent := r.issuer.cert
-	if parent == nil {
-		parent = r.template // a root signs itself
-	}
-	der, err := x509.CreateCertificate(rand.Reader, r.template, parent, r.pub, r.issuer.key)
+	signature, err := crypto.SignMessage(r.issuer.key, rand.Reader, r.tbs, r.opts)
 	if err != nil {
 		return issued{err: fmt.Errorf("signing: %w", err)}
+	}
+	var b cryptobyte.Builder
+	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
+		b.AddBytes(r.tbs)
+		b.AddBytes(r.algorithm)
+		b.AddASN1BitString(signature)
+	})
+	der, err := b.Bytes()
+	if err != nil {
+		return issued{err: fmt.Errorf("encoding what was signed: %w", err)}
 	}
 	c, err := x509.ParseCertificate(der)
 	if err != nil {
 		return issued{err: fmt.Errorf("parsing what was signed: %w", err)}
 	}
-	if err := r.lint(c); err != nil {
+	if err := r.check(c); err != nil {
 		return issued{err: fmt.Errorf("checking what was signed: %w", err)}
 	}
 	return issued{
@@ -179,15 +261,17 @@ func (r recorded) sign(now time.Time) issued {
 	}
 }
 
-// lint compares the certificate with the profile and with what was asked.
-func (r recorded) lint(c *x509.Certificate) error {
-	if c.SerialNumber.Cmp(r.template.SerialNumber) != 0 {
-		return errors.New("serial differs")
+// check verifies the signature, which a faulty key device may have got wrong, and
+// reads the certificate once more as a relying party does.
+func (r recorded) check(c *x509.Certificate) error {
+	parent := r.issuer.cert
+	if parent == nil {
+		parent = c
+	}
+	if err := parent.CheckSignature(c.SignatureAlgorithm, r.tbs, c.Signature); err != nil {
+		return err
 	}
 	if c.IsCA {
-		if r.kind != capb.IssuanceRecord_KIND_ROOT && r.kind != capb.IssuanceRecord_KIND_INTERMEDIATE {
-			return errors.New("a leaf became an authority")
-		}
 		return identity.CheckAuthority(c)
 	}
 	id, err := identity.CheckSVID(c)

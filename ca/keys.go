@@ -3,8 +3,6 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
@@ -136,23 +134,3 @@ func syncFolder(dir string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
-
-// parsePublicKey takes a SubjectPublicKeyInfo that somebody sent. P-256 is what
-// agents make and what every proxy verifies fast; other keys are refused.
-func parsePublicKey(spki []byte) (*ecdsa.PublicKey, error) {
-	if len(spki) > maxPublicKey {
-		return nil, fmt.Errorf("public key has %d bytes; at most %d are allowed", len(spki), maxPublicKey)
-	}
-	pub, err := x509.ParsePKIXPublicKey(spki)
-	if err != nil {
-		return nil, errors.New("public key is not a SubjectPublicKeyInfo in DER")
-	}
-	ec, ok := pub.(*ecdsa.PublicKey)
-	if !ok || ec.Curve != elliptic.P256() {
-		return nil, fmt.Errorf("public key is of type %T; an ECDSA key on P-256 is required", pub)
-	}
-	return ec, nil
-}
-
-// maxPublicKey is well above a P-256 key (91 bytes) and bounds what is parsed.
-const maxPublicKey = 1024

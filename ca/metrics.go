@@ -6,6 +6,8 @@ type metrics struct {
 	issued       *prometheus.CounterVec
 	refused      *prometheus.CounterVec
 	signFailures prometheus.Counter
+	lintFailures prometheus.Counter
+	keysForgot   prometheus.Counter
 	logFailures  prometheus.Counter
 	batch        prometheus.Histogram
 }
@@ -19,13 +21,17 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "Requests that were refused, by method and code."}, []string{"method", "code"}),
 		signFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_sign_failures_total",
 			Help: "Certificates that were recorded but could not be signed."}),
+		lintFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_lint_failures_total",
+			Help: "Certificates that did not have their profile, and were neither recorded nor signed."}),
+		keysForgot: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_keys_forgotten_total",
+			Help: "Certified keys that were forgotten before their certificates expired, because there are too many."}),
 		logFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_log_failures_total",
 			Help: "Batches that could not be recorded, so that nothing was signed."}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "signet_ca_issue_seconds",
 			Help: "Time to answer a batch.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14)}),
 	}
 	if r != nil {
-		r.MustRegister(m.issued, m.refused, m.signFailures, m.logFailures, m.batch)
+		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.logFailures, m.batch)
 	}
 	return m
 }
@@ -43,5 +49,6 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 	gauge("signet_ca_serving_not_after_seconds", "When the serving certificate ends, Unix seconds.", func() float64 { return float64(a.serving.Load().Leaf.NotAfter.Unix()) })
 	gauge("signet_ca_log_records", "Sequence number of the newest record of the issuance log.", func() float64 { return float64(a.log.Head().Sequence) })
 	gauge("signet_ca_trust_sequence", "Sequence number of the current state of trust.", func() float64 { return float64(a.trust.Value().Sequence()) })
+	gauge("signet_ca_certified_keys", "Keys with a certificate that has not expired, which no other identity can get certified.", func() float64 { return float64(a.keyUses.len()) })
 	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })
 }

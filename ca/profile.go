@@ -1,12 +1,9 @@
 package ca
 
 import (
-	"crypto"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/asn1"
 	"encoding/binary"
 	"fmt"
 	"math/big"
@@ -110,22 +107,4 @@ func leafTemplate(id spiffeid.ID, dnsNames []string, serial []byte, notBefore, n
 		URIs:                  []*url.URL{id.URL()},
 		DNSNames:              dnsNames,
 	}
-}
-
-// subjectKeyID is the truncated SHA-256 of the public key's bit string (RFC 7093
-// §2, method 1), set on leaves too, where crypto/x509 would leave it out.
-func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
-	der, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return nil, fmt.Errorf("encoding public key: %w", err)
-	}
-	var spki struct {
-		Algorithm pkix.AlgorithmIdentifier
-		PublicKey asn1.BitString
-	}
-	if _, err := asn1.Unmarshal(der, &spki); err != nil {
-		return nil, fmt.Errorf("encoding public key: %w", err)
-	}
-	sum := sha256.Sum256(spki.PublicKey.Bytes)
-	return sum[:20], nil
 }

@@ -167,14 +167,14 @@ func TestIssuanceRecordGolden(t *testing.T) {
 	t.Logf("a record has %d bytes", len(b))
 }
 
-// FuzzPublicKey: whatever is taken is a P-256 key in its one encoding.
+// FuzzPublicKey: whatever is taken is a key in its one encoding.
 func FuzzPublicKey(f *testing.F) {
 	_, good := newKey(f)
 	f.Add(good)
 	f.Add([]byte{})
 	f.Add(good[:len(good)-1])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		pub, err := ca.ParsePublicKey(b)
+		pub, err := ca.ParsePublicKey(b, ca.AllKeys)
 		if err != nil {
 			return
 		}

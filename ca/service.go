@@ -223,6 +223,8 @@ func code(err error) error {
 	switch {
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrClock):
 		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
+	case errors.Is(err, ErrKeyInUse):
+		return status.Error(codes.InvalidArgument, ErrKeyInUse.Error())
 	case errors.Is(err, attest.ErrUnavailable):
 		return status.Error(codes.Unavailable, attest.Public(err))
 	case errors.Is(err, attest.ErrNotAllowed):
@@ -244,7 +246,7 @@ func (s service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.Att
 }
 
 func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
-	pub, err := parsePublicKey(req.GetPublicKey())
+	pub, err := parsePublicKey(req.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -454,6 +456,9 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 			switch {
 			case err != nil:
 				refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "the authority cannot issue now")
+			case errors.Is(out[k].err, ErrKeyInUse):
+				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
+				refuse(i, capb.Refusal_CODE_MALFORMED, 0, ErrKeyInUse.Error())
 			case out[k].err != nil:
 				a.cfg.Log.Error("signing failed", "spiffe_id", certs[k].id.String(), "err", out[k].err)
 				refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "the authority cannot sign now")
@@ -486,7 +491,7 @@ func (r *refusal) Error() string {
 // must verify here, and a pod must be alive in the authority's own view; either
 // must be on the node that the calling agent was attested on.
 func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (certificate, error) {
-	pub, err := parsePublicKey(item.GetPublicKey())
+	pub, err := parsePublicKey(item.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
 	if err != nil {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: err.Error()}
 	}

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"path/filepath"
 	"slices"
+	"time"
 )
 
 // readAhead is how much of a segment is read at once.
@@ -297,6 +298,18 @@ func (l *FileLog) Scan(ctx context.Context, from uint64) iter.Seq2[Record, error
 			yield(Record{}, fmt.Errorf("reading log %s: %w", l.dir, err))
 		}
 	}
+}
+
+// Since is where a Scan has to start to see every record of t or later. It may see
+// older ones first, by as much as a segment holds.
+func (l *FileLog) Since(t time.Time) uint64 {
+	s := l.snapshot()
+	i := len(s.segments) - 1
+	// The records of a segment are not older than the newest one before it.
+	for i > 0 && s.segments[i].base.time >= t.UnixNano() {
+		i--
+	}
+	return s.segments[i].base.sequence + 1
 }
 
 // Verify reads the whole log and checks every checksum, hash, sequence and time,

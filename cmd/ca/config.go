@@ -48,6 +48,8 @@ type config struct {
 		MinTTL   time.Duration `yaml:"minTTL"`
 		MaxTTL   time.Duration `yaml:"maxTTL"`
 		Backdate time.Duration `yaml:"backdate"`
+		// AcceptedKeys are the kinds of public keys that are certified.
+		AcceptedKeys []string `yaml:"acceptedKeys"`
 	} `yaml:"svid"`
 	// Tokens says how service-account tokens are verified.
 	Tokens struct {
@@ -99,6 +101,7 @@ func defaults() config {
 	c.Listen = ":8443"
 	c.Authority.RootTTL, c.Authority.IntermediateTTL = 365*24*time.Hour, 7*24*time.Hour
 	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MinTTL, c.SVID.MaxTTL, c.SVID.Backdate = time.Hour, time.Hour, time.Minute, 24*time.Hour, time.Minute
+	c.SVID.AcceptedKeys = []string{ca.KeyP256, ca.KeyP384, ca.KeyP521, ca.KeyEd25519, ca.KeyRSA}
 	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
 	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
@@ -181,7 +184,7 @@ func (c config) authority() (ca.Config, error) {
 	return ca.Config{
 		TrustDomain: td, Instance: c.Instance, DataDir: c.DataDir, DNSNames: c.DNSNames,
 		RootTTL: c.Authority.RootTTL, IntermediateTTL: c.Authority.IntermediateTTL,
-		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate},
+		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate, AcceptedKeys: c.SVID.AcceptedKeys},
 		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval,
 	}, nil
 }
