@@ -20,6 +20,9 @@ type report struct {
 	resource string
 	at       source
 	problems []Problem
+	warnings []Problem // for Lint
+	// unloadable says that Envoy cannot load what Istio makes of the resource.
+	unloadable bool
 	// first is the first problem of the gravest reason so far.
 	reason Reason
 	first  string
@@ -50,6 +53,27 @@ func (r *report) add(reason Reason, path, fix, message string) {
 	})
 }
 
+// warn records what the author of a resource that is accepted may not expect.
+func (r *report) warn(code, path, fix, format string, args ...any) {
+	r.note(SeverityWarning, code, path, fix, format, args...)
+}
+
+// danger records what Istio's admission accepts and Envoy cannot load.
+func (r *report) danger(code, path, fix, format string, args ...any) {
+	r.unloadable = true
+	r.note(SeverityDanger, code, path, fix, format, args...)
+}
+
+func (r *report) note(severity Severity, code, path, fix, format string, args ...any) {
+	if !r.linting || len(r.warnings) >= maxProblems {
+		return
+	}
+	r.warnings = append(r.warnings, Problem{
+		Origin: r.origin, Line: r.at.line(path), Resource: r.resource, Field: path, Severity: severity, Code: code,
+		Message: fmt.Sprintf(format, args...), Fix: fix,
+	})
+}
+
 // refused reports whether anything at or below the path is invalid.
 func (r *report) refused(path string) bool {
 	return slices.ContainsFunc(r.problems, func(p Problem) bool {
@@ -63,10 +87,11 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	metadata, _ := object["metadata"].(map[string]any)
 	k.namespace = "default"
 	name, ok := metadata["name"].(string)
-	if v, given := metadata["namespace"]; given && ok {
+	// kubectl takes null and "" for none.
+	if v := metadata["namespace"]; v != nil && v != "" && ok {
 		k.namespace, ok = v.(string)
 	}
-	if !ok || name == "" || k.namespace == "" {
+	if !ok || name == "" {
 		p.unreadable(at.line("metadata"), fmt.Sprintf("%s has no name or no namespace that is a string", clip(k.kind)),
 			"write metadata.name and metadata.namespace; quote what YAML takes for another type")
 		return
@@ -95,32 +120,35 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 		r.invalid("apiVersion", "write "+group+"/v1", "no such version: %s", clip(version))
 	}
 	r.envelope(object, metadata, res)
+	r.annotations(metadata, k.kind)
+	var spec tree
 	if message != nil {
-		r.spec(object, message)
+		spec = r.spec(object, message, schemas[k.kind])
 	}
 	switch m := message.(type) {
 	case *security.AuthorizationPolicy:
-		r.authorizationPolicy(m, metadata)
+		r.authorizationPolicy(m, spec, metadata)
 		res.selector = selectorOf(m.GetSelector().GetMatchLabels())
 		for i := range m.GetRules() {
 			res.ruleLines = append(res.ruleLines, at.line(fmt.Sprintf("spec.rules[%d]", i)))
 		}
 	case *security.PeerAuthentication:
-		r.peerAuthentication(m)
+		r.peerAuthentication(m, spec)
 		res.selector = selectorOf(m.GetSelector().GetMatchLabels())
 	case *security.RequestAuthentication:
-		r.requestAuthentication(m)
+		r.requestAuthentication(m, spec)
 		res.selector = selectorOf(m.GetSelector().GetMatchLabels())
 	}
 	if r.refused("spec.selector") {
 		res.selector = nil
 	}
+	res.unloadable = r.unloadable
 	if r.reason != "" {
 		res.reason, res.detail = r.reason, r.first
 		res.policy, res.peer, res.ruleLines = nil, nil, nil
 	}
 	p.resources = append(p.resources, Resource{res})
-	p.problems = append(p.problems, r.problems...)
+	p.problems = append(append(p.problems, r.problems...), r.warnings...)
 }
 
 // metadataFields are the fields of ObjectMeta.
@@ -171,8 +199,14 @@ func (r *report) envelope(object, metadata map[string]any, res *resource) {
 		}
 		r.sameSize(len(m), "metadata."+f)
 		for _, k := range sorted(m) {
-			if _, ok := m[k].(string); !ok {
+			v, ok := m[k].(string)
+			switch {
+			case !ok:
 				r.invalid(keyPath("metadata."+f, k), "quote it", "is not a string")
+			case !qualifiedName(k, f == "annotations"):
+				r.invalid(keyPath("metadata."+f, k), "write NAME or DOMAIN/NAME", "is no name that Kubernetes accepts")
+			case f == "labels" && v != "" && !labelName(v):
+				r.invalid(keyPath("metadata."+f, k), "use at most 63 letters, digits, '-', '_' and '.'", "%s is no value that Kubernetes accepts", clip(v))
 			}
 		}
 	}
@@ -201,33 +235,91 @@ func dnsName(s string, most int, dots bool) bool {
 	return true
 }
 
-// spec decodes the specification into message, strictly. A document without one
-// has the empty one, as in Istio.
-func (r *report) spec(object map[string]any, message proto.Message) {
-	spec, given := object["spec"]
-	if !given {
-		return
+// qualifiedName reports whether s can name a label or an annotation: a name, and
+// perhaps a DNS name and a slash before it. Annotations ignore case.
+func qualifiedName(s string, anyCase bool) bool {
+	prefix, name, two := strings.Cut(s, "/")
+	if !two {
+		return labelName(s)
 	}
-	r.schema(spec, message.ProtoReflect().Descriptor(), "spec")
-	j, err := json.Marshal(spec)
-	if err == nil {
-		err = protojson.Unmarshal(j, message)
+	if anyCase {
+		prefix = strings.ToLower(prefix)
 	}
-	// Most of what protojson refuses, schema has refused with a place before.
-	if err != nil && r.reason != ReasonInvalid {
-		r.invalid("spec", "correct the field", "%s", clipPlain(err.Error()))
+	return dnsName(prefix, 253, true) && labelName(name)
+}
+
+// labelName reports whether s can be the name or the value of a label.
+func labelName(s string) bool {
+	alnum := func(c byte) bool {
+		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 	}
-	if err != nil {
-		// Keep the selector, if that alone can be read.
-		proto.Reset(message)
-		if s, ok := spec.(map[string]any); ok && s["selector"] != nil && !r.refused("spec.selector") {
-			if j, err := json.Marshal(map[string]any{"selector": s["selector"]}); err == nil {
-				if protojson.Unmarshal(j, message) != nil {
-					proto.Reset(message)
-				}
-			}
+	if len(s) == 0 || len(s) > 63 || !alnum(s[0]) || !alnum(s[len(s)-1]) {
+		return false
+	}
+	for i := range len(s) {
+		if !alnum(s[i]) && strings.IndexByte("-_.", s[i]) < 0 {
+			return false
 		}
 	}
+	return true
+}
+
+// spec decodes the specification into message, strictly, and returns it as it was
+// written, without nulls. A document without one has the empty one, as in Istio;
+// so has one whose specification is refused, but for the selector.
+func (r *report) spec(object map[string]any, message proto.Message, s *schema) tree {
+	value, given := object["spec"]
+	if !given {
+		return nil
+	}
+	if value == nil {
+		r.warn("null-field", "spec", "remove it, or write the value", "null is read as if the field were not there")
+		return nil
+	}
+	r.conform(value, s, "spec")
+	spec, _ := value.(map[string]any)
+	refused := r.refused("spec")
+	err := unmarshalSpec(spec, message)
+	if err == nil {
+		return spec
+	}
+	if !refused {
+		r.invalid("spec", "correct the field", "%s", clipPlain(err.Error()))
+	}
+	// Keep the selector, if that alone can be read.
+	proto.Reset(message)
+	if selector, given := spec["selector"]; given && !r.refused("spec.selector") {
+		spec = map[string]any{"selector": selector}
+		if unmarshalSpec(spec, message) == nil {
+			return spec
+		}
+		proto.Reset(message)
+	}
+	return nil
+}
+
+// unmarshalSpec decodes a specification whose unknown fields have been refused.
+// Istio's reader takes times as Go writes them, such as 1m.
+func unmarshalSpec(spec map[string]any, message proto.Message) error {
+	for i, rule := range tree(spec).list("jwtRules") {
+		s, ok := rule["timeout"].(string)
+		if !ok {
+			continue
+		}
+		d, err := time.ParseDuration(s)
+		if err != nil {
+			return fmt.Errorf("jwtRules[%d].timeout: %s is no duration, such as 5s", i, clip(s))
+		}
+		if d < time.Millisecond {
+			return fmt.Errorf("jwtRules[%d].timeout: %s is less than 1ms", i, s)
+		}
+		rule["timeout"] = fmt.Sprintf("%d.%09ds", d/time.Second, d%time.Second)
+	}
+	j, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	return protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal(j, message)
 }
 
 // clipPlain bounds an error's text in a message.

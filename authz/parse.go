@@ -41,7 +41,8 @@ const group = "security.istio.io"
 // yields a Resource as well, because it could be any policy.
 //
 // Reading is as strict as kubectl and Istio's admission together: unknown and
-// repeated fields, null values and values of another type are refused.
+// repeated fields and values of another type are refused. A field that is null
+// counts as left out, as it does for the API server.
 func Parse(origin string, data []byte) ([]Resource, []Problem) {
 	p := &parser{origin: origin}
 	switch {
@@ -62,6 +63,7 @@ type parser struct {
 	problems  []Problem
 	documents int
 	full      bool
+	linting   bool // Lint's warnings are wanted
 }
 
 func (p *parser) unreadable(line int, message, fix string) {

@@ -15,16 +15,22 @@ const (
 	// SeverityWarning: enforced as written, but it may not do what its author
 	// meant.
 	SeverityWarning
+	// SeverityDanger: a warning of what crashes Envoy, or what Envoy refuses to
+	// load, if Istio hands it on. It is decided as written and cannot be exported
+	// to a proxy; see [Resource.Loadable].
+	SeverityDanger
 	// SeverityInfo: nothing that concerns decisions, such as a document of
 	// another kind that was skipped.
 	SeverityInfo
 )
 
-// String is "error", "warning" or "info".
+// String is "error", "warning", "danger" or "info".
 func (s Severity) String() string {
 	switch s {
 	case SeverityWarning:
 		return "warning"
+	case SeverityDanger:
+		return "danger"
 	case SeverityInfo:
 		return "info"
 	}
@@ -52,6 +58,9 @@ type Problem struct {
 	// [ReasonInvalid], [ReasonUnsupported], [ReasonDuplicate] or
 	// [ReasonUnreadable]. Empty otherwise.
 	Reason Reason
+	// Code names the rule of [Lint] that a warning comes from, and is stable;
+	// empty otherwise.
+	Code string
 }
 
 // Error renders the problem on one line:

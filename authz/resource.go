@@ -32,6 +32,11 @@ func (r Resource) Origin() (name string, line int) { return r.r.origin, r.r.line
 // can.
 func (r Resource) Reason() Reason { return r.r.reason }
 
+// Loadable reports whether a proxy can load what Istio makes of the resource.
+// Istio's admission accepts a few that crash Envoy or that it refuses; they are
+// decided as written, and must not be handed to a proxy.
+func (r Resource) Loadable() bool { return !r.r.unloadable }
+
 // String is "KIND NAMESPACE/NAME".
 func (r Resource) String() string { return r.r.id() }
 
@@ -56,6 +61,8 @@ type resource struct {
 	// Exactly one of the two is set in a usable resource.
 	policy *security.AuthorizationPolicy
 	peer   *security.PeerAuthentication
+	// unloadable says that Envoy cannot load what Istio makes of the resource.
+	unloadable bool
 	// ruleLines are the lines of the policy's rules.
 	ruleLines []int
 }

@@ -2,25 +2,53 @@ package authz
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	security "istio.io/api/security/v1beta1"
 	typev1beta1 "istio.io/api/type/v1beta1"
 )
 
-// This file says what Istio's admission refuses (its webhook and the schema of
-// its custom resource definitions, with what verified against the real one
-// corrected), and what it takes that is not enforced here yet.
+// This file says what Istio's webhook refuses, and what the rules of its custom
+// resource definitions (x-kubernetes-validations) refuse that concern more than
+// one value; the schemas are in schema.go. It also says what Istio takes that is
+// not enforced here yet.
 
 // dryRun is the annotation that makes a policy's rules shadow rules.
 const dryRun = "istio.io/dry-run"
 
-func (r *report) authorizationPolicy(p *security.AuthorizationPolicy, metadata map[string]any) {
-	r.selector(p.GetSelector(), p.GetTargetRef(), p.GetTargetRefs())
+// bannedAnnotations are Istio's own; its webhook refuses resources of others that
+// have them.
+var bannedAnnotations = []string{"internal.istio.io/webhook-always-reject", "internal.istio.io/parents", "internal.istio.io/parent-namespace"}
+
+// tree is a specification as it was written, without what was null. Rules of
+// definitions ask whether a field is there; the message can't tell an empty list
+// from none.
+type tree map[string]any
+
+func (t tree) has(field string) bool { _, ok := t[field]; return ok }
+
+// list are the objects in a field.
+func (t tree) list(field string) []tree {
+	values, _ := t[field].([]any)
+	objects := make([]tree, len(values))
+	for i, v := range values {
+		objects[i], _ = v.(map[string]any)
+	}
+	return objects
+}
+
+func (t tree) object(field string) tree {
+	m, _ := t[field].(map[string]any)
+	return m
+}
+
+func (r *report) authorizationPolicy(p *security.AuthorizationPolicy, spec tree, metadata map[string]any) {
+	r.targets(p.GetSelector(), p.GetTargetRef(), p.GetTargetRefs(), spec)
 	action := p.GetAction()
 	if len(p.GetRules()) == 0 && action == security.AuthorizationPolicy_DENY {
 		r.invalid("spec.rules", "add an empty rule {} to deny everything", "a DENY policy without rules never matches")
@@ -37,16 +65,23 @@ func (r *report) authorizationPolicy(p *security.AuthorizationPolicy, metadata m
 	if action == security.AuthorizationPolicy_CUSTOM || action == security.AuthorizationPolicy_AUDIT {
 		r.unsupported("spec.action", "action "+action.String())
 	}
-	r.annotations(metadata, action)
-	if n := len(p.GetRules()); n > 512 {
-		r.invalid("spec.rules", "split the policy", "has %d rules, at most 512 are accepted", n)
-	}
+	r.dryRun(metadata, action)
+	rules := spec.list("rules")
 	for i, rule := range p.GetRules() {
-		r.rule(rule, action, fmt.Sprintf("spec.rules[%d]", i))
+		path := fmt.Sprintf("spec.rules[%d]", i)
+		r.rule(rule, action, path)
+		for j, from := range rules[i].list("from") {
+			source := from.object("source")
+			if (source.has("serviceAccounts") || source.has("notServiceAccounts")) &&
+				(source.has("principals") || source.has("notPrincipals") || source.has("namespaces") || source.has("notNamespaces")) {
+				r.invalid(fmt.Sprintf("%s.from[%d].source", path, j), "keep one kind", "serviceAccounts cannot be combined with principals or namespaces")
+			}
+		}
 	}
 }
 
-func (r *report) annotations(metadata map[string]any, action security.AuthorizationPolicy_Action) {
+// dryRun checks the annotation of a policy.
+func (r *report) dryRun(metadata map[string]any, action security.AuthorizationPolicy_Action) {
 	annotations, _ := metadata["annotations"].(map[string]any)
 	v, given := annotations[dryRun]
 	if !given {
@@ -56,28 +91,39 @@ func (r *report) annotations(metadata map[string]any, action security.Authorizat
 	s, _ := v.(string)
 	on, err := strconv.ParseBool(s)
 	switch {
-	case err != nil:
-		r.invalid(path, `write "true" or "false"`, "%s is not a boolean", clip(s))
 	case action != security.AuthorizationPolicy_ALLOW && action != security.AuthorizationPolicy_DENY:
 		r.invalid(path, "remove it", "dry run exists for ALLOW and DENY only")
+	case err != nil:
+		r.invalid(path, `write "true" or "false"`, "%s is not a boolean", clip(s))
 	case on:
 		r.unsupported(path, "dry run")
 	}
 }
 
-func (r *report) selector(s *typev1beta1.WorkloadSelector, ref *typev1beta1.PolicyTargetReference, refs []*typev1beta1.PolicyTargetReference) {
+// annotations checks what concerns every kind, and all but AuthorizationPolicy.
+func (r *report) annotations(metadata map[string]any, kind string) {
+	annotations, _ := metadata["annotations"].(map[string]any)
+	for _, name := range bannedAnnotations {
+		if _, given := annotations[name]; given {
+			r.invalid(keyPath("metadata.annotations", name), "remove it", "is for Istio's own use")
+		}
+	}
+	if _, given := annotations[dryRun]; given && kind != KindAuthorizationPolicy {
+		r.invalid(keyPath("metadata.annotations", dryRun), "remove it", "dry run exists for AuthorizationPolicy only")
+	}
+}
+
+// targets checks what says whom a resource is about.
+func (r *report) targets(s *typev1beta1.WorkloadSelector, ref *typev1beta1.PolicyTargetReference, refs []*typev1beta1.PolicyTargetReference, spec tree) {
 	r.matchLabels(s)
 	n := 0
-	for _, set := range []bool{s != nil, ref != nil, len(refs) > 0} {
-		if set {
+	for _, field := range []string{"selector", "targetRef", "targetRefs"} {
+		if spec.has(field) {
 			n++
 		}
 	}
 	if n > 1 {
 		r.invalid("spec", "keep one of them", "only one of selector, targetRef and targetRefs can be set")
-	}
-	if len(refs) > 16 {
-		r.invalid("spec.targetRefs", "split the resource", "has %d references, at most 16 are accepted", len(refs))
 	}
 	if ref != nil {
 		r.targetRef(ref, "spec.targetRef")
@@ -88,9 +134,6 @@ func (r *report) selector(s *typev1beta1.WorkloadSelector, ref *typev1beta1.Poli
 }
 
 func (r *report) targetRef(ref *typev1beta1.PolicyTargetReference, path string) {
-	if ref.GetName() == "" {
-		r.invalid(path+".name", "name the target", "must not be empty")
-	}
 	if ref.GetNamespace() != "" {
 		r.invalid(path+".namespace", "remove it", "a target in another namespace is not accepted")
 	}
@@ -108,27 +151,17 @@ func (r *report) targetRef(ref *typev1beta1.PolicyTargetReference, path string) 
 
 func (r *report) matchLabels(s *typev1beta1.WorkloadSelector) {
 	const path = "spec.selector.matchLabels"
-	labels := s.GetMatchLabels()
-	if len(labels) > 4096 {
-		r.invalid(path, "remove some", "has %d labels, at most 4096 are accepted", len(labels))
-	}
-	for _, name := range sorted(labels) {
-		value, at := labels[name], keyPath(path, name)
+	for _, name := range sorted(s.GetMatchLabels()) {
 		switch {
 		case name == "":
 			r.invalid(path, "name the label", "has a label without a name")
-		case strings.Contains(name, "*") || strings.Contains(value, "*"):
-			r.invalid(at, "write one selector for each value", "wildcards are not accepted in selectors")
-		case len(value) > 63:
-			r.invalid(at, "no pod can have it; shorten it", "is longer than 63 characters")
+		case strings.Contains(name, "*") || strings.Contains(s.GetMatchLabels()[name], "*"):
+			r.invalid(keyPath(path, name), "write one selector for each value", "wildcards are not accepted in selectors")
 		}
 	}
 }
 
 func (r *report) rule(rule *security.Rule, action security.AuthorizationPolicy_Action, path string) {
-	if n := len(rule.GetFrom()); n > 512 {
-		r.invalid(path+".from", "split the rule", "has %d sources, at most 512 are accepted", n)
-	}
 	for i, from := range rule.GetFrom() {
 		r.source(from.GetSource(), action, fmt.Sprintf("%s.from[%d].source", path, i))
 	}
@@ -170,14 +203,6 @@ func (r *report) source(s *security.Source, action security.AuthorizationPolicy_
 		{field: "trustDomains", list: s.GetTrustDomains(), check: badTrustDomain, unsupported: "trustDomains"},
 		{field: "notTrustDomains", list: s.GetNotTrustDomains(), check: badTrustDomain, unsupported: "notTrustDomains"},
 	})
-	accounts := len(s.GetServiceAccounts()) + len(s.GetNotServiceAccounts())
-	others := len(s.GetPrincipals()) + len(s.GetNotPrincipals()) + len(s.GetNamespaces()) + len(s.GetNotNamespaces())
-	if accounts > 0 && others > 0 {
-		r.invalid(path, "keep one kind", "serviceAccounts cannot be combined with principals or namespaces")
-	}
-	if len(s.GetServiceAccounts()) > 16 || len(s.GetNotServiceAccounts()) > 16 {
-		r.invalid(path, "add another source", "at most 16 serviceAccounts are accepted")
-	}
 	for _, f := range []values{{field: "ipBlocks", list: s.GetIpBlocks()}, {field: "notIpBlocks", list: s.GetNotIpBlocks()}} {
 		for i, v := range f.list {
 			if strings.Contains(v, "%") && badIP(v) == "" {
@@ -232,58 +257,67 @@ func (r *report) lists(path string, action security.AuthorizationPolicy_Action, 
 			r.invalid(at, "use it in an ALLOW or DENY policy", "is not accepted in CUSTOM policies")
 		}
 	}
-	if empty {
+	if empty && !r.refused(path) {
 		r.invalid(path, "set a field, or leave the whole entry out to match anything", "must not be empty")
 	}
 }
 
-// conditionKeys are the keys of conditions: those with a name in brackets end
-// in "[", which as in Istio are recognised by how they begin.
+// conditionKeys are the keys of conditions. Those that take a name in brackets
+// are told by how they begin, as in Istio, which therefore takes
+// "request.headersX[a]" too.
 var conditionKeys = []struct {
-	key    string
-	check  func(string) string
-	custom bool
+	key      string
+	brackets bool
+	check    func(string) string
+	most     int // values; 0 is no bound
 }{
-	{"request.headers[", nil, true},
-	{"request.experimental.inline.headers[", nil, true},
-	{"request.auth.claims[", nil, false},
-	{"experimental.envoy.filters.[", nil, true},
-	{"source.ip", badIP, true},
-	{"remote.ip", badIP, true},
-	{"source.namespace", nil, false},
-	{"source.principal", nil, false},
-	{"source.serviceAccount", badServiceAccount, false},
-	{"source.trustDomain", nil, false},
-	{"request.auth.principal", nil, false},
-	{"request.auth.audiences", nil, false},
-	{"request.auth.presenter", nil, false},
-	{"destination.ip", badIP, true},
-	{"destination.port", badPort, true},
-	{"connection.sni", nil, true},
+	{key: "request.headers", brackets: true},
+	{key: "request.auth.claims", brackets: true},
+	{key: "experimental.envoy.filters.", brackets: true},
+	{key: "source.ip", check: badIP},
+	{key: "remote.ip", check: badIP},
+	{key: "source.namespace"},
+	{key: "source.principal"},
+	{key: "source.serviceAccount", check: badServiceAccount, most: 16},
+	{key: "source.trustDomain", check: badWildcard},
+	{key: "request.auth.principal"},
+	{key: "request.auth.audiences"},
+	{key: "request.auth.presenter"},
+	{key: "destination.ip", check: badIP},
+	{key: "destination.port", check: badPort},
+	{key: "connection.sni"},
 }
 
 func (r *report) condition(c *security.Condition, action security.AuthorizationPolicy_Action, path string) {
 	r.unsupported(path, "a condition (when)")
-	if c.GetKey() == "" {
+	key := c.GetKey()
+	if key == "" {
+		if r.refused(path + ".key") {
+			return
+		}
 		r.invalid(path+".key", "write one of the condition keys", "must not be empty")
 		return
 	}
 	if len(c.GetValues()) == 0 && len(c.GetNotValues()) == 0 {
 		r.invalid(path, "write at least one of them", "has neither values nor notValues")
 	}
+	// CUSTOM policies are asked before the peer's and the request's identity are
+	// established.
+	if action == security.AuthorizationPolicy_CUSTOM && (strings.HasPrefix(key, "request.auth.") ||
+		slices.Contains([]string{"source.namespace", "source.serviceAccount", "source.trustDomain", "source.principal"}, key)) {
+		r.invalid(path+".key", "use it in an ALLOW or DENY policy", "is not accepted in CUSTOM policies")
+	}
 	for _, k := range conditionKeys {
-		stem, bracket := strings.CutSuffix(k.key, "[")
-		if c.GetKey() != stem && !(bracket && strings.HasPrefix(c.GetKey(), stem)) {
+		if key != k.key && !(k.brackets && strings.HasPrefix(key, k.key)) {
 			continue
 		}
-		if open := strings.IndexByte(c.GetKey(), '['); bracket &&
-			!(strings.HasSuffix(c.GetKey(), "]") && open > 0 && open < len(c.GetKey())-2) {
-			r.invalid(path+".key", "write it as "+stem+"[NAME]", "%s has no name in brackets", clip(c.GetKey()))
-		}
-		if action == security.AuthorizationPolicy_CUSTOM && !k.custom {
-			r.invalid(path+".key", "use it in an ALLOW or DENY policy", "is not accepted in CUSTOM policies")
+		if open := strings.IndexByte(key, '['); k.brackets && !(strings.HasSuffix(key, "]") && open > 0 && open < len(key)-2) {
+			r.invalid(path+".key", "write it as "+k.key+"[NAME]", "%s has no name in brackets", clip(key))
 		}
 		for _, f := range []values{{field: "values", list: c.GetValues()}, {field: "notValues", list: c.GetNotValues()}} {
+			if k.most > 0 && len(f.list) > k.most {
+				r.invalid(path+"."+f.field, "add another condition or rule", "has %d values, at most %d are accepted", len(f.list), k.most)
+			}
 			for i, v := range f.list {
 				at := fmt.Sprintf("%s.%s[%d]", path, f.field, i)
 				if v == "" {
@@ -295,33 +329,58 @@ func (r *report) condition(c *security.Condition, action security.AuthorizationP
 		}
 		return
 	}
-	r.invalid(path+".key", "write one of the condition keys", "%s is no attribute that conditions can read", clip(c.GetKey()))
+	if len(c.GetValues())+len(c.GetNotValues()) > 0 {
+		r.invalid(path+".key", "write one of the condition keys", "%s is no attribute that conditions can read", clip(key))
+	}
 }
 
-func (r *report) peerAuthentication(p *security.PeerAuthentication) {
+func (r *report) peerAuthentication(p *security.PeerAuthentication, spec tree) {
 	r.matchLabels(p.GetSelector())
-	ports := p.GetPortLevelMtls()
-	if _, given := r.at.in("spec.portLevelMtls"); given && len(ports) == 0 && !r.refused("spec") {
-		r.invalid("spec.portLevelMtls", "name a port or remove it", "must not be empty")
-	}
-	if len(ports) > 0 && len(p.GetSelector().GetMatchLabels()) == 0 {
+	if spec.has("portLevelMtls") && len(p.GetSelector().GetMatchLabels()) == 0 {
 		r.invalid("spec.portLevelMtls", "add a selector with labels", "modes by port need a selector")
 	}
-	for _, port := range slices.Sorted(maps.Keys(ports)) {
-		if port == 0 || port > 65535 {
-			r.invalid(fmt.Sprintf("spec.portLevelMtls[%d]", port), "write a port from 1 to 65535", "is not a port")
-		}
-	}
 }
 
-func (r *report) requestAuthentication(p *security.RequestAuthentication) {
-	r.selector(p.GetSelector(), p.GetTargetRef(), p.GetTargetRefs())
+func (r *report) requestAuthentication(p *security.RequestAuthentication, spec tree) {
+	r.targets(p.GetSelector(), p.GetTargetRef(), p.GetTargetRefs(), spec)
+	rules := spec.list("jwtRules")
 	for i, j := range p.GetJwtRules() {
-		if j.GetIssuer() == "" {
-			r.invalid(fmt.Sprintf("spec.jwtRules[%d].issuer", i), "write the issuer", "must not be empty")
+		path := fmt.Sprintf("spec.jwtRules[%d]", i)
+		if j.GetIssuer() == "" && j.GetJwksUri() == "" {
+			r.invalid(path, "write the issuer", "has neither issuer nor jwksUri")
+		}
+		n := 0
+		for _, field := range []string{"jwksUri", "jwks_uri", "jwks"} {
+			if rules[i].has(field) {
+				n++
+			}
+		}
+		if n > 1 {
+			r.invalid(path, "keep one of them", "only one of jwks and jwksUri can be set")
+		}
+		if v := j.GetJwksUri(); v != "" {
+			if u, err := url.ParseRequestURI(v); err != nil || u.Scheme != "http" && u.Scheme != "https" || badURLPort(u) {
+				r.invalid(path+".jwksUri", "write an http:// or https:// URL", "%s is no such URL", clip(v))
+			}
+		}
+		if v := j.GetJwks(); v != "" {
+			if bad := badJWKS(v); bad != "" {
+				r.invalid(path+".jwks", "write a JSON Web Key Set", "%s", bad)
+			}
+		}
+		if d := j.GetTimeout(); d != nil {
+			if t := d.AsDuration(); t < time.Millisecond || t%time.Millisecond != 0 {
+				r.invalid(path+".timeout", "write it in whole milliseconds", "%s is less than 1ms, or not in whole milliseconds", t)
+			}
 		}
 	}
 	r.unsupported("kind", "RequestAuthentication")
+}
+
+// badURLPort reports whether a URL has a port that Istio can't read.
+func badURLPort(u *url.URL) bool {
+	_, err := strconv.Atoi(u.Port())
+	return u.Port() != "" && err != nil
 }
 
 func badIP(v string) string {
@@ -358,10 +417,14 @@ func badServiceAccount(v string) string {
 }
 
 func badTrustDomain(v string) string {
-	switch {
-	case strings.Contains(v, "/"):
+	if strings.Contains(v, "/") {
 		return "has a slash"
-	case strings.Count(v, "*") > 1 || strings.Contains(strings.Trim(v, "*"), "*"):
+	}
+	return badWildcard(v)
+}
+
+func badWildcard(v string) string {
+	if strings.Count(v, "*") > 1 || strings.Contains(strings.Trim(v, "*"), "*") {
 		return "may have one * at its start or end"
 	}
 	return ""

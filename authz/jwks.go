@@ -1,0 +1,118 @@
+package authz
+
+import (
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"strings"
+)
+
+// jwkFields are, for each type of key, the fields that must be there; all hold
+// bytes but the curve. With "d" the key is private, and has those of private.
+var jwkFields = map[string]struct{ public, private []string }{
+	"RSA": {[]string{"e", "n"}, []string{"d", "e", "n"}},
+	"EC":  {[]string{"crv", "x", "y"}, []string{"crv", "d", "x", "y"}},
+	"OKP": {[]string{"crv", "x"}, []string{"crv", "d", "x"}},
+	"oct": {[]string{"k"}, []string{"k"}},
+}
+
+// badJWKS says why Istio's admission does not take a text for a JSON Web Key Set,
+// or for a single key, or nothing. Admission looks at the form only: a key that it
+// takes can still be useless.
+func badJWKS(text string) string {
+	var set map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(text), &set); err != nil || set == nil {
+		return "is no JSON object"
+	}
+	keys, given := set["keys"]
+	if !given {
+		return badJWK([]byte(text))
+	}
+	var list []json.RawMessage
+	if err := json.Unmarshal(keys, &list); err != nil {
+		return `"keys" is not a list`
+	}
+	for i, key := range list {
+		if bad := badJWK(key); bad != "" {
+			return fmt.Sprintf("key %d: %s", i, bad)
+		}
+	}
+	return ""
+}
+
+func badJWK(data []byte) string {
+	var key map[string]json.RawMessage
+	if err := json.Unmarshal(data, &key); err != nil || key == nil {
+		return "is no JSON object"
+	}
+	text := func(field string) (string, bool) {
+		var s string
+		err := json.Unmarshal(key[field], &s) // null counts as ""
+		return s, err == nil
+	}
+	kty, _ := text("kty")
+	fields, known := jwkFields[kty]
+	if !known {
+		return fmt.Sprintf("kty %s is none of RSA, EC, OKP and oct", clip(kty))
+	}
+	need := fields.public
+	if key["d"] != nil {
+		need = fields.private
+	}
+	for _, f := range need {
+		if key[f] == nil {
+			return f + " is missing"
+		}
+		if v, ok := text(f); !ok || f != "crv" && !anyBase64(v) {
+			return f + " is not text in base64"
+		}
+	}
+	for _, f := range []string{"alg", "kid", "use", "x5t", "x5t#S256", "x5u"} {
+		if _, ok := text(f); key[f] != nil && !ok {
+			return f + " is not a string"
+		}
+	}
+	for _, f := range []string{"key_ops", "x5c"} {
+		var list []string
+		if key[f] == nil {
+			continue
+		}
+		if json.Unmarshal(key[f], &list) != nil {
+			return f + " is not a list of strings"
+		}
+		for _, v := range list {
+			if f == "x5c" && !certificate(v) {
+				return "x5c is not a list of certificates"
+			}
+		}
+	}
+	return ""
+}
+
+// encoding is the form of base64 that a text is in: either alphabet, with padding
+// or without.
+func encoding(s string) *base64.Encoding {
+	e := base64.RawURLEncoding
+	if strings.ContainsAny(s, "+/") {
+		e = base64.RawStdEncoding
+	}
+	if strings.HasSuffix(s, "=") {
+		e = e.WithPadding('=')
+	}
+	return e
+}
+
+func anyBase64(s string) bool {
+	_, err := encoding(s).DecodeString(s)
+	return err == nil
+}
+
+func certificate(s string) bool {
+	der, err := encoding(s).DecodeString(s)
+	if err != nil {
+		return false
+	}
+	_, err = x509.ParseCertificate(der)
+	return err == nil
+}
