@@ -15,7 +15,7 @@ func TestAdmission(t *testing.T) {
 	t.Parallel()
 	kinds := map[string]string{
 		"authorizationpolicy": authz.KindAuthorizationPolicy, "peerauthentication": authz.KindPeerAuthentication,
-		"requestauthentication": authz.KindRequestAuthentication, "documents": "",
+		"requestauthentication": authz.KindRequestAuthentication, "documents": "", "kubernetes": "",
 	}
 	files, err := filepath.Glob("testdata/admission/*.txt")
 	if err != nil || len(files) != len(kinds) {
