@@ -21,13 +21,15 @@ var jwkFields = map[string]struct{ public, private []string }{
 // or for a single key, or nothing. Admission looks at the form only: a key that it
 // takes can still be useless.
 func badJWKS(text string) string {
+	// Istio reads the first value and does not look at what follows it.
+	var first json.RawMessage
 	var set map[string]json.RawMessage
-	if err := json.Unmarshal([]byte(text), &set); err != nil || set == nil {
+	if json.NewDecoder(strings.NewReader(text)).Decode(&first) != nil || json.Unmarshal(first, &set) != nil || set == nil {
 		return "is no JSON object"
 	}
 	keys, given := set["keys"]
 	if !given {
-		return badJWK([]byte(text))
+		return badJWK(first)
 	}
 	var list []json.RawMessage
 	if err := json.Unmarshal(keys, &list); err != nil {
