@@ -45,7 +45,9 @@ check 'gofmt' formatted
 check 'go vet' go vet ./...
 check 'staticcheck' "$tools/staticcheck" ./...
 check 'go mod tidy' go mod tidy -diff
-check 'go mod tidy (tools)' go -C integration/tools mod tidy -diff
+for module in tools etcd kubernetes; do
+	check "go mod tidy ($module)" go -C integration/$module mod tidy -diff
+done
 check 'generated code' generated
 check 'buf lint' "$tools/buf" lint
 # Against the wire format of the last release; `make image` records a new one.

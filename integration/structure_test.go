@@ -38,6 +38,7 @@ var allowed = map[string]string{
 	"cmd/signet/demo":            "ca/caclient ca/capb identity identity/attest/devissuer",
 	"integration/parts":          "",
 	"integration/envoytest":      "integration/parts",
+	"integration/kubetest":       "integration/parts",
 	"integration/fetch":          "integration/parts",
 	"integration/bench":          "",
 	"integration/testrun":        "",

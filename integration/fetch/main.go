@@ -5,6 +5,8 @@
 //	go run ./integration/fetch envoy    Envoy; prints only its path
 //	go run ./integration/fetch tools    buf, staticcheck and the protoc plugins; prints only their folder
 //
+// The rest are etcd and kube-apiserver.
+//
 // What is missing is downloaded or built into the user's cache folder, see
 // package parts. Run it at the root of the repository.
 package main
@@ -35,14 +37,16 @@ func main() {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	envoy := func() (parts.Part, error) { return parts.FetchEnvoy(ctx, stderr) }
 	tools := func() (parts.Part, error) { return parts.Tools(ctx, toolsModule, stderr) }
+	etcd := func() (parts.Part, error) { return parts.BuildEtcd(ctx, ".", stderr) }
+	apiServer := func() (parts.Part, error) { return parts.BuildAPIServer(ctx, ".", stderr) }
 	switch {
 	case len(args) == 0:
-		for _, fetch := range []func() (parts.Part, error){envoy, tools} {
+		for _, fetch := range []func() (parts.Part, error){envoy, tools, etcd, apiServer} {
 			part, err := fetch()
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(stdout, "%-10s %-14s %s (%s)\n", part.Name, part.Version, part.Path, part.Origin)
+			fmt.Fprintf(stdout, "%-14s %-14s %s (%s)\n", part.Name, part.Version, part.Path, part.Origin)
 		}
 		return nil
 	case len(args) == 1 && args[0] == "envoy":

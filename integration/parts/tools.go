@@ -2,70 +2,106 @@ package parts
 
 import (
 	"context"
-	"crypto/sha256"
-	"errors"
-	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
-	"strings"
 )
 
 // Tools returns the folder that holds the programs of the tools module in dir
 // (buf, staticcheck, protoc-gen-go, protoc-gen-go-grpc), building them if that
 // module, at these versions and with this Go, was not built before.
 func Tools(ctx context.Context, dir string, progress io.Writer) (Part, error) {
-	cache, err := cacheDir()
+	m := goModule{name: "go", title: "buf and staticcheck", dir: dir, packages: []string{"tool"}}
+	key, err := m.key()
 	if err != nil {
 		return Part{}, err
 	}
-	key := sha256.New()
-	fmt.Fprintln(key, runtime.Version(), runtime.GOOS, runtime.GOARCH)
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			return Part{}, fmt.Errorf("reading the tools module: %w", err)
-		}
-		key.Write(b)
+	target, origin, err := m.build(ctx, progress)
+	if err != nil {
+		return Part{}, err
 	}
-	version := fmt.Sprintf("%x", key.Sum(nil)[:6])
-	target := filepath.Join(cache, "go-"+version)
-	if _, err := os.Stat(target); err == nil {
-		return Part{"go tools", version, target, "cache"}, nil
-	}
-	fmt.Fprintln(progress, "building buf and staticcheck (once for each version)")
-	if err := buildTools(ctx, dir, target); err != nil {
-		return Part{}, fmt.Errorf("building the tools module %s: %w", dir, err)
-	}
-	return Part{"go tools", version, target, "built"}, nil
+	return Part{"go tools", key, target, origin}, nil
 }
 
-func buildTools(ctx context.Context, dir, target string) error {
-	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
-		return err
+// FindEtcd looks for the etcd of the module below root, the product's folder, in
+// the cache. The error wraps [ErrMissing] if it was not built yet.
+func FindEtcd(root string) (Part, error) { return find(etcd(root), "etcd", EtcdVersion) }
+
+// BuildEtcd is [FindEtcd], and builds what is missing, which takes a minute.
+// progress gets a line before.
+func BuildEtcd(ctx context.Context, root string, progress io.Writer) (Part, error) {
+	return build(ctx, etcd(root), "etcd", EtcdVersion, progress)
+}
+
+// FindAPIServer looks for the kube-apiserver of the module below root, the
+// product's folder, in the cache. The error wraps [ErrMissing] if it was not built
+// yet.
+func FindAPIServer(root string) (Part, error) {
+	return find(apiServer(root), "kube-apiserver", KubernetesVersion)
+}
+
+// BuildAPIServer is [FindAPIServer], and builds what is missing, which takes five
+// minutes. progress gets a line before.
+func BuildAPIServer(ctx context.Context, root string, progress io.Writer) (Part, error) {
+	return build(ctx, apiServer(root), "kube-apiserver", KubernetesVersion, progress)
+}
+
+// Versions that the modules below integration/ ask for; a test holds the two
+// together.
+const (
+	EtcdVersion       = "3.6.16"
+	KubernetesVersion = "1.37.2"
+)
+
+func etcd(root string) goModule {
+	return goModule{
+		name: "etcd-" + EtcdVersion, title: "etcd " + EtcdVersion + " (a minute)", dir: filepath.Join(root, "integration", "etcd"),
+		packages: []string{"go.etcd.io/etcd/server/v3"}, output: "etcd", ldflags: "-s -w",
 	}
-	tmp, err := os.MkdirTemp(filepath.Dir(target), "build-")
+}
+
+func apiServer(root string) goModule {
+	// Without these it says v0.0.0-master.
+	const stamp = "k8s.io/component-base/version"
+	return goModule{
+		name: "kube-apiserver-" + KubernetesVersion, title: "kube-apiserver " + KubernetesVersion + " (five minutes)",
+		dir:      filepath.Join(root, "integration", "kubernetes"),
+		packages: []string{"k8s.io/kubernetes/cmd/kube-apiserver"}, output: "kube-apiserver",
+		ldflags: "-s -w -X " + stamp + ".gitVersion=v" + KubernetesVersion + " -X " + stamp + ".gitMajor=1 -X " + stamp + ".gitMinor=37",
+	}
+}
+
+func find(m goModule, name, version string) (Part, error) {
+	target, err := m.find()
 	if err != nil {
-		return err
+		return Part{}, err
 	}
-	defer os.RemoveAll(tmp)
-	// One folder deeper, so that its mode is the umask's and not MkdirTemp's 0700.
-	out := filepath.Join(tmp, "bin")
-	if err := os.Mkdir(out, 0o755); err != nil {
-		return err
+	return Part{name, version, filepath.Join(target, m.output), "cache"}, nil
+}
+
+func build(ctx context.Context, m goModule, name, version string, progress io.Writer) (Part, error) {
+	target, origin, err := m.build(ctx, progress)
+	if err != nil {
+		return Part{}, err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", out+string(filepath.Separator), "tool")
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0")
-	if b, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, b)
+	return Part{name, version, filepath.Join(target, m.output), origin}, nil
+}
+
+// Root is the product's folder: the nearest one above the working directory that
+// holds integration/kubernetes/go.mod.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
 	}
-	err = os.Rename(out, target)
-	if errors.Is(err, fs.ErrExist) { // another run was faster
-		return nil
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "integration", "kubernetes", "go.mod")); err == nil {
+			return dir, nil
+		}
+		up := filepath.Dir(dir)
+		if up == dir {
+			return "", &os.PathError{Op: "finding the product's folder above the working directory", Path: "integration/kubernetes/go.mod", Err: os.ErrNotExist}
+		}
+		dir = up
 	}
-	return err
 }

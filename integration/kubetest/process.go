@@ -1,0 +1,190 @@
+package kubetest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os/exec"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// patience is how long anything that should happen at once may take on a busy
+// machine.
+const patience = 60 * time.Second
+
+// Process is etcd or the API server. Its methods are safe for concurrent use, but
+// only one caller may end and start it.
+type Process struct {
+	name    string
+	command func() *exec.Cmd
+	ready   func() error // nil once it serves
+	log     tail
+
+	mu    sync.Mutex
+	cmd   *exec.Cmd     // guarded by mu; nil: not running
+	ended chan struct{} // guarded by mu; closed when cmd was waited for
+}
+
+// Start starts the process again, with the same address and data, and waits until
+// it serves.
+func (p *Process) Start(tb testing.TB) {
+	tb.Helper()
+	p.Launch(tb)
+	p.WaitReady(tb)
+}
+
+// Launch is Start without waiting.
+func (p *Process) Launch(tb testing.TB) {
+	tb.Helper()
+	if err := p.launch(); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func (p *Process) launch() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd != nil {
+		return fmt.Errorf("starting %s: it runs", p.name)
+	}
+	cmd := p.command()
+	cmd.Stdout, cmd.Stderr = &p.log, &p.log
+	// Should the test binary be killed, no cleanup runs; the kernel then ends it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("starting %s: %w", p.name, err)
+	}
+	ended := make(chan struct{})
+	p.cmd, p.ended = cmd, ended
+	go func() {
+		_ = cmd.Wait() // how it ended is in its log
+		close(ended)
+	}()
+	return nil
+}
+
+// WaitReady waits until the process serves.
+func (p *Process) WaitReady(tb testing.TB) {
+	tb.Helper()
+	if err := p.waitReady(patience); err != nil {
+		tb.Fatalf("%v\n%s", err, p.Log())
+	}
+}
+
+func (p *Process) waitReady(within time.Duration) error {
+	deadline := time.Now().Add(within)
+	for {
+		err := p.ready()
+		if err == nil {
+			return nil
+		}
+		p.mu.Lock()
+		ended := p.ended
+		p.mu.Unlock()
+		select {
+		case <-ended:
+			return fmt.Errorf("%s ended before it was ready: %w", p.name, err)
+		case <-time.After(20 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s is not ready after %v: %w", p.name, within, err)
+		}
+	}
+}
+
+// Stop ends the process in order and waits for its end.
+func (p *Process) Stop(tb testing.TB) { p.end(tb, syscall.SIGTERM) }
+
+// Kill ends the process by kill -9 and waits for its end.
+func (p *Process) Kill(tb testing.TB) { p.end(tb, syscall.SIGKILL) }
+
+// Freeze stops the process as it is (SIGSTOP): its connections stay and nothing
+// answers. Thaw goes on.
+func (p *Process) Freeze(tb testing.TB) { p.signal(tb, syscall.SIGSTOP) }
+
+// Thaw undoes Freeze.
+func (p *Process) Thaw(tb testing.TB) { p.signal(tb, syscall.SIGCONT) }
+
+func (p *Process) signal(tb testing.TB, s syscall.Signal) {
+	tb.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		tb.Fatalf("%s does not run", p.name)
+	}
+	if err := p.cmd.Process.Signal(s); err != nil {
+		tb.Fatalf("%s: %v", p.name, err)
+	}
+}
+
+func (p *Process) end(tb testing.TB, s syscall.Signal) {
+	tb.Helper()
+	if err := p.finish(s); err != nil {
+		tb.Error(err)
+	}
+}
+
+// finish does nothing if the process does not run.
+func (p *Process) finish(s syscall.Signal) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return nil
+	}
+	// The error is that it has ended already.
+	_ = p.cmd.Process.Signal(syscall.SIGCONT)
+	_ = p.cmd.Process.Signal(s)
+	var err error
+	select {
+	case <-p.ended:
+	case <-time.After(20 * time.Second):
+		err = errors.Join(fmt.Errorf("%s did not end within 20 s", p.name), p.cmd.Process.Kill())
+		<-p.ended
+	}
+	p.cmd = nil
+	return err
+}
+
+// PID is the process id, 0 when it does not run.
+func (p *Process) PID() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return 0
+	}
+	return p.cmd.Process.Pid
+}
+
+// Log is the end of what the process has written, over all of its starts.
+func (p *Process) Log() string { return p.log.String() }
+
+// tail keeps the last kilobytes of what is written.
+type tail struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+const tailSize = 16 << 10
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b.Write(p)
+	if n := t.b.Len(); n > 2*tailSize {
+		t.b.Next(n - tailSize)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.b.String()
+	if len(s) > tailSize {
+		s = "…" + s[len(s)-tailSize:]
+	}
+	return s
+}
