@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -77,20 +76,7 @@ type Folder struct {
 	// they count, so that tests can change the folder just then. nil otherwise.
 	between func()
 
-	snapshot atomic.Pointer[authz.Snapshot]
-	mu       sync.Mutex
-	status   status // guarded by mu
-}
-
-// status is what the accessors tell. Slices and maps in it are replaced, never
-// changed.
-type status struct {
-	generation uint64
-	changed    chan struct{}
-	problems   []authz.Problem
-	counts     map[kindState]int
-	err        error     // why the folder cannot be read now
-	good       time.Time // when it last could
+	board
 }
 
 // OpenFolder reads the folder for the first time; all files in it must be
@@ -125,7 +111,7 @@ func OpenFolder(cfg Config) (*Folder, error) {
 	if f.watch, err = newWatch(); err != nil {
 		return nil, fmt.Errorf("opening the folder of policies %s: %w", cfg.Dir, err)
 	}
-	if f.metrics, err = newMetrics(cfg.Metrics, f); err != nil {
+	if f.metrics, err = newMetrics(cfg.Metrics, &f.board); err != nil {
 		f.watch.close()
 		return nil, fmt.Errorf("registering metrics of the folder of policies: %w", err)
 	}
@@ -340,19 +326,7 @@ func (f *Folder) adopt(r *reading) {
 	f.set, together = f.set.Update(all)
 	snapshot, compiled := authz.Compile(f.set, f.options)
 	f.compiled = slices.Concat(together, compiled)
-	f.snapshot.Store(snapshot)
-
-	counts := map[kindState]int{}
-	for res, state := range f.set.All() {
-		counts[kindState{knownKind(res.Kind()), state}]++
-	}
-	f.mu.Lock()
-	f.status.generation++
-	generation := f.status.generation
-	f.status.counts = counts
-	close(f.status.changed)
-	f.status.changed = make(chan struct{})
-	f.mu.Unlock()
+	generation := f.replace(snapshot, f.set)
 	f.log.Info("policies loaded", "dir", f.dir, "generation", generation, "files", len(f.files), "resources", f.set.Len())
 }
 
@@ -365,33 +339,12 @@ func (f *Folder) publish(err error) {
 			Fix: "the last snapshot stays in force until the folder is back",
 		})
 	}
-	f.mu.Lock()
-	old, was := f.status.problems, f.status.err
-	f.status.problems, f.status.err = problems, err
-	if err == nil {
-		f.status.good = time.Now()
-	}
-	f.mu.Unlock()
-
+	was := f.tell(f.log, problems, err, time.Now())
 	if err != nil && (was == nil || was.Error() != err.Error()) {
 		f.metrics.failed.Inc()
 	}
 	if err == nil && was != nil {
 		f.log.Info("folder of policies can be read again", "dir", f.dir)
-	}
-	known := make(map[authz.Problem]bool, len(old))
-	for _, p := range old {
-		known[p] = true
-	}
-	for _, p := range problems {
-		if known[p] {
-			continue
-		}
-		level := slog.LevelWarn
-		if p.Severity == authz.SeverityInfo {
-			level = slog.LevelInfo
-		}
-		f.log.Log(context.Background(), level, "problem with policies", "severity", p.Severity.String(), "reason", string(p.Reason), "err", p)
 	}
 }
 
@@ -408,24 +361,6 @@ func (f *Folder) problems() []authz.Problem {
 	return append(all, f.compiled...)
 }
 
-// Snapshot is the policies in force. It is never nil.
-func (f *Folder) Snapshot() *authz.Snapshot { return f.snapshot.Load() }
-
-// Generation counts the snapshots, from 1.
-func (f *Folder) Generation() uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.status.generation
-}
-
-// Changed is closed at the next change of the snapshot. To miss none, ask for it
-// before [Folder.Snapshot].
-func (f *Folder) Changed() <-chan struct{} {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.status.changed
-}
-
 // Ready is nil if the snapshot is what the folder says, as far as that counts, or
 // why the folder cannot be read. Decisions go on with the last snapshot in either
 // case. Bad files do not make it unready: what they deny is denied on purpose.
@@ -437,12 +372,4 @@ func (f *Folder) Ready() error {
 	}
 	return fmt.Errorf("reading the folder of policies %s: %w; the snapshot of %s stays in force",
 		f.dir, f.status.err, f.status.good.UTC().Format(time.RFC3339))
-}
-
-// Problems is what is wrong with the policies now, by file. The caller may keep
-// it, and must not change it.
-func (f *Folder) Problems() []authz.Problem {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.status.problems
 }

@@ -1,6 +1,7 @@
 package source
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -14,8 +15,8 @@ type metrics struct {
 	failed  prometheus.Counter
 }
 
-// newMetrics makes the metrics of f and registers them, all or none.
-func newMetrics(r prometheus.Registerer, f *Folder) (*metrics, error) {
+// newMetrics makes the metrics of what b tells and registers them, all or none.
+func newMetrics(r prometheus.Registerer, b *board) (*metrics, error) {
 	m := &metrics{
 		inPlace: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "signet_source_writes_in_place_total",
@@ -23,7 +24,7 @@ func newMetrics(r prometheus.Registerer, f *Folder) (*metrics, error) {
 		}),
 		failed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "signet_source_errors_total",
-			Help: "Times that the folder of policies could not be read as a whole.",
+			Help: "Times that the policies could not be read as a whole, each reason counted once.",
 		}),
 	}
 	if r == nil {
@@ -31,19 +32,22 @@ func newMetrics(r prometheus.Registerer, f *Folder) (*metrics, error) {
 	}
 	gauge := func(name, help string, value func(*status) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			return value(&f.status)
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			return value(&b.status)
 		})
 	}
 	all := []prometheus.Collector{
-		m.inPlace, m.failed, resourceCounts{f},
+		m.inPlace, m.failed, resourceCounts{b},
 		gauge("signet_source_generation", "Number of the snapshot that is in force.",
 			func(s *status) float64 { return float64(s.generation) }),
-		gauge("signet_source_age_seconds", "Time for which the snapshot in force was not known to be what the folder says; 0 while all is well.",
+		gauge("signet_source_age_seconds", "Time for which the snapshot in force was not known to be what the folder or the cluster says; 0 while all is well, +Inf without a snapshot.",
 			func(s *status) float64 {
 				if s.err == nil {
 					return 0
+				}
+				if s.good.IsZero() {
+					return math.Inf(1)
 				}
 				return time.Since(s.good).Seconds()
 			}),
@@ -99,14 +103,14 @@ type kindState struct {
 
 // resourceCounts collects the numbers of resources, with zeros, so that a series
 // does not end when the last resource of a state goes.
-type resourceCounts struct{ f *Folder }
+type resourceCounts struct{ b *board }
 
 func (c resourceCounts) Describe(ch chan<- *prometheus.Desc) { ch <- resourcesDesc }
 
 func (c resourceCounts) Collect(ch chan<- prometheus.Metric) {
-	c.f.mu.Lock()
-	counts := c.f.status.counts // replaced, never changed
-	c.f.mu.Unlock()
+	c.b.mu.Lock()
+	counts := c.b.status.counts // replaced, never changed
+	c.b.mu.Unlock()
 	for _, kind := range kinds {
 		for _, state := range states {
 			ch <- prometheus.MustNewConstMetric(resourcesDesc, prometheus.GaugeValue,
