@@ -4,16 +4,13 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"iter"
-	"sort"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -27,34 +24,14 @@ import (
 // size that the authority does not accept.
 var ErrPublicKey = errors.New("the public key is not accepted")
 
-// Bounds of the RSA keys that are accepted. A larger one would make everybody who
-// verifies with it pay.
-const (
-	minRSABits = 2048
-	maxRSABits = 8192
-)
-
-// CheckPublicKey is nil for a key that the authority certifies, else an error that
-// wraps ErrPublicKey and says what is accepted. It is quick: a door calls it before
+// CheckPublicKey is nil for a key that can be certified, else an error that wraps
+// ErrPublicKey and says what is accepted; the configuration may accept less. It is quick: a door calls it before
 // it verifies anything with a key that somebody sent.
 func CheckPublicKey(pub crypto.PublicKey) error {
-	switch k := pub.(type) {
-	case *ecdsa.PublicKey:
-		if k.Curve == elliptic.P256() || k.Curve == elliptic.P384() || k.Curve == elliptic.P521() {
-			return nil
-		}
-		return fmt.Errorf("%w: its curve is not P-256, P-384 or P-521", ErrPublicKey)
-	case ed25519.PublicKey:
-		if len(k) == ed25519.PublicKeySize {
-			return nil
-		}
-	case *rsa.PublicKey:
-		if bits := k.N.BitLen(); bits < minRSABits || bits > maxRSABits {
-			return fmt.Errorf("%w: RSA with %d bits; %d to %d are accepted", ErrPublicKey, bits, minRSABits, maxRSABits)
-		}
-		return nil
+	if err := checkPublicKey(pub, allKeys); err != nil {
+		return fmt.Errorf("%w: %w", ErrPublicKey, err)
 	}
-	return fmt.Errorf("%w: it is of type %T; ECDSA, Ed25519 and RSA are accepted", ErrPublicKey, pub)
+	return nil
 }
 
 // Order asks for one workload certificate on behalf of a door: a service that
@@ -91,14 +68,14 @@ type Issued struct {
 func Serial(c *x509.Certificate) []byte { return serialBytes(c) }
 
 // Issue runs the ceremony for an order. Concurrent orders share the write to the
-// log. Errors wrap ErrPublicKey, ErrUnavailable or ErrClock where those are the
+// log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrUnavailable or ErrClock where those are the
 // reason; every other one is internal.
 func (a *Authority) Issue(ctx context.Context, o Order) (Issued, error) {
 	if o.Door == "" || o.Evidence == capb.IssuanceRecord_EVIDENCE_UNSPECIFIED {
 		return Issued{}, errors.New("issuing: an order needs a door and evidence")
 	}
-	if err := CheckPublicKey(o.PublicKey); err != nil {
-		return Issued{}, err
+	if err := checkPublicKey(o.PublicKey, a.cfg.SVID.AcceptedKeys); err != nil {
+		return Issued{}, fmt.Errorf("%w: %w", ErrPublicKey, err)
 	}
 	id, err := o.Workload.ID(a.cfg.TrustDomain)
 	if err != nil {
@@ -175,19 +152,10 @@ func (a *Authority) VerifyClient(chain []*x509.Certificate) error {
 // a door that remembers what it issued: the log is where that is durable.
 func (a *Authority) Issuances(ctx context.Context, since time.Time) iter.Seq2[*capb.IssuanceRecord, error] {
 	return func(yield func(*capb.IssuanceRecord, error) bool) {
-		last := a.log.Head().Sequence
-		if last == 0 {
-			return
-		}
-		// Records are in the order of time. One that cannot be read was pruned, or the
-		// scan below says what is wrong with it.
-		first := 1 + sort.Search(int(last-1), func(i int) bool {
-			for r, err := range a.log.Scan(ctx, uint64(i)+1) {
-				return err == nil && !r.Time.Before(since)
+		for rec, err := range a.log.Scan(ctx, a.log.Since(since)) {
+			if err == nil && rec.Time.Before(since) {
+				continue
 			}
-			return false
-		})
-		for rec, err := range a.log.Scan(ctx, uint64(first)) {
 			var r *capb.IssuanceRecord
 			if err == nil {
 				r = &capb.IssuanceRecord{}

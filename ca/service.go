@@ -608,7 +608,7 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 			continue
 		}
 		// A log that was cut and has grown back has another hash there.
-		if same, known := a.log.Holds(h); known && !same && a.lost.Swap(&h) == nil {
+		if same, known, err := a.log.Holds(context.Background(), h); err == nil && known && !same && a.lost.Swap(&h) == nil {
 			a.cfg.Log.Error("the issuance log does not hold a head that it signed: records were lost or an old copy was put back",
 				"node", r.Node, "head", h.Sequence, "log", a.log.Head().Sequence)
 		}

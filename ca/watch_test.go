@@ -340,10 +340,10 @@ func TestALogThatGrewBackIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if same, known := w.Log().Holds(head); same || !known {
+	if same, known, err := w.Log().Holds(t.Context(), head); same || !known || err != nil {
 		t.Errorf("the log says that it holds a foreign head: %v, %v", same, known)
 	}
-	if same, known := w.Log().Holds(w.Log().Head()); !same || !known {
+	if same, known, err := w.Log().Holds(t.Context(), w.Log().Head()); !same || !known || err != nil {
 		t.Errorf("the log does not know its own head: %v, %v", same, known)
 	}
 	s, err := a.WatchTrust(t.Context())

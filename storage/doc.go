@@ -33,9 +33,18 @@
 // with the segment's header, so a frame of another segment is never taken for
 // one of this. A batch's hash is SHA-256 over a domain string and everything
 // before it in the payload; the hash before the first batch covers the instance
-// and a random log ID. Frame types 3 (checkpoint of a pruned log) and 4 (an
-// accepted step back of the clock) are reserved. A reader refuses types and
+// and a random log ID. Frame types 3 and 4 are reserved. A reader refuses types and
 // versions that it does not know with [ErrNewerFormat].
+//
+// A log is pruned by whole segments, the oldest first. The file "checkpoint", which
+// is durable before anything is removed, then says where the log begins:
+//
+//	checkpoint = magic version instance first-segment log-ID
+//	             sequence, time and hash of the last record that was removed
+//	             time of the decision, length, signature, CRC
+//
+// A segment that is missing without a checkpoint that says so is damage, and so is a
+// checkpoint whose signature the authority does not recognise.
 //
 // At most one frame is ever written and not yet synced. So after a crash at most
 // one frame at the very end can be damaged, and [OpenLog] cuts that, and only

@@ -22,6 +22,8 @@ var (
 	ErrCorrupt = errors.New("damaged; restore it from a backup")
 	// ErrClosed is returned by everything after Close.
 	ErrClosed = errors.New("closed")
+	// ErrReadOnly is returned by what would change a log that was opened to be read.
+	ErrReadOnly = errors.New("opened for reading only")
 	// ErrNotDurable is returned when a write or fsync failed, and by every later
 	// call until the store or log is opened again: what the disk holds is
 	// unknown, so nothing may be signed or decided on it.

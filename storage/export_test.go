@@ -13,3 +13,12 @@ func Examine(file io.ReaderAt, size int64) error { return examine(file, size) }
 func (b *Bolt) CommitFailed(err error) error {
 	return b.db.View(func(tx *bbolt.Tx) error { return b.commitFailed(err, tx.ID()) })
 }
+
+// ReencodeCheckpoint reads a checkpoint's file and writes it again.
+func ReencodeCheckpoint(b []byte) ([]byte, error) {
+	c, logID, err := parseCheckpoint(b)
+	if err != nil {
+		return nil, err
+	}
+	return c.encode(logID), nil
+}

@@ -29,6 +29,10 @@ type LogOptions struct {
 	// MustExist makes a missing log an error that wraps fs.ErrNotExist, where the
 	// default is to begin an empty one.
 	MustExist bool
+	// ReadOnly opens an existing log to read it: nothing is written or cut, an
+	// incomplete last write is left out and can be seen in Torn, and what changes
+	// something returns ErrReadOnly. The folder is locked all the same.
+	ReadOnly bool
 	// FS is the file system, the operating system's if nil.
 	FS FS
 	// Log receives the few things worth a line; nil discards them.
@@ -48,6 +52,12 @@ type FileLog struct {
 	log         *slog.Logger
 	metrics     *logMetrics
 	lock        io.Closer
+	readOnly    bool
+	torn        int64 // bytes behind the last complete write, where readOnly
+
+	// reading is held shared by who reads old segments, exclusively by who removes
+	// some; nobody waits for it exclusively.
+	reading sync.RWMutex
 
 	// Group commit has no goroutine of its own. The first caller that finds
 	// nobody leading becomes the leader: it writes one frame for as many waiting
@@ -62,13 +72,17 @@ type FileLog struct {
 	failed  error      // first failed write; guarded by mu
 
 	// Changed only by the leader, under mu; the leader may read them without mu.
-	chain    chain     // durable
-	segments []segment // ascending; the last one is being written
+	chain      chain      // durable
+	segments   []segment  // ascending; the last one is being written
+	checkpoint Checkpoint // where the log begins, if it was pruned
 
 	// Owned by the leader; by Close when nobody leads anymore.
 	file File
 	seed uint32
 	buf  []byte
+	// tailFirst is when the first batch of the last segment was written, Unix
+	// nanoseconds; 0 if it has none.
+	tailFirst int64
 }
 
 var _ Log = (*FileLog)(nil)
@@ -78,6 +92,7 @@ type pending struct {
 	body  []byte // records, each with its length; nil for a head
 	count int
 	head  Head
+	op    func() error // something else to do with the lead
 
 	taken bool // the leader has it; guarded by FileLog.mu
 	// lead is closed to make the call the leader. Then it is the oldest in the queue.
@@ -168,6 +183,9 @@ func (l *FileLog) Close() error {
 func (l *FileLog) usable() error {
 	if l.closed {
 		return ErrClosed
+	}
+	if l.readOnly {
+		return ErrReadOnly
 	}
 	if l.failed != nil {
 		return fmt.Errorf("%w (first failure: %w)", ErrNotDurable, l.failed)
@@ -269,9 +287,12 @@ func (l *FileLog) writeOnce() {
 	l.mu.Unlock()
 
 	var err error
-	if calls[0].count == 0 {
+	switch {
+	case calls[0].op != nil:
+		err = calls[0].op()
+	case calls[0].count == 0:
 		err = l.writeHead(calls[0].head)
-	} else {
+	default:
 		err = l.writeBatch(calls)
 	}
 
@@ -309,6 +330,9 @@ func (l *FileLog) writeBatch(calls []*pending) error {
 	l.buf, m.hash = appendBatch(beginFrame(l.buf, frameBatch), l.chain.newest, now, count, bodies)
 	if err := l.writeFrame(func(c *chain) { c.advance(m) }); err != nil {
 		return err
+	}
+	if l.tailFirst == 0 {
+		l.tailFirst = now
 	}
 	l.metrics.batch(count)
 	for _, p := range calls {
@@ -368,6 +392,12 @@ func (l *FileLog) makeRoom(size int) error {
 	if tail.size == headerSize || tail.size+int64(size) <= l.segmentSize {
 		return nil
 	}
+	return l.rotate()
+}
+
+// rotate starts a new segment. The caller has the lead.
+func (l *FileLog) rotate() error {
+	tail := l.tail()
 	h := segmentHeader{
 		instance: l.instance,
 		index:    tail.index + 1,
@@ -382,7 +412,7 @@ func (l *FileLog) makeRoom(size int) error {
 	}
 	old := l.file
 	l.mu.Lock()
-	l.file, l.seed = f, h.seed()
+	l.file, l.seed, l.tailFirst = f, h.seed(), 0
 	l.segments = append(l.segments, segment{index: h.index, base: h.base, size: n})
 	l.mu.Unlock()
 	if err := old.Close(); err != nil {

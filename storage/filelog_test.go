@@ -440,7 +440,7 @@ func TestALogKnowsItsOwnHeads(t *testing.T) {
 	type answer struct{ same, known bool }
 	ask := func(what string, h storage.Head, want answer) {
 		t.Helper()
-		if same, known := l.Holds(h); (answer{same, known}) != want {
+		if same, known, err := l.Holds(t.Context(), h); err != nil || (answer{same, known}) != want {
 			t.Errorf("%s, at %d: same %t, known %t, want %+v", what, h.Sequence, same, known, want)
 		}
 	}
@@ -455,7 +455,11 @@ func TestALogKnowsItsOwnHeads(t *testing.T) {
 	l = mustOpenMem(t, mem)
 	defer closeLog(t, l)
 	ask("the newest one, opened again", heads[len(heads)-1], answer{true, true})
-	ask("one of a segment that was not read", heads[1], answer{false, false})
+	for _, h := range heads {
+		ask("one of a segment that was not read", h, answer{true, true})
+		ask("of one, with another hash", change(h, func(h *storage.Head) { h.Hash[3]++ }), answer{false, true})
+		ask("of one, within a batch", change(h, func(h *storage.Head) { h.Sequence++ }), answer{false, true})
+	}
 }
 
 func TestHeadsOfLongAgoAreRefused(t *testing.T) {

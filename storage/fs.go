@@ -111,6 +111,33 @@ func (osFS) Remove(name string) error { return os.Remove(name) }
 
 func (osFS) SyncDir(dir string) error { return syncDir(dir) }
 
+// readOnlyFS is osFS for who must not change anything, and may not be allowed to.
+type readOnlyFS struct{ osFS }
+
+func (readOnlyFS) Open(name string) (File, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil {
+		err = checkPrivateFile(name, info)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return osFile{f}, nil
+}
+
+func (readOnlyFS) Create(string) (File, error) { return nil, ErrReadOnly }
+
+func (readOnlyFS) Rename(string, string) error { return ErrReadOnly }
+
+func (readOnlyFS) Remove(string) error { return ErrReadOnly }
+
+func (readOnlyFS) SyncDir(string) error { return ErrReadOnly }
+
 type osFile struct{ *os.File }
 
 func (f osFile) Size() (int64, error) {

@@ -78,7 +78,7 @@ func openBolt(path string, opt BoltOptions) (*Bolt, error) {
 	if err := checkPrivateFile(path, info); err != nil {
 		return nil, err
 	}
-	file, err := lockFile(path, opt.LockTimeout)
+	file, err := lockFile(path, os.O_RDWR, opt.LockTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -145,8 +145,8 @@ func (b *Bolt) settle() (revision uint64, err error) {
 
 // lockFile opens a file and locks it, waiting a moment for a process that is about
 // to leave. Without waiting for one bbolt would wait forever.
-func lockFile(path string, timeout time.Duration) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func lockFile(path string, flags int, timeout time.Duration) (*os.File, error) {
+	f, err := os.OpenFile(path, flags, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -302,4 +302,46 @@ func (b *Bolt) Check(ctx context.Context) error {
 		return fmt.Errorf("checking store %s: %w", b.path, err)
 	}
 	return nil
+}
+
+// ReadBolt reads all of a store that no process has open, and changes nothing. It
+// returns the entries in the order of the keys' bytes, and the store's revision. The
+// whole file is checked. Errors are those of OpenBolt.
+func ReadBolt(path string, lockTimeout time.Duration) (entries []Entry, revision uint64, err error) {
+	fail := func(err error) ([]Entry, uint64, error) {
+		return nil, 0, fmt.Errorf("reading store %s: %w", path, err)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		return fail(err)
+	}
+	if err := checkPrivateFile(path, info); err != nil {
+		return fail(err)
+	}
+	if lockTimeout == 0 {
+		lockTimeout = defaultLockTimeout
+	}
+	file, err := lockFile(path, os.O_RDONLY, lockTimeout)
+	if err != nil {
+		return fail(err)
+	}
+	defer file.Close()
+	if err := examineFile(file); err != nil {
+		return fail(err)
+	}
+	_, err = checkBoltFile(file, info.Size(), func(bucket string, key, value []byte) error {
+		switch {
+		case bucket == string(stateBucket):
+			e, err := parseEntry(key, value)
+			entries = append(entries, e)
+			return err
+		case bucket == string(metaBucket) && string(key) == string(revisionKey):
+			revision = binary.BigEndian.Uint64(value)
+		}
+		return nil
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return entries, revision, nil
 }

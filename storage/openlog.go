@@ -41,12 +41,15 @@ func OpenLog(dir string, opt LogOptions) (*FileLog, error) {
 		segmentSize: opt.SegmentSize,
 		fs:          opt.FS,
 		log:         opt.Log,
+		readOnly:    opt.ReadOnly,
 	}
 	l.idle.L = &l.mu
 	if l.segmentSize == 0 {
 		l.segmentSize = defaultSegmentSize
 	}
-	if l.fs == nil {
+	if l.fs == nil && l.readOnly {
+		l.fs = readOnlyFS{}
+	} else if l.fs == nil {
 		l.fs = osFS{}
 	}
 	if l.log == nil {
@@ -79,7 +82,7 @@ func (l *FileLog) open(opt LogOptions, timeout time.Duration) (err error) {
 	case timeout < 0:
 		return fmt.Errorf("lock timeout %v is negative", timeout)
 	}
-	if l.lock, err = lockFolder(l.fs, l.dir, !opt.MustExist, timeout); err != nil {
+	if l.lock, err = lockFolder(l.fs, l.dir, !opt.MustExist && !l.readOnly, timeout); err != nil {
 		return err
 	}
 	indexes, err := l.list()
@@ -89,7 +92,7 @@ func (l *FileLog) open(opt LogOptions, timeout time.Duration) (err error) {
 	switch {
 	case len(indexes) > 0:
 		err = l.load(indexes)
-	case opt.MustExist:
+	case opt.MustExist || l.readOnly:
 		err = fmt.Errorf("no segment found; restore the log from a backup: %w", fs.ErrNotExist)
 	default:
 		err = l.begin()
@@ -116,29 +119,44 @@ func lockFolder(fsys FS, dir string, create bool, timeout time.Duration) (io.Clo
 	}
 }
 
-// list returns the indexes of the segments, ascending and without gaps, and
-// removes what a creation that did not end left over.
+// list reads the checkpoint, returns the indexes of the segments, ascending and
+// without gaps, and removes what a creation or a pruning that did not end left over.
 func (l *FileLog) list() ([]uint64, error) {
 	names, err := l.fs.List(l.dir)
 	if err != nil {
 		return nil, err
 	}
+	if err := l.readCheckpoint(names); err != nil {
+		return nil, err
+	}
 	var indexes []uint64
+	var leftOver []string
 	for _, name := range names {
-		if index, ok := segmentIndex(name); ok {
+		if index, ok := segmentIndex(name); ok && index < l.first() {
+			leftOver = append(leftOver, name)
+		} else if ok {
 			indexes = append(indexes, index)
 		} else if n, ok := strings.CutSuffix(name, tempSuffix); ok {
-			if _, ok := segmentIndex(n); ok {
-				if err := l.fs.Remove(filepath.Join(l.dir, name)); err != nil {
-					return nil, fmt.Errorf("removing an unfinished segment: %w", err)
-				}
+			if _, ok := segmentIndex(n); ok || n == checkpointName {
+				leftOver = append(leftOver, name)
 			}
 		}
 	}
 	slices.Sort(indexes)
 	for i, index := range indexes {
-		if want := uint64(i) + 1; index != want {
+		if want := l.first() + uint64(i); index != want {
 			return nil, fmt.Errorf("segment %s is missing: %w", segmentName(want), ErrCorrupt)
+		}
+	}
+	if l.checkpoint.Segment > 0 && len(indexes) == 0 {
+		return nil, fmt.Errorf("segment %s is missing: %w", segmentName(l.first()), ErrCorrupt)
+	}
+	if l.readOnly {
+		return indexes, nil
+	}
+	for _, name := range leftOver {
+		if err := l.fs.Remove(filepath.Join(l.dir, name)); err != nil {
+			return nil, fmt.Errorf("removing what was left over: %w", err)
 		}
 	}
 	return indexes, nil
@@ -199,6 +217,12 @@ func (l *FileLog) load(indexes []uint64) error {
 // link checks that a segment continues the one before.
 func (l *FileLog) link(h, prev segmentHeader) error {
 	name := segmentName(h.index)
+	if c := l.checkpoint; prev.index == 0 && c.Segment > 0 {
+		if h.logID != l.logID || h.instance != c.Instance || h.base != c.mark() {
+			return fmt.Errorf("segment %s is not what the checkpoint goes on with: %w", name, ErrCorrupt)
+		}
+		return nil
+	}
 	if h.index == 1 {
 		l.logID = h.logID
 		if h.instance != l.instance {
@@ -229,7 +253,10 @@ func (l *FileLog) loadTail(h segmentHeader) error {
 	r := newSegmentReader(l.file, name, h, &l.chain, tail.size)
 	var err error
 	for err == nil {
-		_, err = r.next()
+		var b batch
+		if b, err = r.next(); err == nil && b.count > 0 && l.tailFirst == 0 {
+			l.tailFirst = b.time
+		}
 	}
 	cut := int64(0)
 	if errors.Is(err, errInvalidFrame) {
@@ -237,6 +264,10 @@ func (l *FileLog) loadTail(h segmentHeader) error {
 			return err
 		}
 		cut = r.limit - r.offset
+		if l.readOnly {
+			l.torn, tail.size = cut, r.offset
+			return nil
+		}
 		if err := l.file.Truncate(r.offset); err != nil {
 			return fmt.Errorf("cutting the incomplete write at the end of segment %s: %w", name, err)
 		}
@@ -244,6 +275,9 @@ func (l *FileLog) loadTail(h segmentHeader) error {
 		return err
 	}
 	tail.size = r.offset
+	if l.readOnly {
+		return nil
+	}
 	if err := l.settle(r.last); err != nil {
 		return fmt.Errorf("making segment %s durable: %w", name, err)
 	}

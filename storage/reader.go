@@ -272,11 +272,13 @@ func (l *FileLog) walkSegment(ctx context.Context, seg segment, last bool, c *ch
 }
 
 // Scan yields the records from a sequence on, up to the newest one when it was
-// called; 0 and 1 both mean all. It checks everything that it reads and yields an
+// called; 0 and 1 both mean all that was not pruned. It checks everything that it reads and yields an
 // error last: ErrCorrupt, ErrClosed, that of reading, or ctx's cause. It can run
 // while others append.
 func (l *FileLog) Scan(ctx context.Context, from uint64) iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
+		l.reading.RLock()
+		defer l.reading.RUnlock()
 		s := l.snapshot()
 		if from > s.newest.sequence && s.err == nil {
 			return
@@ -316,6 +318,8 @@ func (l *FileLog) Since(t time.Time) uint64 {
 // that the segments continue each other and that signed heads name states of the
 // chain. It does not verify signatures. It can run while others append.
 func (l *FileLog) Verify(ctx context.Context) error {
+	l.reading.RLock()
+	defer l.reading.RUnlock()
 	if err := l.walk(ctx, l.snapshot(), 0, func(batch) bool { return true }); err != nil {
 		return fmt.Errorf("verifying log %s: %w", l.dir, err)
 	}
