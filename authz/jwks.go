@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -117,4 +118,21 @@ func certificate(s string) bool {
 	}
 	_, err = x509.ParseCertificate(der)
 	return err == nil
+}
+
+// privateJWKS reports whether a key set that admission takes, or a single key, has
+// a key that can sign.
+func privateJWKS(text string) bool {
+	type key struct {
+		Kty string          `json:"kty"`
+		D   json.RawMessage `json:"d"`
+	}
+	var set struct {
+		key
+		Keys []key `json:"keys"`
+	}
+	if json.NewDecoder(strings.NewReader(text)).Decode(&set) != nil {
+		return false
+	}
+	return slices.ContainsFunc(append(set.Keys, set.key), func(k key) bool { return k.Kty == "oct" || k.D != nil })
 }

@@ -65,7 +65,7 @@ func (r *report) danger(code, path, fix, format string, args ...any) {
 }
 
 func (r *report) note(severity Severity, code, path, fix, format string, args ...any) {
-	if !r.linting || len(r.warnings) >= maxProblems {
+	if r.lint == nil || len(r.warnings) >= maxProblems {
 		return
 	}
 	r.warnings = append(r.warnings, Problem{
@@ -142,6 +142,9 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	if r.refused("spec.selector") {
 		res.selector = nil
 	}
+	if r.reason != ReasonInvalid {
+		r.advise(message, res, spec, metadata)
+	}
 	res.unloadable = r.unloadable
 	if r.reason != "" {
 		res.reason, res.detail = r.reason, r.first
@@ -149,6 +152,25 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	}
 	p.resources = append(p.resources, Resource{res})
 	p.problems = append(append(p.problems, r.problems...), r.warnings...)
+}
+
+// advise says what the author of a resource that is accepted should know.
+func (r *report) advise(message proto.Message, res *resource, spec tree, metadata map[string]any) {
+	if m, ok := message.(*security.AuthorizationPolicy); ok {
+		r.loadable(m)
+	}
+	if r.lint == nil {
+		return
+	}
+	switch m := message.(type) {
+	case *security.AuthorizationPolicy:
+		r.lintPolicy(m, spec, metadata)
+	case *security.PeerAuthentication:
+		r.lintPeer(m, res, spec)
+	case *security.RequestAuthentication:
+		r.lintTokens(m, spec)
+	}
+	r.remember(res, message)
 }
 
 // metadataFields are the fields of ObjectMeta.

@@ -44,7 +44,12 @@ const group = "security.istio.io"
 // repeated fields and values of another type are refused. A field that is null
 // counts as left out, as it does for the API server.
 func Parse(origin string, data []byte) ([]Resource, []Problem) {
-	p := &parser{origin: origin}
+	return parse(origin, data, nil)
+}
+
+// parse is Parse, with the warnings of Lint if l is not nil.
+func parse(origin string, data []byte, l *lint) ([]Resource, []Problem) {
+	p := &parser{origin: origin, lint: l}
 	switch {
 	case len(data) > maxOrigin:
 		p.unreadable(0, fmt.Sprintf("is larger than %d MiB", maxOrigin>>20), "split it into several files")
@@ -63,7 +68,7 @@ type parser struct {
 	problems  []Problem
 	documents int
 	full      bool
-	linting   bool // Lint's warnings are wanted
+	lint      *lint // nil if Lint's warnings are not wanted
 }
 
 func (p *parser) unreadable(line int, message, fix string) {

@@ -1,0 +1,100 @@
+package authz_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/txtar"
+
+	"github.com/signet-mesh/signet/authz"
+)
+
+// TestLint runs the cases in testdata/lint: YAML files, perhaps options, and the
+// findings on them, a line each. A case is named by the code that it is about and
+// has it; every code in the source has a case.
+func TestLint(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("testdata/lint/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no cases: %v", err)
+	}
+	cases := make(map[string]bool)
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".txtar")
+		cases[name] = true
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var texts []authz.Text
+			var opts authz.Options
+			findings := -1
+			for i, f := range a.Files {
+				switch {
+				case strings.HasSuffix(f.Name, ".yaml"):
+					texts = append(texts, authz.Text{Origin: f.Name, Data: f.Data})
+				case f.Name == "options":
+					opts = parseOptions(t, string(f.Data))
+				case f.Name == "findings":
+					findings = i
+				default:
+					t.Fatalf("file %q: no such part of a case", f.Name)
+				}
+			}
+			if findings < 0 {
+				t.Fatal("no findings")
+			}
+			var got strings.Builder
+			found := false
+			for _, p := range authz.Lint(texts, opts) {
+				if p.Fix == "" || p.Line == 0 || p.Severity != authz.SeverityError && p.Code == "" {
+					t.Errorf("without a fix, a line or a code: %+v", p)
+				}
+				found = found || p.Code == name
+				fmt.Fprintf(&got, "%s %s: %s; %s\n", p.Severity, p.Code, strings.TrimSuffix(p.Error(), "; "+p.Fix), p.Fix)
+			}
+			if !found && regexp.MustCompile(`"`+name+`"`).Match(lintSource(t)) {
+				t.Error("the case does not have the finding that it is about")
+			}
+			if name == "quiet" && got.Len() > 0 {
+				t.Error("good policies have findings")
+			}
+			if want := string(a.Files[findings].Data); got.String() != want {
+				if *update {
+					a.Files[findings].Data = []byte(got.String())
+					if err := os.WriteFile(file, txtar.Format(a), 0o644); err != nil {
+						t.Fatal(err)
+					}
+				} else {
+					t.Errorf("findings (-want +got):\n%s", cmp.Diff(want, got.String()))
+				}
+			}
+		})
+	}
+	for _, m := range regexp.MustCompile(`(?:warn|danger)\((?:r, [^"]*)?"([a-z0-9-]+)"|r\.line, "", "([a-z-]+)"|r\.tokenField, "([a-z-]+)"`).FindAllSubmatch(lintSource(t), -1) {
+		if code := string(m[1]) + string(m[2]) + string(m[3]); !cases[code] {
+			t.Errorf("no case for %s", code)
+		}
+	}
+}
+
+// lintSource is the source that has the codes.
+func lintSource(t *testing.T) []byte {
+	t.Helper()
+	var all []byte
+	for _, name := range []string{"lint.go", "lint_rules.go", "schema.go", "object.go"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, b...)
+	}
+	return all
+}
