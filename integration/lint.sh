@@ -45,7 +45,7 @@ check 'gofmt' formatted
 check 'go vet' go vet ./...
 check 'staticcheck' "$tools/staticcheck" ./...
 check 'go mod tidy' go mod tidy -diff
-for module in tools etcd kubernetes; do
+for module in tools etcd kubernetes istio; do
 	check "go mod tidy ($module)" go -C integration/$module mod tidy -diff
 done
 check 'generated code' generated

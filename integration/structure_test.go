@@ -36,6 +36,7 @@ var allowed = map[string]string{
 	"cmd/agent":                  "authz authz/extauthz authz/source ca/caclient identity identity/attest identity/holder sds cmd/internal/run cmd/internal/version",
 	"cmd/signet":                 "authz authz/extauthz authz/source ca/caclient ca/capb identity identity/attest/devissuer cmd/signet/demo cmd/internal/version",
 	"cmd/signet/demo":            "ca/caclient ca/capb identity identity/attest/devissuer",
+	"integration/oracle":         "",
 	"integration/parts":          "",
 	"integration/envoytest":      "integration/parts",
 	"integration/kubetest":       "integration/parts",

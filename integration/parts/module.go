@@ -24,13 +24,17 @@ type goModule struct {
 	ldflags  string
 }
 
-// key changes with whatever could change the programs: the module's versions, how
-// they are built, and Go.
+// key changes with whatever could change the programs: the module's versions, its
+// own sources, how they are built, and Go.
 func (m goModule) key() (string, error) {
 	key := sha256.New()
 	fmt.Fprintln(key, runtime.Version(), runtime.GOOS, runtime.GOARCH)
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(m.dir, name))
+	sources, err := filepath.Glob(filepath.Join(m.dir, "*.go"))
+	if err != nil {
+		return "", err
+	}
+	for _, file := range append([]string{filepath.Join(m.dir, "go.mod"), filepath.Join(m.dir, "go.sum")}, sources...) {
+		b, err := os.ReadFile(file)
 		if err != nil {
 			return "", fmt.Errorf("reading the module of %s: %w", m.title, err)
 		}

@@ -46,11 +46,23 @@ func BuildAPIServer(ctx context.Context, root string, progress io.Writer) (Part,
 	return build(ctx, apiServer(root), "kube-apiserver", KubernetesVersion, progress)
 }
 
+// FindIstio looks for Istio's compiler and admission, the program of the module
+// integration/istio below root, in the cache. The error wraps [ErrMissing] if it
+// was not built yet.
+func FindIstio(root string) (Part, error) { return find(istio(root), "istio", IstioVersion) }
+
+// BuildIstio is [FindIstio], and builds what is missing, which takes four minutes.
+// progress gets a line before.
+func BuildIstio(ctx context.Context, root string, progress io.Writer) (Part, error) {
+	return build(ctx, istio(root), "istio", IstioVersion, progress)
+}
+
 // Versions that the modules below integration/ ask for; a test holds the two
 // together.
 const (
 	EtcdVersion       = "3.6.16"
 	KubernetesVersion = "1.37.2"
+	IstioVersion      = "0.0.0-20260827124520-eed52ebb66ad"
 )
 
 func etcd(root string) goModule {
@@ -68,6 +80,13 @@ func apiServer(root string) goModule {
 		dir:      filepath.Join(root, "integration", "kubernetes"),
 		packages: []string{"k8s.io/kubernetes/cmd/kube-apiserver"}, output: "kube-apiserver",
 		ldflags: "-s -w -X " + stamp + ".gitVersion=v" + KubernetesVersion + " -X " + stamp + ".gitMajor=1 -X " + stamp + ".gitMinor=37",
+	}
+}
+
+func istio(root string) goModule {
+	return goModule{
+		name: "istio", title: "Istio's compiler and admission (four minutes)", dir: filepath.Join(root, "integration", "istio"),
+		packages: []string{"."}, output: "istio", ldflags: "-s -w",
 	}
 }
 
