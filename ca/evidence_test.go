@@ -173,7 +173,7 @@ func TestWhoMayBeAnAgent(t *testing.T) {
 		{"no evidence is refused", func(*capb.AttestRequest) {}, codes.InvalidArgument},
 		{"a workload's audience is refused", token(agentA, "signet"), codes.Unauthenticated},
 		{"a workload's account is refused", token(server, "signet-ca"), codes.PermissionDenied},
-		{"an agent pod that is not known is refused", token(identity.Workload{Namespace: "signet-system", ServiceAccount: "signet-agent", Pod: "x", PodUID: "x", Node: "node-a"}, "signet-ca"), codes.Unauthenticated},
+		{"an agent pod that is not known yet may come again", token(identity.Workload{Namespace: "signet-system", ServiceAccount: "signet-agent", Pod: "x", PodUID: "x", Node: "node-a"}, "signet-ca"), codes.Unavailable},
 		{"an agent pod of another node than it says is refused", token(identity.Workload{Namespace: "signet-system", ServiceAccount: "signet-agent", Pod: "agent-a", PodUID: "uid-agent-a", Node: "node-b"}, "signet-ca"), codes.Unauthenticated},
 		{"a node that was replaced is refused", token(identity.Workload{Namespace: "signet-system", ServiceAccount: "signet-agent", Pod: "agent-a", PodUID: "uid-agent-a", Node: "node-a", NodeUID: "other"}, "signet-ca"), codes.Unauthenticated},
 		{"an expired token is refused", token(agentA, "signet-ca", attesttest.Issued(time.Now().Add(-time.Hour))), codes.Unauthenticated},

@@ -229,7 +229,10 @@ func code(err error) error {
 		return status.Error(codes.Unavailable, attest.Public(err))
 	case errors.Is(err, attest.ErrNotAllowed):
 		return status.Error(codes.PermissionDenied, attest.Public(err))
-	case errors.Is(err, attest.ErrRefused), errors.Is(err, attest.ErrUnknownPod), errors.Is(err, attest.ErrOtherNode):
+	case errors.Is(err, attest.ErrUnknownPod):
+		// The token is good; the authority's view of the pods may be behind.
+		return status.Error(codes.Unavailable, attest.Public(err))
+	case errors.Is(err, attest.ErrRefused), errors.Is(err, attest.ErrOtherNode):
 		return status.Error(codes.Unauthenticated, attest.Public(err))
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return status.FromContextError(err).Err()
@@ -537,6 +540,11 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	if c.id, err = w.ID(a.cfg.TrustDomain); err != nil {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: "the workload has no valid SPIFFE ID", err: err}
 	}
+	// Again, and last: the stream ends when the agent's pod or node goes, but what
+	// is under way then must not be issued.
+	if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_OTHER_NODE, public: "the agent's pod or node is gone", err: err}
+	}
 	c.podUID = w.PodUID
 	return c, nil
 }
@@ -630,6 +638,11 @@ func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerS
 	full := true
 	for {
 		pods, changed := a.cfg.Pods.OnNode(r.Node)
+		// The stream ends when the agent's pod or node goes, but perhaps only after
+		// this round: the pods could be those of a new node with the same name.
+		if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+			return status.Error(codes.Unauthenticated, err.Error())
+		}
 		m := &capb.WatchNodeResponse{NodeUid: r.NodeUID, Full: full}
 		now := make(map[string]identity.Workload, len(pods))
 		for _, w := range pods {

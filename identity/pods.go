@@ -98,6 +98,19 @@ func (p *Pods) Replace(pods []Workload) {
 	}
 }
 
+// Apply deletes the pods with the UIDs in gone and then adds or replaces those in
+// pods, as one change: nobody sees a part of it.
+func (p *Pods) Apply(pods []Workload, gone []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, uid := range gone {
+		p.delete(uid)
+	}
+	for _, w := range pods {
+		p.set(w)
+	}
+}
+
 func (p *Pods) set(w Workload) {
 	if w.PodUID == "" {
 		return

@@ -17,6 +17,9 @@ import (
 type Workload struct {
 	Namespace      string
 	ServiceAccount string
+	// ServiceAccountUID tells a service account from a later one of the same
+	// name; empty where the evidence does not say.
+	ServiceAccountUID string
 	// Pod is the pod's name; it may be reused, PodUID never is.
 	Pod    string
 	PodUID string
@@ -45,7 +48,8 @@ func (w Workload) IsZero() bool { return w.PodUID == "" && w.Namespace == "" && 
 
 // Equal reports whether w and o state the same facts.
 func (w Workload) Equal(o Workload) bool {
-	return w.Namespace == o.Namespace && w.ServiceAccount == o.ServiceAccount && w.Pod == o.Pod &&
+	return w.Namespace == o.Namespace && w.ServiceAccount == o.ServiceAccount &&
+		w.ServiceAccountUID == o.ServiceAccountUID && w.Pod == o.Pod &&
 		w.PodUID == o.PodUID && w.Node == o.Node && w.NodeUID == o.NodeUID &&
 		maps.Equal(w.Labels, o.Labels) && slices.Equal(w.Addresses, o.Addresses) &&
 		(w.UnixUID == nil) == (o.UnixUID == nil) && (w.UnixUID == nil || *w.UnixUID == *o.UnixUID)

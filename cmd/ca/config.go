@@ -51,6 +51,17 @@ type config struct {
 		// AcceptedKeys are the kinds of public keys that are certified.
 		AcceptedKeys []string `yaml:"acceptedKeys"`
 	} `yaml:"svid"`
+	// Kubernetes says that pods and the issuer's keys come from an API server.
+	Kubernetes struct {
+		Enabled bool `yaml:"enabled"`
+		// Kubeconfig says where the API server is. Empty: the pod's own service
+		// account.
+		Kubeconfig string `yaml:"kubeconfig"`
+		// Namespace of the installation, for the Lease and the ConfigMap.
+		Namespace string `yaml:"namespace"`
+		// ReviewWorkloads has the API server asked about workloads' tokens too.
+		ReviewWorkloads bool `yaml:"reviewWorkloads"`
+	} `yaml:"kubernetes"`
 	// Tokens says how service-account tokens are verified.
 	Tokens struct {
 		Issuer   string `yaml:"issuer"`
@@ -104,6 +115,7 @@ func defaults() config {
 	c.SVID.AcceptedKeys = []string{ca.KeyP256, ca.KeyP384, ca.KeyP521, ca.KeyEd25519, ca.KeyRSA}
 	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
+	c.Kubernetes.Namespace = "signet-system"
 	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
 	c.Agents.TokenEvery = 24 * time.Hour
 	c.IssuanceLog.HeadInterval = 10 * time.Second
@@ -120,8 +132,8 @@ func loadConfig(path string) (config, error) {
 	if c.AdminSocket == "" {
 		c.AdminSocket = filepath.Join(c.DataDir, "admin.sock")
 	}
-	if c.Tokens.Issuer == "" || c.Tokens.JWKSFile == "" {
-		return config{}, fmt.Errorf("reading configuration %s: tokens.issuer and tokens.jwksFile are required", path)
+	if err := c.oneWorld(); err != nil {
+		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
 	if c.Tokens.Audience == c.Tokens.AgentAudience {
 		return config{}, fmt.Errorf("reading configuration %s: tokens.audience and tokens.agentAudience are both %q: a workload's token must not pass for an agent's", path, c.Tokens.Audience)
@@ -130,6 +142,27 @@ func loadConfig(path string) (config, error) {
 		return config{}, fmt.Errorf("reading configuration %s: agents.serviceAccounts is empty: no agent could attest", path)
 	}
 	return c, nil
+}
+
+// oneWorld refuses a configuration of which it cannot be said whether Kubernetes or
+// the file itself knows who is who.
+func (c config) oneWorld() error {
+	k := c.Kubernetes
+	switch {
+	case k.Enabled && len(c.Workloads) > 0:
+		return errors.New("both kubernetes.enabled and workloads are set: pods come from the API server or from the list, not from both; remove one")
+	case k.Enabled && c.Tokens.JWKSFile != "":
+		return errors.New("both kubernetes.enabled and tokens.jwksFile are set: the API server publishes its keys itself; remove one")
+	case k.Enabled && k.Namespace == "":
+		return errors.New("kubernetes.namespace is empty: name the namespace of this installation")
+	case k.Enabled:
+		return nil
+	case k.Kubeconfig != "" || k.ReviewWorkloads:
+		return errors.New("kubernetes.kubeconfig or kubernetes.reviewWorkloads is set, but not kubernetes.enabled: set it too, or remove them")
+	case c.Tokens.Issuer == "" || c.Tokens.JWKSFile == "":
+		return errors.New("tokens.issuer and tokens.jwksFile are required where kubernetes.enabled is not set")
+	}
+	return nil
 }
 
 // pods makes the set of pods from the static list, refusing what could not be

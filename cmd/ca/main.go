@@ -20,7 +20,6 @@ import (
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/cmd/internal/version"
-	"github.com/signet-mesh/signet/identity/attest"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -82,24 +81,11 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	if cfg.Pods, err = c.pods(); err != nil {
-		return err
-	}
-	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	world, err := c.world(log, reg)
 	if err != nil {
 		return err
 	}
-	tokens := attest.Config{Issuer: c.Tokens.Issuer, Keys: keys, Pods: cfg.Pods, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Metrics: reg}
-	agents := tokens
-	agents.Audience, agents.ServiceAccounts = c.Tokens.AgentAudience, c.Agents.ServiceAccounts
-	if cfg.Agents, err = attest.New(agents); err != nil {
-		return err
-	}
-	workloads := tokens
-	workloads.Audience, workloads.AnyServiceAccount = c.Tokens.Audience, true
-	if cfg.Workloads, err = attest.New(workloads); err != nil {
-		return err
-	}
+	cfg.Pods, cfg.Agents, cfg.Workloads = world.pods, world.agents, world.workloads
 
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
 	authority, err := ca.Open(ctx, cfg)
@@ -111,36 +97,44 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 
 	health := &run.Health{}
 	health.Add("authority", authority.Ready)
-	health.Add("token keys", keys.Err)
+	health.Add("pods and token keys", world.ready)
 
-	listener, err := net.Listen("tcp", c.Listen)
-	if err != nil {
-		return fmt.Errorf("listening for agents: listen: %w", err)
-	}
-	defer listener.Close()
 	adminListener, err := run.ListenUnix(c.AdminSocket, 0o600)
 	if err != nil {
 		return err
 	}
 	defer adminListener.Close()
-	if err := publish(c, authority, log); err != nil {
-		return err
-	}
-	log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", authority.ID().String())
-
 	return run.InOrder(ctx,
 		func(cause error) {
 			health.End()
 			log.Info("shutting down", "reason", cause)
 		},
-		[]run.Job{authority.Run},
+		append(world.loops(authority), authority.Run),
 		[]run.Job{
-			func(ctx context.Context) error { return run.ServeGRPC(ctx, authority.NewServer(), listener, drain) },
+			func(ctx context.Context) error { return serveAgents(ctx, c, world, authority, log) },
 			func(ctx context.Context) error {
 				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain)
 			},
 			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },
 		})
+}
+
+// serveAgents listens as soon as the world is known: before that a refused
+// connection is the honest answer.
+func serveAgents(ctx context.Context, c config, w world, a *ca.Authority, log *slog.Logger) error {
+	if err := w.synced(ctx); err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return fmt.Errorf("listening for agents: listen: %w", err)
+	}
+	defer listener.Close()
+	if err := publish(c, a, log); err != nil {
+		return err
+	}
+	log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", a.ID().String())
+	return run.ServeGRPC(ctx, a.NewServer(), listener, drain)
 }
 
 // publish puts the roots where agents pin them, whole or not at all.

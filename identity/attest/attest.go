@@ -285,6 +285,11 @@ func (a *Attestor) place(p *proof) (w identity.Workload, err error) {
 		return w, refuse(checkView, "pod UID %s is %s/%s with service account %s in the token, and %q/%q with %q in the view",
 			quoted(p.podUID), quoted(p.namespace), quoted(p.pod), quoted(p.serviceAccount), v.Namespace, v.Pod, v.ServiceAccount)
 	}
+	// A view that knows the account's UID is of a cluster, whose tokens all have it.
+	if v.ServiceAccountUID != "" && v.ServiceAccountUID != p.serviceAccountUID {
+		return w, refuse(checkView, "service account %s has UID %s in the token and %q in the view: it was replaced",
+			quoted(p.serviceAccountKey), quoted(p.serviceAccountUID), v.ServiceAccountUID)
+	}
 	if v.Node != p.node || (v.NodeUID != "" && p.nodeUID != "" && v.NodeUID != p.nodeUID) {
 		return w, refuseAs(ErrOtherNode, checkOtherNode, "pod %s/%s is on node %s (UID %s) in the token, and on %q (UID %q) in the view",
 			quoted(p.namespace), quoted(p.pod), quoted(p.node), quoted(p.nodeUID), v.Node, v.NodeUID)

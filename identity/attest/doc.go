@@ -32,9 +32,10 @@
 //   - the service account is on the allow-list, where there is one
 //   - the node is the configured one, where one is configured
 //   - the pod with that UID is in the view of the pods, with that name, namespace,
-//     service account and node. A node UID must not contradict the view. Where a
-//     node is configured whose pods are believed without a view
-//     ([Config.AnyPodOf]), the token is enough
+//     service account and node. A node UID must not contradict the view, and a
+//     view that knows the UID of the service account requires it. Where a node is
+//     configured whose pods are believed without a view ([Config.AnyPodOf]), the
+//     token is enough
 //
 // What is returned is the view's workload, so labels and addresses never come
 // from a token. It holds until exp.

@@ -31,6 +31,21 @@ type skippedKey struct {
 	why error
 }
 
+// ParseKeys parses a JSON Web Key Set (RFC 7517 §5), for a [KeySource] that gets
+// it from elsewhere than a file. It refuses the whole set if a key is private,
+// symmetric, weak, malformed, without an ID or with that of another; keys that are
+// fine but for another use are left out, and skipped says which.
+func ParseKeys(data []byte) (keys map[string]Key, skipped []error, err error) {
+	set, err := parseKeySet(data)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, s := range set.skipped {
+		skipped = append(skipped, fmt.Errorf("key %s: %w", quoted(s.kid), s.why))
+	}
+	return set.byID, skipped, nil
+}
+
 // jwkMembers are the members of a JWK that are looked at before go-jose parses it.
 type jwkMembers struct {
 	KeyID      string   `json:"kid"`

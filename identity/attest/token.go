@@ -36,6 +36,7 @@ type proof struct {
 
 	namespace, serviceAccount string
 	serviceAccountKey         string // NAMESPACE/NAME, as in the allow-list
+	serviceAccountUID         string // may be empty
 	pod, podUID               string
 	node, nodeUID             string // nodeUID may be empty
 }
@@ -270,6 +271,7 @@ func bind(c *claims, needNodeUID bool) (*proof, error) {
 		namespace:         k.Namespace,
 		serviceAccount:    k.ServiceAccount.Name,
 		serviceAccountKey: k.Namespace + "/" + k.ServiceAccount.Name,
+		serviceAccountUID: k.ServiceAccount.UID,
 		pod:               k.Pod.Name,
 		podUID:            k.Pod.UID,
 		node:              k.Node.Name,

@@ -51,15 +51,17 @@ type (
 		Roots       [][]byte `json:"roots"`
 	}
 	filePod struct {
-		Namespace      string            `json:"namespace"`
-		ServiceAccount string            `json:"serviceAccount"`
-		Pod            string            `json:"pod"`
-		PodUID         string            `json:"podUID"`
-		Node           string            `json:"node"`
-		NodeUID        string            `json:"nodeUID"`
-		Labels         map[string]string `json:"labels"`
-		Addresses      []netip.Addr      `json:"addresses"`
-		UnixUID        *uint32           `json:"unixUID"`
+		Namespace      string `json:"namespace"`
+		ServiceAccount string `json:"serviceAccount"`
+		// Agents are not told the UID of a service account.
+		ServiceAccountUID string            `json:"serviceAccountUID,omitempty"`
+		Pod               string            `json:"pod"`
+		PodUID            string            `json:"podUID"`
+		Node              string            `json:"node"`
+		NodeUID           string            `json:"nodeUID"`
+		Labels            map[string]string `json:"labels"`
+		Addresses         []netip.Addr      `json:"addresses"`
+		UnixUID           *uint32           `json:"unixUID"`
 	}
 )
 

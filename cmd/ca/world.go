@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/kube"
+	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// world is where pods and their proofs come from: Kubernetes, or the configuration.
+type world struct {
+	pods              *identity.Pods
+	agents, workloads ca.Attestor
+	// ready is nil once the world is known, else why it is not.
+	ready func() error
+	// synced waits for that. Nobody must be served before.
+	synced func(context.Context) error
+	// loops is the work that keeps it known.
+	loops func(*ca.Authority) []run.Job
+}
+
+func (c config) world(log *slog.Logger, reg prometheus.Registerer) (world, error) {
+	tokens := attest.Config{MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Metrics: reg}
+	agents, workloads := tokens, tokens
+	agents.Audience, agents.ServiceAccounts = c.Tokens.AgentAudience, c.Agents.ServiceAccounts
+	workloads.Audience, workloads.AnyServiceAccount = c.Tokens.Audience, true
+	if c.Kubernetes.Enabled {
+		return c.cluster(agents, workloads, log, reg)
+	}
+
+	pods, err := c.pods()
+	if err != nil {
+		return world{}, err
+	}
+	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	if err != nil {
+		return world{}, err
+	}
+	agents.Issuer, agents.Keys, agents.Pods = c.Tokens.Issuer, keys, pods
+	workloads.Issuer, workloads.Keys, workloads.Pods = c.Tokens.Issuer, keys, pods
+	w := world{pods: pods, ready: keys.Err, synced: func(context.Context) error { return nil },
+		loops: func(*ca.Authority) []run.Job { return nil }}
+	if w.agents, err = attest.New(agents); err != nil {
+		return world{}, err
+	}
+	w.workloads, err = attest.New(workloads)
+	return w, err
+}
+
+// cluster is a world that Kubernetes tells.
+func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg prometheus.Registerer) (world, error) {
+	k, err := kube.Open(kube.Config{Kubeconfig: c.Kubernetes.Kubeconfig, Namespace: c.Kubernetes.Namespace,
+		Issuer: c.Tokens.Issuer, Log: log, Metrics: reg})
+	if err != nil {
+		return world{}, err
+	}
+	w := world{pods: k.Pods(), ready: k.Ready, synced: k.Synced}
+	// An agent's token is worth the pods of a node, so the API server itself has a
+	// say, always.
+	if w.agents, err = k.Attestor(agents, true); err != nil {
+		return world{}, err
+	}
+	if w.workloads, err = k.Attestor(workloads, c.Kubernetes.ReviewWorkloads); err != nil {
+		return world{}, err
+	}
+	w.loops = func(a *ca.Authority) []run.Job {
+		return []run.Job{func(ctx context.Context) error {
+			return k.Run(ctx, kube.Duties{Trust: a.Trust, CheckPolicy: checkPolicy})
+		}}
+	}
+	return w, nil
+}
+
+// checkPolicy says why a policy is not enforced as it is written: the same parser
+// decides that as in every agent.
+func checkPolicy(object []byte) []kube.PolicyProblem {
+	_, problems := authz.Parse("", object)
+	var ps []kube.PolicyProblem
+	for _, p := range problems {
+		if p.Severity != authz.SeverityError {
+			continue
+		}
+		reason := "Invalid"
+		if p.Reason == authz.ReasonUnsupported {
+			reason = "Unsupported"
+		}
+		// Which policy it is, and where, the condition says by standing there.
+		p.Resource, p.Line = "", 0
+		ps = append(ps, kube.PolicyProblem{Reason: reason, Message: p.Error()})
+	}
+	return ps
+}
