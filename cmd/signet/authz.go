@@ -1,9 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,12 +8,9 @@ import (
 	"path/filepath"
 	"strings"
 
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/signet-mesh/signet/authz"
-	"github.com/signet-mesh/signet/authz/extauthz"
 	"github.com/signet-mesh/signet/identity"
 )
 
@@ -42,109 +36,96 @@ func unusable(format string, args ...any) error {
 func newAuthzCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "authz",
-		Short: "Explain what policies decide",
-		Args:  cobra.NoArgs,
-	}
-	c.AddCommand(newAuthzEvalCommand())
-	return c
-}
-
-func newAuthzEvalCommand() *cobra.Command {
-	var e evaluation
-	c := &cobra.Command{
-		Use:   "eval --policies FILE_OR_DIR --namespace NS [--labels K=V,...] --check-requests FILE|-",
-		Short: "Decide requests as the agent of a workload would",
-		Long: `Decide requests as the agent of a workload would.
-
---check-requests has one envoy.service.auth.v3.CheckRequest in JSON on each line;
-blank lines are skipped. For each one line of JSON is printed, in the same order:
-
-  {"decision":"allow","kind":"AuthorizationPolicy","policy":"NAMESPACE/NAME","rule":0,"reason":"allow-rule","text":"..."}
-
-decision is "allow" or "deny". kind, policy and rule name what decided; kind and
-policy are empty and rule is -1 where there is no such thing. reason is a stable
-code, text is for people.
-
---policies is a file, or a directory of which the files NAME.yaml and NAME.yml are
-read, but not those that begin with a dot. Policies for other workloads and
-documents of other kinds are passed over.
-
-The exit code is 0 also when requests are denied, and 2 if the input cannot be
-used: a policy that cannot be read or that Istio's admission would refuse, a line
-that is no CheckRequest, a flag. --keep-going evaluates in spite of such policies,
-as the agent would: they deny the workloads that they select. A policy that is
-valid in Istio and not enforced here yet is always evaluated so.`,
-		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return e.run(c.InOrStdin(), c.OutOrStdout(), c.ErrOrStderr())
-		},
+		Short: "Check policies and explain what they decide",
+		Args:  usage(cobra.NoArgs),
 	}
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitError{exitUnusable, err} })
-	f := c.Flags()
-	f.StringVar(&e.policies, "policies", "", "file or directory of policies (required)")
-	f.StringVar(&e.namespace, "namespace", "", "namespace of the workload (required)")
-	f.StringToStringVar(&e.labels, "labels", nil, "labels of the workload, as K=V,K2=V2")
-	f.StringVar(&e.trustDomain, "trust-domain", "cluster.local", "trust domain of the mesh")
-	f.StringSliceVar(&e.aliases, "trust-domain-alias", nil, "further names of the trust domain, separated by commas; can be repeated")
-	f.StringVar(&e.rootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
-	f.StringVar(&e.requests, "check-requests", "", "file of CheckRequests, - for standard input (required)")
-	f.BoolVar(&e.keepGoing, "keep-going", false, "evaluate in spite of policies that cannot be used")
+	c.AddCommand(newAuthzEvalCommand(), newAuthzLintCommand(), newAuthzPeerModeCommand())
 	return c
 }
 
-// evaluation is one run of signet authz eval: its flags.
-type evaluation struct {
-	policies, requests         string
-	namespace                  string
-	labels                     map[string]string
+// usage makes a wrong number of arguments unusable input.
+func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if err := check(c, args); err != nil {
+			return unusable("%w; see %s --help", err, c.CommandPath())
+		}
+		return nil
+	}
+}
+
+// meshFlags are what concerns the whole mesh.
+type meshFlags struct {
 	trustDomain, rootNamespace string
 	aliases                    []string
-	keepGoing                  bool
 }
 
-func (e *evaluation) run(stdin io.Reader, stdout, stderr io.Writer) error {
-	for _, f := range []struct{ name, value string }{
-		{"--policies", e.policies}, {"--namespace", e.namespace}, {"--check-requests", e.requests}, {"--root-namespace", e.rootNamespace},
-	} {
-		if f.value == "" {
-			return unusable("%s must not be empty; see signet authz eval --help", f.name)
-		}
-	}
-	if _, ok := e.labels[""]; ok {
-		return unusable("--labels: a label has no name")
-	}
-	td, err := identity.ParseTrustDomain(e.trustDomain)
+func (m *meshFlags) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&m.trustDomain, "trust-domain", "cluster.local", "trust domain of the mesh")
+	f.StringSliceVar(&m.aliases, "trust-domain-alias", nil, "further names of the trust domain, separated by commas; can be repeated")
+	f.StringVar(&m.rootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
+}
+
+func (m *meshFlags) options() (o authz.Options, err error) {
+	td, err := identity.ParseTrustDomain(m.trustDomain)
 	if err != nil {
-		return unusable("--trust-domain: %w", err)
+		return o, unusable("--trust-domain: %w", err)
 	}
-	for _, a := range e.aliases {
+	for _, a := range m.aliases {
 		if a == "" || strings.Contains(a, "/") {
-			return unusable("--trust-domain-alias: %q is not the name of a trust domain", a)
+			return o, unusable("--trust-domain-alias: %q is not the name of a trust domain", a)
 		}
 	}
-	snapshot, err := e.compile(authz.Options{TrustDomain: td, TrustDomainAliases: e.aliases, RootNamespace: e.rootNamespace}, stderr)
-	if err != nil {
-		return err
+	if m.rootNamespace == "" {
+		return o, unusable("--root-namespace must not be empty")
 	}
-	name, in := "standard input", stdin
-	if e.requests != "-" {
-		f, err := os.Open(e.requests)
-		if err != nil {
-			return unusable("opening the requests: %w", err)
-		}
-		defer f.Close() // read only
-		name, in = e.requests, f
-	}
-	out := bufio.NewWriter(stdout)
-	err = decide(snapshot.For(identity.Workload{Namespace: e.namespace, Labels: e.labels}), name, in, out)
-	// What was decided before a line that cannot be used stands.
-	return errors.Join(err, out.Flush())
+	return authz.Options{TrustDomain: td, TrustDomainAliases: m.aliases, RootNamespace: m.rootNamespace}, nil
 }
 
-// compile reads the policies. It writes what is wrong with them to stderr and
-// fails if they cannot be used.
-func (e *evaluation) compile(o authz.Options, stderr io.Writer) (*authz.Snapshot, error) {
-	files, err := policyFiles(e.policies)
+// workloadFlags are the policies, and the workload that they are asked about.
+type workloadFlags struct {
+	policies, namespace string
+	labels              map[string]string
+}
+
+// policiesHelp says what --policies takes.
+const policiesHelp = `--policies is a file, or a directory of which the files NAME.yaml and NAME.yml are
+read, but not those that begin with a dot. Policies for other workloads and
+documents of other kinds are passed over.`
+
+func (w *workloadFlags) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&w.policies, "policies", "", "file or directory of policies (required)")
+	f.StringVar(&w.namespace, "namespace", "", "namespace of the workload (required)")
+	f.StringToStringVar(&w.labels, "labels", nil, "labels of the workload, as K=V,K2=V2")
+}
+
+// program compiles the policies for the workload. It writes what is wrong with
+// them to stderr, and fails if they cannot be used and keepGoing does not say
+// otherwise.
+func (w *workloadFlags) program(m *meshFlags, keepGoing bool, stderr io.Writer) (*authz.Program, error) {
+	for _, f := range []struct{ name, value string }{{"--policies", w.policies}, {"--namespace", w.namespace}} {
+		if f.value == "" {
+			return nil, unusable("%s must not be empty; see --help", f.name)
+		}
+	}
+	if _, ok := w.labels[""]; ok {
+		return nil, unusable("--labels: a label has no name")
+	}
+	o, err := m.options()
+	if err != nil {
+		return nil, err
+	}
+	snapshot, err := w.compile(o, keepGoing, stderr)
+	if err != nil {
+		return nil, err
+	}
+	return snapshot.For(identity.Workload{Namespace: w.namespace, Labels: w.labels}), nil
+}
+
+func (w *workloadFlags) compile(o authz.Options, keepGoing bool, stderr io.Writer) (*authz.Snapshot, error) {
+	files, err := policyFiles(w.policies)
 	if err != nil {
 		return nil, err
 	}
@@ -167,14 +148,14 @@ func (e *evaluation) compile(o authz.Options, stderr io.Writer) (*authz.Snapshot
 
 	var refused []error
 	for _, p := range problems {
-		if p.Severity == authz.SeverityError && p.Reason != authz.ReasonUnsupported && !e.keepGoing {
+		if p.Severity == authz.SeverityError && p.Reason != authz.ReasonUnsupported && !keepGoing {
 			refused = append(refused, p)
 			continue
 		}
 		fmt.Fprintf(stderr, "%s: %s\n", p.Severity, p)
 	}
 	if len(refused) > 0 {
-		return nil, unusable("the policies cannot be used (--keep-going evaluates as the agent would):\n%w", errors.Join(refused...))
+		return nil, unusable("the policies cannot be used:\n%w", errors.Join(refused...))
 	}
 	return snapshot, nil
 }
@@ -202,61 +183,4 @@ func policyFiles(path string) ([]string, error) {
 		files = append(files, filepath.Join(path, e.Name()))
 	}
 	return files, nil
-}
-
-// maxRequestLine bounds a line of requests. Envoy's largest request, with 60 KiB of
-// headers and a certificate, is far below it.
-const maxRequestLine = 4 << 20
-
-// verdict is a line of output.
-type verdict struct {
-	Decision string       `json:"decision"`
-	Kind     string       `json:"kind"`
-	Policy   string       `json:"policy"`
-	Rule     int          `json:"rule"`
-	Reason   authz.Reason `json:"reason"`
-	Text     string       `json:"text"`
-}
-
-// decide answers every request that a reader has.
-func decide(program *authz.Program, name string, in io.Reader, out io.Writer) error {
-	lines := bufio.NewScanner(in)
-	lines.Buffer(make([]byte, 0, 64<<10), maxRequestLine)
-	enc := json.NewEncoder(out)
-	enc.SetEscapeHTML(false)
-	n := 0
-	for lines.Scan() {
-		n++
-		line := bytes.TrimSpace(lines.Bytes())
-		if len(line) == 0 {
-			continue
-		}
-		var check authv3.CheckRequest
-		if err := protojson.Unmarshal(line, &check); err != nil {
-			return unusable("%s:%d: line is no CheckRequest: %w", name, n, err)
-		}
-		var request authz.Request
-		v := verdict{Decision: "deny", Rule: -1}
-		var bad *extauthz.RequestError
-		switch err := extauthz.FromCheckRequest(&check, &request); {
-		case errors.As(err, &bad):
-			// The service answers such a request too.
-			v.Reason, v.Text = bad.Reason, "denied: "+bad.Detail
-		case err != nil:
-			return unusable("%s:%d: %w", name, n, err)
-		default:
-			d := program.Decide(&request)
-			if d.Allowed {
-				v.Decision = "allow"
-			}
-			v.Kind, v.Policy, v.Rule, v.Reason, v.Text = d.Kind, d.Policy, d.Rule, d.Reason, d.Text()
-		}
-		if err := enc.Encode(v); err != nil {
-			return fmt.Errorf("writing decisions: %w", err)
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return unusable("%s:%d: reading requests: %w", name, n+1, err)
-	}
-	return nil
 }
