@@ -48,7 +48,36 @@
 // and a metric its age. A folder that is deleted file by file, slowly, is a series
 // of removals; within the 50 ms that removals wait, it is a folder that is gone.
 //
+// # Cluster
+//
+// A [Cluster] is the resources of three types, as a Kubernetes API server has them:
+// AuthorizationPolicy, PeerAuthentication and RequestAuthentication of
+// security.istio.io/v1. Each is listed once, consistently, and then watched; nothing
+// else is read. Resources come to [authz.Parse] as the API server sends them, so a
+// field of a newer CRD is seen and refused, not lost.
+//
+// "Nothing there" and "not known" are different things:
+//
+//   - Nothing counts before all three types were listed completely. Until then the
+//     policies that a predecessor saved ([Cluster.Export]) are in force, and without
+//     them every check is denied.
+//   - An API server that is away, refuses, or does not serve a type is an error:
+//     the last policies stay, [Cluster.Ready] says why, and a metric since when.
+//   - A resource that is missing is only let go when the API server says that its
+//     type is served and resources of it could be created. When a CRD is deleted, its
+//     resources are deleted first, one by one; they stay in force here, because
+//     nobody decided that what they close is to be open. When the CRD is back, what
+//     the cluster says counts again, and the old resources are gone if nobody has
+//     applied them anew. So removals take 100 ms longer than other changes.
+//   - A bad edit leaves the resource's last good version, also across a restart.
+//
 // # Trust
+//
+// An attacker who can write policies in the cluster decides, for the namespaces in
+// which Kubernetes lets him; in the root namespace, for all. One who can stand in
+// for the API server decides everything. One who can cut the agent off from it can
+// freeze the policies, visibly. One who can write the saved policies, which only
+// root can, decides until the cluster answers.
 //
 // An attacker who can write to the folder decides who may call whom on this node.
 // One who can only write to the files in it, but not create names, can at most

@@ -40,3 +40,12 @@ func Reread(f *Folder) (again bool) {
 	f.publish(err)
 	return false
 }
+
+// SavedForTest is what a Cluster with one good AuthorizationPolicy shop/a exports.
+func SavedForTest(tb interface{ Fatal(...any) }, text string) []byte {
+	body, err := encodeSaved(map[string]clusterDoc{"AuthorizationPolicy shop/a": {text: []byte(text), good: []byte(text)}})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return withHeader(time.Now(), body)
+}
