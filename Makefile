@@ -7,10 +7,10 @@ STAMP   := github.com/signet-mesh/signet/cmd/internal/version
 BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X $(STAMP).release=$(VERSION) -X $(STAMP).commit=$(COMMIT)'
 TOOLS    = $$(go run ./integration/fetch tools)
 
-.PHONY: help build tools demo test bench lint generate image clean
+.PHONY: help build tools demo example-istio-ca test bench lint generate image clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 build: ## build bin/signet-ca, bin/signet-agent and bin/signet
 	$(BUILD) -o bin/signet-ca ./cmd/ca
@@ -22,6 +22,9 @@ tools: ## fetch or build what tests and lint need, once, into the user's cache
 
 demo: build ## show the whole product at work on this machine, in a minute
 	@ENVOY=$$(go run ./integration/fetch envoy) bin/signet demo
+
+example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in the foreground
+	@PATH="$(CURDIR)/bin:$$PATH" exec bash examples/istio-ca/run.sh
 
 test: tools ## run all tests, with the race detector
 	@go run ./integration/testrun -race -timeout 20m ./...

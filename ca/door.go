@@ -25,8 +25,8 @@ import (
 var ErrPublicKey = errors.New("the public key is not accepted")
 
 // CheckPublicKey is nil for a key that can be certified, else an error that wraps
-// ErrPublicKey and says what is accepted; the configuration may accept less. It is quick: a door calls it before
-// it verifies anything with a key that somebody sent.
+// ErrPublicKey and says what is accepted; the configuration may accept less. It is
+// quick: a door calls it before it verifies anything with a key that somebody sent.
 func CheckPublicKey(pub crypto.PublicKey) error {
 	if err := checkPublicKey(pub, allKeys); err != nil {
 		return fmt.Errorf("%w: %w", ErrPublicKey, err)
@@ -68,8 +68,8 @@ type Issued struct {
 func Serial(c *x509.Certificate) []byte { return serialBytes(c) }
 
 // Issue runs the ceremony for an order. Concurrent orders share the write to the
-// log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrUnavailable or ErrClock where those are the
-// reason; every other one is internal.
+// log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrUnavailable or ErrClock where those
+// are the reason; every other one is internal.
 func (a *Authority) Issue(ctx context.Context, o Order) (Issued, error) {
 	if o.Door == "" || o.Evidence == capb.IssuanceRecord_EVIDENCE_UNSPECIFIED {
 		return Issued{}, errors.New("issuing: an order needs a door and evidence")

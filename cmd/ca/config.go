@@ -84,6 +84,8 @@ type config struct {
 	IssuanceLog struct {
 		HeadInterval time.Duration `yaml:"headInterval"`
 	} `yaml:"issuanceLog"`
+	// Istio is the door for Istio's own clients.
+	Istio istioConfig `yaml:"istio"`
 	// Workloads lists every pod, agents' own included, where there is no
 	// Kubernetes.
 	Workloads []workload     `yaml:"workloads"`
@@ -119,6 +121,7 @@ func defaults() config {
 	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
 	c.Agents.TokenEvery = 24 * time.Hour
 	c.IssuanceLog.HeadInterval = 10 * time.Second
+	c.Istio = istioDefaults()
 	c.Log = run.LogConfig{Format: "text", Level: "info"}
 	c.HTTP.Listen = ":9101"
 	return c
@@ -140,6 +143,9 @@ func loadConfig(path string) (config, error) {
 	}
 	if len(c.Agents.ServiceAccounts) == 0 {
 		return config{}, fmt.Errorf("reading configuration %s: agents.serviceAccounts is empty: no agent could attest", path)
+	}
+	if err := c.Istio.complete(c); err != nil {
+		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
 	return c, nil
 }

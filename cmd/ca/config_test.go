@@ -72,11 +72,20 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"log of an unknown format":       {withKeys(t) + "log: {format: xml}\n", "log.format"},
 		"log of an unknown level":        {withKeys(t) + "log: {level: loud}\n", "log.level"},
 		"SVIDs that live too short":      {withKeys(t) + "svid: {ttl: 1s}\n", "svid.minTTL"},
+		"any pod beside Kubernetes":      {"kubernetes: {enabled: true}\nistio: {listen: \":0\", anyPodOf: [a]}\n", "without Kubernetes"},
+		"any pod without Istio":          {withKeys(t) + "istio: {anyPodOf: [a]}\n", "of no use"},
+		"one audience for two doors":     {withKeys(t) + "istio: {listen: \":0\", audience: signet}\n", "must not pass at the other"},
+		"the audience of agents at one":  {withKeys(t) + "istio: {listen: \":0\", firstPartyAudience: signet-ca}\n", "must not pass at the other"},
+		"no audience for Istio":          {withKeys(t) + "istio: {listen: \":0\", audience: \"\"}\n", "is required"},
+		"lives beyond the maximum":       {withKeys(t) + "istio: {listen: \":0\", maxTTL: 25h}\n", "istio.maxTTL"},
+		"no cluster for Istio":           {withKeys(t) + "istio: {listen: \":0\", clusterIDs: []}\n", "must not be empty"},
+		"a pattern for node accounts":    {withKeys(t) + "dataDir: DATA\nistio: {listen: \":0\", nodeAccounts: [\"*/*\"]}\n", "not allowed here"},
+		"tokens of more than a day":      {withKeys(t) + "dataDir: DATA\nistio: {listen: \":0\", maxTokenLifetime: 48h}\n", "maximum lifetime"},
 		"a folder that is not there":     {withKeys(t) + "dataDir: /nonexistent/signet\n", "does not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out, errs bytes.Buffer
-			err := execute(context.Background(), []string{"serve", "--config", write(t, c.yaml)}, &out, &errs)
+			err := execute(context.Background(), []string{"serve", "--config", write(t, strings.Replace(c.yaml, "DATA", private(t), 1))}, &out, &errs)
 			if err == nil || !strings.Contains(strings.ToLower(err.Error()), strings.ToLower(c.says)) {
 				t.Errorf("got %v, want %q", err, c.says)
 			}
@@ -97,4 +106,14 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 func withKeys(t *testing.T) string {
 	t.Helper()
 	return "tokens: {issuer: \"https://issuer.test\", jwksFile: " + runtest.JWKSFile(t) + "}\n"
+}
+
+// private is a folder that an authority can be made in.
+func private(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }

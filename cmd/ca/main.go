@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 )
 
 // drain is how long RPCs in flight may take at the end.
@@ -104,14 +105,21 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 		return err
 	}
 	defer adminListener.Close()
+	door, err := c.Istio.open(ctx, istioParts{authority: authority, world: world, reviewed: c.Kubernetes.ReviewWorkloads, skew: c.Tokens.Skew, log: log, metrics: reg})
+	if err != nil {
+		return err
+	}
+	if door != nil {
+		health.Add("istio", door.Ready)
+	}
 	return run.InOrder(ctx,
 		func(cause error) {
 			health.End()
 			log.Info("shutting down", "reason", cause)
 		},
-		append(world.loops(authority), authority.Run),
+		append(world.loops(authority), authority.Run, door.run),
 		[]run.Job{
-			func(ctx context.Context) error { return serveAgents(ctx, c, world, authority, log) },
+			func(ctx context.Context) error { return serveClients(ctx, c, world, authority, door, log) },
 			func(ctx context.Context) error {
 				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain)
 			},
@@ -119,9 +127,10 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 		})
 }
 
-// serveAgents listens as soon as the world is known: before that a refused
-// connection is the honest answer.
-func serveAgents(ctx context.Context, c config, w world, a *ca.Authority, log *slog.Logger) error {
+// serveClients listens as soon as the world is known: before that a refused
+// connection is the honest answer. The roots are published when all that clients
+// reach answers.
+func serveClients(ctx context.Context, c config, w world, a *ca.Authority, door *istioDoor, log *slog.Logger) error {
 	if err := w.synced(ctx); err != nil {
 		return err
 	}
@@ -130,11 +139,20 @@ func serveAgents(ctx context.Context, c config, w world, a *ca.Authority, log *s
 		return fmt.Errorf("listening for agents: listen: %w", err)
 	}
 	defer listener.Close()
-	if err := publish(c, a, log); err != nil {
+	serveIstio, err := door.listen()
+	if err != nil {
 		return err
 	}
-	log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", a.ID().String())
-	return run.ServeGRPC(ctx, a.NewServer(), listener, drain)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return run.ServeGRPC(ctx, a.NewServer(), listener, drain) })
+	g.Go(func() error { return serveIstio(ctx) })
+	if err := publish(c, a, log); err != nil {
+		// The servers end first: their clients are told, and nothing is left behind.
+		g.Go(func() error { return err })
+	} else {
+		log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", a.ID().String())
+	}
+	return g.Wait()
 }
 
 // publish puts the roots where agents pin them, whole or not at all.

@@ -18,6 +18,9 @@ import (
 type world struct {
 	pods              *identity.Pods
 	agents, workloads ca.Attestor
+	// attestor makes another verifier of tokens over the same pods and keys. Where
+	// there is an API server, reviewed has it asked, too.
+	attestor func(c attest.Config, reviewed bool) (ca.Attestor, error)
 	// ready is nil once the world is known, else why it is not.
 	ready func() error
 	// synced waits for that. Nobody must be served before.
@@ -43,14 +46,16 @@ func (c config) world(log *slog.Logger, reg prometheus.Registerer) (world, error
 	if err != nil {
 		return world{}, err
 	}
-	agents.Issuer, agents.Keys, agents.Pods = c.Tokens.Issuer, keys, pods
-	workloads.Issuer, workloads.Keys, workloads.Pods = c.Tokens.Issuer, keys, pods
 	w := world{pods: pods, ready: keys.Err, synced: func(context.Context) error { return nil },
 		loops: func(*ca.Authority) []run.Job { return nil }}
-	if w.agents, err = attest.New(agents); err != nil {
+	w.attestor = func(a attest.Config, _ bool) (ca.Attestor, error) {
+		a.Issuer, a.Keys, a.Pods = c.Tokens.Issuer, keys, pods
+		return attest.New(a)
+	}
+	if w.agents, err = w.attestor(agents, false); err != nil {
 		return world{}, err
 	}
-	w.workloads, err = attest.New(workloads)
+	w.workloads, err = w.attestor(workloads, false)
 	return w, err
 }
 
@@ -62,12 +67,19 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 		return world{}, err
 	}
 	w := world{pods: k.Pods(), ready: k.Ready, synced: k.Synced}
+	w.attestor = func(a attest.Config, reviewed bool) (ca.Attestor, error) {
+		at, err := k.Attestor(a, reviewed)
+		if err != nil {
+			return nil, err
+		}
+		return at, nil
+	}
 	// An agent's token is worth the pods of a node, so the API server itself has a
 	// say, always.
-	if w.agents, err = k.Attestor(agents, true); err != nil {
+	if w.agents, err = w.attestor(agents, true); err != nil {
 		return world{}, err
 	}
-	if w.workloads, err = k.Attestor(workloads, c.Kubernetes.ReviewWorkloads); err != nil {
+	if w.workloads, err = w.attestor(workloads, c.Kubernetes.ReviewWorkloads); err != nil {
 		return world{}, err
 	}
 	w.loops = func(a *ca.Authority) []run.Job {
