@@ -14,6 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/txtar"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/identity"
@@ -29,7 +31,9 @@ var update = flag.Bool("update", false, "rewrite the decisions and problems in t
 //
 // or "workload NAMESPACE LABEL=VALUE…" for the lines that follow. A request has
 // the host example.com, port 8080, the address 10.1.2.3 and no certificate
-// unless it says otherwise; "tcp" makes it a bare connection.
+// unless it says otherwise; "tcp" makes it a bare connection. Further fields are
+// header=NAME:VALUE, joined=NAME:VALUES, sni=, to=ADDRESS, remote=ADDRESS,
+// claims=JSON and metadata=FILTER:JSON, quoted as in Go where they have spaces.
 func TestCorpus(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("testdata/corpus/*.txtar")
@@ -136,11 +140,7 @@ func runCase(t *testing.T, a *txtar.Archive) (changed bool) {
 
 // render is a decision as cases write it.
 func render(d authz.Decision) string {
-	s := "deny "
-	if d.Allowed {
-		s = "allow "
-	}
-	s += string(d.Reason)
+	s := d.Verdict() + " " + string(d.Reason)
 	if d.Kind != "" && d.Kind != authz.KindAuthorizationPolicy {
 		s += " " + d.Kind
 	}
@@ -149,6 +149,25 @@ func render(d authz.Decision) string {
 	}
 	if d.Rule >= 0 {
 		s += fmt.Sprintf("[%d]", d.Rule)
+	}
+	if d.Provider != "" {
+		s += " " + d.Provider
+	}
+	match := func(m authz.Match) {
+		if !m.Certain {
+			s += " maybe"
+		}
+		if m.Policy != "" {
+			s += fmt.Sprintf(" %s[%d]", m.Policy, m.Rule)
+		}
+	}
+	if m, ok := d.Audited(); ok {
+		s += " audit"
+		match(m)
+	}
+	for _, r := range d.DryRuns() {
+		s += fmt.Sprintf(" dry-run %s %s", r.Action, map[bool]string{true: "allow", false: "deny"}[r.Allowed])
+		match(r.Match)
 	}
 	return s
 }
@@ -184,12 +203,12 @@ func parseWorkload(line string) identity.Workload {
 func parseRequest(t *testing.T, text string) authz.Request {
 	t.Helper()
 	r := authz.Request{
-		Known: authz.FieldsHTTP, HTTP: true, Host: []byte("example.com"), DestinationPort: 8080,
-		SourceIP: netip.MustParseAddr("10.1.2.3"),
+		Known: authz.FieldsHTTP &^ authz.FieldRemoteIP, HTTP: true, Host: []byte("example.com"), DestinationPort: 8080,
+		SourceIP: netip.MustParseAddr("10.1.2.3"), DestinationIP: netip.MustParseAddr("10.9.8.7"),
 	}
 	fields := strings.Fields(text)
 	if fields[0] == "tcp" {
-		r.HTTP, r.Known, fields = false, authz.FieldsTCP, fields[1:]
+		r.HTTP, r.Known, fields = false, authz.FieldsTCP&^authz.FieldRemoteIP, fields[1:]
 	} else {
 		r.Method, r.Path, fields = []byte(fields[0]), []byte(unquote(fields[1])), fields[2:]
 	}
@@ -217,6 +236,29 @@ func parseRequest(t *testing.T, text string) authz.Request {
 			r.DestinationPort = uint16(n)
 		case "ip":
 			r.SourceIP = netip.MustParseAddr(v)
+		case "to":
+			r.DestinationIP = netip.MustParseAddr(v)
+		case "remote":
+			r.RemoteIP = netip.MustParseAddr(v)
+			r.Known |= authz.FieldRemoteIP
+		case "sni":
+			r.SNI = []byte(v)
+		case "header", "joined", "unclear":
+			name, value, _ := strings.Cut(v, ":")
+			form := map[string]authz.HeaderForm{"joined": authz.HeaderJoined, "unclear": authz.HeaderUnclear}[k]
+			r.Headers = append(r.Headers, authz.Header{Name: name, Value: []byte(value), Form: form})
+		case "claims":
+			r.Claims = &structpb.Struct{}
+			if err := protojson.Unmarshal([]byte(v), r.Claims); err != nil {
+				t.Fatal(err)
+			}
+		case "metadata":
+			filter, value, _ := strings.Cut(v, ":")
+			s := &structpb.Struct{}
+			if err := protojson.Unmarshal([]byte(value), s); err != nil {
+				t.Fatal(err)
+			}
+			r.Metadata = map[string]*structpb.Struct{filter: s}
 		case "absent":
 			switch v {
 			case "method":
@@ -230,7 +272,7 @@ func parseRequest(t *testing.T, text string) authz.Request {
 			}
 		case "unknown":
 			for u := range strings.SplitSeq(v, ",") {
-				i := slices.Index([]string{"peer", "principal", "ip", "port", "method", "path", "host"}, u)
+				i := slices.Index([]string{"peer", "principal", "ip", "port", "method", "path", "host", "remote", "to", "sni", "headers", "claims", "metadata"}, u)
 				if i < 0 {
 					t.Fatalf("unknown %q", u)
 				}

@@ -59,9 +59,6 @@ const (
 	// attribute that it reads is unknown.
 	ReasonAllowUnknown Reason = "allow-unknown"
 
-	// ReasonUnsupported: a resource that selects the workload uses a part of
-	// the language that this version does not enforce.
-	ReasonUnsupported Reason = "unsupported"
 	// ReasonInvalid: a resource that selects the workload is one that Istio's
 	// admission refuses, and it has no last good version.
 	ReasonInvalid Reason = "invalid"
@@ -233,7 +230,7 @@ func (d Decision) Text() string {
 		b.WriteString("the port takes mutual TLS only and the peer has no certificate")
 	case ReasonPlaintextUnknown:
 		b.WriteString("the port may take mutual TLS only and the peer may have no certificate; the proxy did not say")
-	case ReasonUnsupported, ReasonInvalid, ReasonDuplicate, ReasonUnreadable:
+	case ReasonInvalid, ReasonDuplicate, ReasonUnreadable:
 		fmt.Fprintf(&b, "the policy is %s and selects the workload", d.Reason)
 		if d.Reason == ReasonUnreadable {
 			b.Reset()
@@ -283,8 +280,12 @@ func (r *Rule) describe(b *strings.Builder) {
 			values []string
 		}{
 			{"principals", s.GetPrincipals()}, {"notPrincipals", s.GetNotPrincipals()},
+			{"requestPrincipals", s.GetRequestPrincipals()}, {"notRequestPrincipals", s.GetNotRequestPrincipals()},
 			{"namespaces", s.GetNamespaces()}, {"notNamespaces", s.GetNotNamespaces()},
+			{"serviceAccounts", s.GetServiceAccounts()}, {"notServiceAccounts", s.GetNotServiceAccounts()},
+			{"trustDomains", s.GetTrustDomains()}, {"notTrustDomains", s.GetNotTrustDomains()},
 			{"ipBlocks", s.GetIpBlocks()}, {"notIpBlocks", s.GetNotIpBlocks()},
+			{"remoteIpBlocks", s.GetRemoteIpBlocks()}, {"notRemoteIpBlocks", s.GetNotRemoteIpBlocks()},
 		} {
 			n := b.Len()
 			if part(sep, f.name, f.values); b.Len() > n {
@@ -312,6 +313,22 @@ func (r *Rule) describe(b *strings.Builder) {
 				sep = " and "
 			}
 		}
+	}
+	for i, w := range r.Spec.GetWhen() {
+		sep := " and "
+		if i == 0 {
+			sep = "; when "
+			if b.Len() == start {
+				b.WriteString("when ")
+				start = b.Len()
+			}
+		}
+		key := clipPlain(w.GetKey())
+		n := b.Len()
+		if part(sep, key+" is", w.GetValues()); b.Len() > n {
+			sep = " and "
+		}
+		part(sep, key+" is not", w.GetNotValues())
 	}
 	if b.Len() == start {
 		b.WriteString("it matches every request")

@@ -25,24 +25,63 @@ func newDomains(o Options) domains {
 	return append(domains{td}, o.TrustDomainAliases...)
 }
 
-// expand is the rule with its principals in all of their trust domains, and the
-// principals of foreign ones. A rule that stays as it is is not copied.
+// expand is the rule with its principals and trust domains in all of their trust
+// domains, and the principals of foreign ones. A rule that stays as it is is not
+// copied.
 func (d domains) expand(r *security.Rule) (out *security.Rule, foreign []string) {
 	out = r
-	for i, from := range r.GetFrom() {
-		s := from.GetSource()
-		principals, f1 := d.principals(s.GetPrincipals())
-		nots, f2 := d.principals(s.GetNotPrincipals())
-		foreign = append(append(foreign, f1...), f2...)
-		if slices.Equal(principals, s.GetPrincipals()) && slices.Equal(nots, s.GetNotPrincipals()) {
-			continue
+	// replace changes a list if that makes a difference; to gives the list of
+	// the copy.
+	replace := func(list []string, expanded []string, to func() *[]string) {
+		if slices.Equal(list, expanded) {
+			return
 		}
 		if out == r {
 			out = proto.CloneOf(r)
 		}
-		out.From[i].Source.Principals, out.From[i].Source.NotPrincipals = principals, nots
+		*to() = expanded
+	}
+	principals := func(list []string, to func() *[]string) {
+		expanded, f := d.principals(list)
+		foreign = append(foreign, f...)
+		replace(list, expanded, to)
+	}
+	for i, from := range r.GetFrom() {
+		s := from.GetSource()
+		principals(s.GetPrincipals(), func() *[]string { return &out.From[i].Source.Principals })
+		principals(s.GetNotPrincipals(), func() *[]string { return &out.From[i].Source.NotPrincipals })
+		replace(s.GetTrustDomains(), d.names(s.GetTrustDomains()), func() *[]string { return &out.From[i].Source.TrustDomains })
+		replace(s.GetNotTrustDomains(), d.names(s.GetNotTrustDomains()), func() *[]string { return &out.From[i].Source.NotTrustDomains })
+	}
+	for i, when := range r.GetWhen() {
+		switch when.GetKey() {
+		case "source.principal":
+			principals(when.GetValues(), func() *[]string { return &out.When[i].Values })
+			principals(when.GetNotValues(), func() *[]string { return &out.When[i].NotValues })
+		case "source.trustDomain":
+			replace(when.GetValues(), d.names(when.GetValues()), func() *[]string { return &out.When[i].Values })
+			replace(when.GetNotValues(), d.names(when.GetNotValues()), func() *[]string { return &out.When[i].NotValues })
+		}
 	}
 	return out, foreign
+}
+
+// names are trust domains with the mesh's own written out: unlike in principals,
+// only a value that is exactly one of them stands for all, and cluster.local is
+// no pointer.
+func (d domains) names(list []string) (out []string) {
+	for _, v := range list {
+		more := []string{v}
+		if slices.Contains(d, v) {
+			more = d
+		}
+		for _, m := range more {
+			if !slices.Contains(out, m) {
+				out = append(out, m)
+			}
+		}
+	}
+	return out
 }
 
 func (d domains) principals(list []string) (out, foreign []string) {

@@ -35,7 +35,7 @@ func Lint(texts []Text, o Options) []Problem {
 	}
 	problems = append(problems, l.together()...)
 	problems = slices.DeleteFunc(problems, func(p Problem) bool {
-		return p.Severity == SeverityInfo || p.Reason == ReasonUnsupported
+		return p.Severity == SeverityInfo
 	})
 	slices.SortStableFunc(problems, func(a, b Problem) int {
 		return cmp.Or(strings.Compare(a.Origin, b.Origin), a.Line-b.Line)

@@ -2,10 +2,9 @@ package authz
 
 import (
 	"bytes"
-	"net/netip"
-	"slices"
 	"strings"
 	"unicode/utf8"
+	"unsafe"
 )
 
 // truth is a logical value of three: what cannot be known is neither false nor
@@ -27,169 +26,226 @@ func toTruth(b bool) truth {
 	return no
 }
 
-// patterns are the values of one field, in Istio's pattern language:
-// "*" anything that is not empty, "*x" a suffix, "x*" a prefix, else the exact
-// value. The leading star is looked at first, so "*x*" is the suffix "x*", and
-// a star in the middle is a star.
-type patterns struct {
-	// exact values; many is their set where they are too many to go through.
-	exact []string
-	many  map[string]struct{}
+// shape is the form of one value in Istio's pattern language. The leading star
+// is looked at first, so "*x*" is the suffix "x*"; a star in the middle is a
+// star.
+type shape uint8
 
-	prefix []string
-	// suffix values; each needs stem in front of it, without overlap.
-	suffix []string
-	stem   string
-	// any is Istio's ".+", present its header presence, which is true of the
-	// empty value too.
-	any, present bool
+const (
+	// exactly is the value itself.
+	exactly shape = iota
+	// prefixed is "x*".
+	prefixed
+	// suffixed is "*x".
+	suffixed
+	// nonempty is "*" where Istio writes the regular expression ".+".
+	nonempty
+	// present is "*" where Istio asks for the header's presence.
+	present
+	// templated is a path with {*} or {**}.
+	templated
+)
+
+// pattern is one value of a field.
+type pattern struct {
+	text     string
+	template *template // of a templated one
+	shape    shape
+}
+
+// patterns are the values of one field, of which one must match.
+type patterns struct {
+	list []pattern
+	// set has the exact values, prefixes and suffixes where they are too many to
+	// go through; list then has only the others.
+	set *textSet
 	// fold compares without regard to ASCII case; the values are lower-case.
 	fold bool
-	// stemmed says that a suffix is the regular expression stem+".*"+suffix to
+	// stem says that a suffix is the regular expression spiffe://.*SUFFIX to
 	// Istio, not a plain suffix, and so is particular about the bytes between.
-	stemmed bool
+	stem bool
 }
 
 const manyValues = 8
 
-// add takes one value of the policy.
-func (p *patterns) add(v string) {
-	switch {
-	case v == "*":
-		p.any = true
-	case v[0] == '*':
-		p.suffix = append(p.suffix, v[1:])
-	case v[len(v)-1] == '*':
-		p.prefix = append(p.prefix, p.stem+v[:len(v)-1])
-	default:
-		p.exact = append(p.exact, p.stem+v)
+const scheme = "spiffe://"
+
+// newPatterns compiles values; star is what "*" alone means. It returns nil for
+// no values.
+func newPatterns(values []string, star shape) *patterns {
+	if len(values) == 0 {
+		return nil
 	}
+	p := &patterns{list: make([]pattern, len(values))}
+	for i, v := range values {
+		p.list[i] = newPattern(v, star)
+	}
+	return p.finish()
 }
 
-// finish builds the set of many exact values.
-func (p *patterns) finish() *patterns {
-	if len(p.exact) > manyValues && !p.fold {
-		p.many = make(map[string]struct{}, len(p.exact))
-		for _, v := range p.exact {
-			p.many[v] = struct{}{}
-		}
+func newPattern(v string, star shape) pattern {
+	switch {
+	case v == "*":
+		return pattern{shape: star}
+	case strings.HasPrefix(v, "*"):
+		return pattern{shape: suffixed, text: v[1:]}
+	case strings.HasSuffix(v, "*"):
+		return pattern{shape: prefixed, text: v[:len(v)-1]}
 	}
+	return pattern{text: v}
+}
+
+// finish moves many values into a set.
+func (p *patterns) finish() *patterns {
+	if len(p.list) <= manyValues {
+		return p
+	}
+	var rest []pattern
+	for _, v := range p.list {
+		if v.shape > suffixed || v.shape == suffixed && p.stem {
+			rest = append(rest, v)
+			continue
+		}
+		if p.set == nil {
+			p.set = &textSet{}
+		}
+		p.set.add(v)
+	}
+	p.list = rest
 	return p
 }
 
 // principalPatterns match names as they stand in a certificate; policies write
 // them without spiffe://.
-func principalPatterns(list []string) *patterns {
-	return newPatterns(list, patterns{stem: "spiffe://", stemmed: true})
-}
-
-// pathPatterns match paths without query and fragment.
-func pathPatterns(list []string) *patterns { return newPatterns(list, patterns{}) }
-
-// methodPatterns match the method, where "*" is presence.
-func methodPatterns(list []string) *patterns {
-	p := newPatterns(list, patterns{})
-	if p != nil {
-		p.present, p.any = p.any, false
-	}
-	return p
-}
-
-// hostPatterns match the authority without regard to case, where "*" is
-// presence.
-func hostPatterns(list []string) *patterns {
-	lower := make([]string, len(list))
-	for i, v := range list {
-		lower[i] = lowerASCII(v)
-	}
-	p := newPatterns(lower, patterns{fold: true})
-	if p != nil {
-		p.present, p.any = p.any, false
-	}
-	return p
-}
-
-func newPatterns(list []string, p patterns) *patterns {
-	if len(list) == 0 {
+func principalPatterns(values []string) *patterns {
+	if len(values) == 0 {
 		return nil
 	}
-	for _, v := range list {
-		p.add(v)
+	p := &patterns{list: make([]pattern, len(values)), stem: true}
+	for i, v := range values {
+		p.list[i] = newPattern(v, nonempty)
+		if s := p.list[i].shape; s == exactly || s == prefixed {
+			p.list[i].text = scheme + p.list[i].text
+		}
 	}
 	return p.finish()
 }
 
-// match holds a present value against the patterns.
+// pathPatterns match paths without query and fragment.
+func pathPatterns(values []string, asterisk bool) *patterns {
+	if len(values) == 0 {
+		return nil
+	}
+	p := &patterns{list: make([]pattern, len(values))}
+	for i, v := range values {
+		if hasTemplate(v) {
+			p.list[i] = pattern{shape: templated, text: v, template: newTemplate(v, asterisk)}
+		} else {
+			p.list[i] = newPattern(v, nonempty)
+		}
+	}
+	return p.finish()
+}
+
+// hostPatterns match the authority without regard to case, where "*" is
+// presence.
+func hostPatterns(values []string) *patterns {
+	if len(values) == 0 {
+		return nil
+	}
+	p := &patterns{list: make([]pattern, len(values)), fold: true}
+	for i, v := range values {
+		p.list[i] = newPattern(lowerASCII(v), present)
+	}
+	return p.finish()
+}
+
+// sniPatterns match server names, which Envoy has in lower case: a value with an
+// upper-case letter never matches.
+func sniPatterns(values []string) *patterns {
+	if len(values) == 0 {
+		return nil
+	}
+	p := &patterns{fold: true}
+	for _, v := range values {
+		if lowerASCII(v) == v {
+			p.list = append(p.list, newPattern(v, nonempty))
+		}
+	}
+	return p.finish()
+}
+
+// match holds a present value against the patterns. Where they fold, b has no
+// upper-case letters.
 func (p *patterns) match(b []byte) truth {
-	switch {
-	case p.present:
-		return yes
-	case p.fold:
-		return p.matchFold(b)
-	case p.any && len(b) > 0 && clean(b):
+	if p.set != nil && p.set.has(b) {
 		return yes
 	}
-	if p.many != nil {
-		if _, ok := p.many[string(b)]; ok {
+	best := no
+	for i := range p.list {
+		v := &p.list[i]
+		switch v.shape {
+		case exactly:
+			if string(b) == v.text {
+				return yes
+			}
+		case prefixed:
+			if len(b) >= len(v.text) && string(b[:len(v.text)]) == v.text {
+				return yes
+			}
+		case suffixed:
+			if len(b) < len(v.text) || string(b[len(b)-len(v.text):]) != v.text {
+				continue
+			}
+			if !p.stem {
+				return yes
+			}
+			if len(b) < len(scheme)+len(v.text) || string(b[:len(scheme)]) != scheme {
+				continue
+			}
+			if clean(b) {
+				return yes
+			}
+			best = maybe
+		case nonempty:
+			if len(b) == 0 {
+				continue
+			}
+			if clean(b) {
+				return yes
+			}
+			best = maybe
+		case present:
 			return yes
-		}
-	} else {
-		for _, v := range p.exact {
-			if string(b) == v {
+		case templated:
+			if v.template.match(b) {
 				return yes
 			}
 		}
 	}
-	for _, v := range p.prefix {
-		if len(b) >= len(v) && string(b[:len(v)]) == v {
-			return yes
-		}
-	}
-	for _, v := range p.suffix {
-		if len(b) < len(p.stem)+len(v) || string(b[len(b)-len(v):]) != v || string(b[:len(p.stem)]) != p.stem {
-			continue
-		}
-		if !p.stemmed || clean(b) {
-			return yes
-		}
-		return maybe
-	}
-	if p.any && len(b) > 0 {
-		return maybe // not clean
-	}
-	return no
+	return best
 }
 
-func (p *patterns) matchFold(b []byte) truth {
-	for _, v := range p.exact {
-		if len(b) == len(v) && equalFold(b, v) {
-			return yes
-		}
+// lower writes b without upper-case letters into buf, if it fits; else it makes
+// a copy.
+func lower(b []byte, buf []byte) []byte {
+	upper := false
+	for _, c := range b {
+		upper = upper || 'A' <= c && c <= 'Z'
 	}
-	for _, v := range p.prefix {
-		if len(b) >= len(v) && equalFold(b[:len(v)], v) {
-			return yes
-		}
+	if !upper {
+		return b
 	}
-	for _, v := range p.suffix {
-		if len(b) >= len(v) && equalFold(b[len(b)-len(v):], v) {
-			return yes
-		}
+	if len(b) > len(buf) {
+		buf = make([]byte, len(b))
 	}
-	return no
-}
-
-// equalFold compares b with a lower-case value of the same length.
-func equalFold(b []byte, lower string) bool {
 	for i, c := range b {
 		if 'A' <= c && c <= 'Z' {
 			c += 'a' - 'A'
 		}
-		if c != lower[i] {
-			return false
-		}
+		buf[i] = c
 	}
-	return true
+	return buf[:len(b)]
 }
 
 func lowerASCII(s string) string {
@@ -200,6 +256,10 @@ func lowerASCII(s string) string {
 		return r
 	}, s)
 }
+
+// bytesOf is the bytes of s, which must not be written to: patterns read bytes
+// and metadata has strings, and copying would allocate.
+func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 // clean reports whether "." of a regular expression certainly matches every
 // character of b. RE2 leaves out the newline, and matches bytes that are not
@@ -310,28 +370,4 @@ func inOrder(b []byte, pieces []string) bool {
 		b = b[i+len(p):]
 	}
 	return true
-}
-
-// blocks are IP addresses and CIDR blocks.
-type blocks []netip.Prefix
-
-func newBlocks(list []string) blocks {
-	if len(list) == 0 {
-		return nil
-	}
-	bs := make(blocks, 0, len(list))
-	for _, v := range list {
-		if p, err := netip.ParsePrefix(v); err == nil {
-			bs = append(bs, p.Masked())
-		} else if a, err := netip.ParseAddr(v); err == nil {
-			bs = append(bs, netip.PrefixFrom(a, a.BitLen()))
-		}
-	}
-	return bs
-}
-
-// match takes an address without a zone and not in the IPv4-mapped form. So a
-// block of mapped addresses matches no IPv4 peer, as in Envoy.
-func (bs blocks) match(a netip.Addr) bool {
-	return slices.ContainsFunc(bs, func(p netip.Prefix) bool { return p.Contains(a) })
 }

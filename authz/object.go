@@ -23,7 +23,7 @@ type report struct {
 	warnings []Problem // for Lint
 	// unloadable says that Envoy cannot load what Istio makes of the resource.
 	unloadable bool
-	// first is the first problem of the gravest reason so far.
+	// first is the first problem.
 	reason Reason
 	first  string
 }
@@ -33,15 +33,8 @@ func (r *report) invalid(path, fix, format string, args ...any) {
 	r.add(ReasonInvalid, path, fix, fmt.Sprintf(format, args...))
 }
 
-// unsupported records that Istio takes the resource and this version cannot
-// enforce it.
-func (r *report) unsupported(path, what string) {
-	r.add(ReasonUnsupported, path, "leave it out; until then the workloads that the resource selects are denied",
-		what+" is valid in Istio and not yet enforced here")
-}
-
 func (r *report) add(reason Reason, path, fix, message string) {
-	if r.reason == "" || r.reason == ReasonUnsupported && reason == ReasonInvalid {
+	if r.reason == "" {
 		r.reason, r.first = reason, strings.TrimPrefix(path+": "+message, ": ")
 	}
 	if len(r.problems) >= maxProblems {
@@ -109,7 +102,8 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 		res.peer = &security.PeerAuthentication{}
 		message = res.peer
 	case KindRequestAuthentication:
-		message = &security.RequestAuthentication{}
+		res.token = &security.RequestAuthentication{}
+		message = res.token
 	}
 	switch {
 	case apiGroup != group:
@@ -129,6 +123,8 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	case *security.AuthorizationPolicy:
 		r.authorizationPolicy(m, spec, metadata)
 		res.selector = selectorOf(m.GetSelector().GetMatchLabels())
+		res.targets = targetsOf(m.GetTargetRef(), m.GetTargetRefs())
+		res.dryRun = isDryRun(metadata)
 		for i := range m.GetRules() {
 			res.ruleLines = append(res.ruleLines, at.line(fmt.Sprintf("spec.rules[%d]", i)))
 		}
@@ -138,9 +134,15 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	case *security.RequestAuthentication:
 		r.requestAuthentication(m, spec)
 		res.selector = selectorOf(m.GetSelector().GetMatchLabels())
+		res.targets = targetsOf(m.GetTargetRef(), m.GetTargetRefs())
+		for i := range m.GetJwtRules() {
+			res.ruleLines = append(res.ruleLines, at.line(fmt.Sprintf("spec.jwtRules[%d]", i)))
+		}
 	}
-	if r.refused("spec.selector") {
-		res.selector = nil
+	if r.reason != "" && (r.refused("spec.selector") || r.refused("spec.targetRef") || r.refused("spec.targetRefs") ||
+		len(res.targets) > 0 && len(res.selector) > 0) {
+		// It could have selected anything.
+		res.selector, res.targets = nil, nil
 	}
 	if r.reason != ReasonInvalid {
 		r.advise(message, res, spec, metadata)
@@ -148,7 +150,7 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	res.unloadable = r.unloadable
 	if r.reason != "" {
 		res.reason, res.detail = r.reason, r.first
-		res.policy, res.peer, res.ruleLines = nil, nil, nil
+		res.policy, res.peer, res.token, res.ruleLines = nil, nil, nil, nil
 	}
 	p.resources = append(p.resources, Resource{res})
 	p.problems = append(append(p.problems, r.problems...), r.warnings...)

@@ -19,7 +19,6 @@ func TestParseProblems(t *testing.T) {
 	rule := func(r string) string { return policy("{rules: [" + r + "]}") }
 	when := func(w string) string { return rule("{when: [" + w + "]}") }
 	const p = "f:4: AuthorizationPolicy default/p: "
-	const unsupportedWhen = p + "spec.rules[0].when[0]: a condition (when) is valid in Istio and not yet enforced here"
 	long := strings.Repeat("x", 321)
 	for name, c := range map[string]struct {
 		text string
@@ -65,25 +64,23 @@ func TestParseProblems(t *testing.T) {
 		"a template beside a star":      {rule("{to: [{operation: {notPaths: ['/{*}/*']}}]}"), p + `spec.rules[0].to[0].operation.notPaths[0]: "/{*}/*" has a template beside a segment that is empty or not of the characters of a URL path`},
 		"control characters in a field": {policy(`{"a\nb": 1}`), p + `spec."a\nb": unknown field`},
 
-		"CUSTOM without a provider": {policy("{action: CUSTOM, rules: [{}]}"), p + "spec.provider.name: a CUSTOM policy needs a provider\n" + p + "spec.action: action CUSTOM is valid in Istio and not yet enforced here"},
+		"CUSTOM without a provider": {policy("{action: CUSTOM, rules: [{}]}"), p + "spec.provider.name: a CUSTOM policy needs a provider"},
 		"CUSTOM with principals": {policy("{action: CUSTOM, provider: {name: x}, rules: [{from: [{source: {principals: [a]}}]}]}"),
-			p + "spec.action: action CUSTOM is valid in Istio and not yet enforced here\n" + p + "spec.rules[0].from[0].source.principals: is not accepted in CUSTOM policies"},
+			p + "spec.rules[0].from[0].source.principals: is not accepted in CUSTOM policies"},
 		"selector and targetRefs": {policy("{selector: {}, targetRefs: [{kind: Service, name: x}]}"),
-			p + "spec: only one of selector, targetRef and targetRefs can be set\n" + p + "spec.targetRefs[0]: a target reference is valid in Istio and not yet enforced here"},
+			p + "spec: only one of selector, targetRef and targetRefs can be set"},
 		"a target of another kind":           {policy("{targetRef: {kind: Pod, name: x}}"), p + `spec.targetRef: "core/Pod" is no kind that can be a target`},
-		"serviceAccounts beside principals":  {rule("{from: [{source: {serviceAccounts: [a], principals: [b]}}]}"), p + "spec.rules[0].from[0].source.serviceAccounts: serviceAccounts is valid in Istio and not yet enforced here\n" + p + "spec.rules[0].from[0].source: serviceAccounts cannot be combined with principals or namespaces"},
-		"a service account with two slashes": {rule("{from: [{source: {serviceAccounts: [a/b/c]}}]}"), p + `spec.rules[0].from[0].source.serviceAccounts[0]: "a/b/c" is neither NAME nor NAMESPACE/NAME` + "\n" + p + "spec.rules[0].from[0].source.serviceAccounts: serviceAccounts is valid in Istio and not yet enforced here"},
-		"a trust domain with a star inside":  {rule("{from: [{source: {trustDomains: ['a*b']}}]}"), p + `spec.rules[0].from[0].source.trustDomains[0]: "a*b" may have one * at its start or end` + "\n" + p + "spec.rules[0].from[0].source.trustDomains: trustDomains is valid in Istio and not yet enforced here"},
-		"a condition on nothing":             {when("{values: [a]}"), p + "spec.rules[0].when[0].key: must be set\n" + unsupportedWhen},
-		"a condition without values":         {when("{key: source.ip}"), unsupportedWhen + "\n" + p + "spec.rules[0].when[0]: has neither values nor notValues"},
-		"a condition that there is not":      {when("{key: 'destination.labels[x]', values: [a]}"), unsupportedWhen + "\n" + p + `spec.rules[0].when[0].key: "destination.labels[x]" is no attribute that conditions can read`},
-		"a condition with an empty name":     {when("{key: 'request.headers[]', values: [a]}"), unsupportedWhen + "\n" + p + `spec.rules[0].when[0].key: "request.headers[]" has no name in brackets`},
-		"a condition with a bad value":       {when("{key: destination.port, values: [http]}"), unsupportedWhen + "\n" + p + `spec.rules[0].when[0].values[0]: "http" is not a port from 0 to 65535`},
-		// It begins like a key that there is, and that is enough for Istio.
-		"a condition that begins like one": {when("{key: 'request.headersX[a]', values: [a]}"), unsupportedWhen},
+		"serviceAccounts beside principals":  {rule("{from: [{source: {serviceAccounts: [a], principals: [b]}}]}"), p + "spec.rules[0].from[0].source: serviceAccounts cannot be combined with principals or namespaces"},
+		"a service account with two slashes": {rule("{from: [{source: {serviceAccounts: [a/b/c]}}]}"), p + `spec.rules[0].from[0].source.serviceAccounts[0]: "a/b/c" is neither NAME nor NAMESPACE/NAME`},
+		"a trust domain with a star inside":  {rule("{from: [{source: {trustDomains: ['a*b']}}]}"), p + `spec.rules[0].from[0].source.trustDomains[0]: "a*b" may have one * at its start or end`},
+		"a condition on nothing":             {when("{values: [a]}"), p + "spec.rules[0].when[0].key: must be set"},
+		"a condition without values":         {when("{key: source.ip}"), p + "spec.rules[0].when[0]: has neither values nor notValues"},
+		"a condition that there is not":      {when("{key: 'destination.labels[x]', values: [a]}"), p + `spec.rules[0].when[0].key: "destination.labels[x]" is no attribute that conditions can read`},
+		"a condition with an empty name":     {when("{key: 'request.headers[]', values: [a]}"), p + `spec.rules[0].when[0].key: "request.headers[]" has no name in brackets`},
+		"a condition with a bad value":       {when("{key: destination.port, values: [http]}"), p + `spec.rules[0].when[0].values[0]: "http" is not a port from 0 to 65535`},
 
 		"a RequestAuthentication without an issuer": {"apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: p}\nspec: {jwtRules: [{}]}\n",
-			"f:4: RequestAuthentication default/p: spec.jwtRules[0]: has neither issuer nor jwksUri\nf:2: RequestAuthentication default/p: kind: RequestAuthentication is valid in Istio and not yet enforced here"},
+			"f:4: RequestAuthentication default/p: spec.jwtRules[0]: has neither issuer nor jwksUri"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -106,11 +103,8 @@ func TestParseProblems(t *testing.T) {
 				t.Errorf("problems (-want +got):\n%s", cmp.Diff(want, got))
 			}
 			reason := authz.ReasonInvalid
-			switch {
-			case strings.HasPrefix(c.want, "unreadable "):
+			if strings.HasPrefix(c.want, "unreadable ") {
 				reason = authz.ReasonUnreadable
-			case c.want == unsupportedWhen:
-				reason = authz.ReasonUnsupported
 			}
 			if rs[0].Reason() != reason {
 				t.Errorf("reason %q, want %q", rs[0].Reason(), reason)

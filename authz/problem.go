@@ -55,7 +55,7 @@ type Problem struct {
 	// Severity says what it does to decisions; the zero value is an error.
 	Severity Severity
 	// Reason is, for an error, the reason that decisions give which rest on it:
-	// [ReasonInvalid], [ReasonUnsupported], [ReasonDuplicate] or
+	// [ReasonInvalid], [ReasonDuplicate] or
 	// [ReasonUnreadable]. Empty otherwise.
 	Reason Reason
 	// Code names the rule of [Lint] that a warning comes from, and is stable;

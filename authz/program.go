@@ -69,26 +69,54 @@ func (r *Rule) decision(allowed bool, reason Reason) Decision {
 }
 
 // Program decides for one class of workloads. It is immutable and safe for
-// concurrent use. A nil or
-// zero Program denies everything with [ReasonNoPolicies].
+// concurrent use. A nil or zero Program denies everything with
+// [ReasonNoPolicies].
 type Program struct {
+	language
+	// compiled says that this is no zero Program.
+	compiled bool
 	// refused are the resources that cannot be enforced; while there is one,
 	// everything is denied in its name.
 	refused []*Rule
 	peer    peerModes
-	deny    *ruleset
-	allow   *ruleset
-	// allowing says that an ALLOW policy selects the workload, if only one
-	// without rules; empty are those.
-	allowing bool
-	empty    []*Rule
+	tokens  tokens
+	// custom are the CUSTOM rules by provider, in the order of the providers'
+	// names. several says that Istio would not ask several.
+	custom  []provider
+	several bool
+	// Rulesets are nil where no policy of that kind selects the workload.
+	audit, deny, allow      *ruleset
+	shadowDeny, shadowAllow *ruleset
+	// rules are all of the rules, and the ALLOW policies without rules, in the
+	// order of Rules.
+	rules []*Rule
 }
 
-// Decide answers the request. A resource that cannot be enforced denies first,
-// whatever the request; then PeerAuthentication, DENY and ALLOW, in this order.
-// It does not allocate, keeps nothing of r and is safe for concurrent use.
-func (p *Program) Decide(r *Request) Decision {
-	if p == nil || p.deny == nil { // nobody compiled it
+type provider struct {
+	name  string
+	rules *ruleset
+}
+
+// Decide answers the request, in Istio's order: PeerAuthentication, CUSTOM,
+// RequestAuthentication, AUDIT, DENY, ALLOW. Before all of them a resource that
+// cannot be enforced denies, whatever the request. It does not allocate, but for
+// an authority longer than 256 bytes with upper-case letters in it; it keeps
+// nothing of r and is safe for concurrent use.
+func (p *Program) Decide(r *Request) Decision { return p.decide(r, 0) }
+
+// After decides what follows once the provider that d asks for has allowed the
+// request: another provider must be asked, or the request is allowed or denied.
+// d must be a decision of p about r; one that does not ask is returned as it is.
+func (p *Program) After(d Decision, r *Request) Decision {
+	if !d.Ask {
+		return d
+	}
+	return p.decide(r, d.stage+1)
+}
+
+// decide answers once that many providers have allowed.
+func (p *Program) decide(r *Request, asked int) Decision {
+	if p == nil || !p.compiled {
 		return Decision{Rule: -1, Reason: ReasonNoPolicies}
 	}
 	if len(p.refused) > 0 {
@@ -97,37 +125,93 @@ func (p *Program) Decide(r *Request) Decision {
 	if d, ok := p.peer.check(r); !ok {
 		return d
 	}
-	v := newView(r)
-	if rule, certain := p.deny.find(&v); certain {
-		return rule.decision(false, ReasonDenyRule)
-	} else if rule != nil {
-		return rule.decision(false, ReasonDenyUnknown)
+	v := newView(r, p.language)
+	for _, c := range v.host {
+		if 'A' <= c && c <= 'Z' {
+			return p.folded(&v, asked)
+		}
 	}
-	if !p.allowing {
-		return Decision{Allowed: true, Rule: -1, Reason: ReasonNoAllowPolicy}
-	}
-	if rule, certain := p.allow.find(&v); certain {
-		return rule.decision(true, ReasonAllowRule)
-	} else if rule != nil {
-		return rule.decision(false, ReasonAllowUnknown)
-	}
-	return Decision{Kind: KindAuthorizationPolicy, Rule: -1, Reason: ReasonNoAllowRule}
+	return p.policies(&v, asked)
 }
 
-// After decides what follows once the provider that d asks for has allowed the
-// request: another provider must be asked, or the request is allowed or denied.
-// d must be a decision of p about r.
-func (p *Program) After(d Decision, r *Request) Decision {
-	if !d.Ask {
+// folded is policies for a host with upper-case letters.
+//
+//go:noinline
+func (p *Program) folded(v *view, asked int) Decision {
+	var buf [256]byte
+	v.host = lower(v.host, buf[:])
+	return p.policies(v, asked)
+}
+
+// policies decides by what comes after PeerAuthentication.
+func (p *Program) policies(v *view, asked int) Decision {
+	for i := asked; i < len(p.custom); i++ {
+		m := p.custom[i].rules.find(v)
+		if m.rule == nil {
+			continue
+		}
+		if p.several {
+			return m.rule.decision(false, ReasonProviders)
+		}
+		d := m.rule.decision(false, ReasonAskRule)
+		if !m.certain {
+			d.Reason = ReasonAskUnknown
+		}
+		d.Ask, d.Provider, d.stage = true, p.custom[i].name, i
 		return d
 	}
-	return p.Decide(r)
+	if len(p.tokens) > 0 {
+		if d, ok := p.tokens.check(v); !ok {
+			return d
+		}
+	}
+	audit := p.audit.find(v)
+	d, shadows := p.denied(v)
+	if d.Reason == "" {
+		d, shadows[1] = p.allowed(v)
+	}
+	d.audit, d.shadowDeny, d.shadowAllow = audit, shadows[0], shadows[1]
+	return d
+}
+
+// denied is what DENY policies say; the reason is empty if they deny nothing.
+func (p *Program) denied(v *view) (d Decision, shadows [2]shadow) {
+	if p.shadowDeny != nil {
+		shadows[0] = shadow{p.shadowDeny.find(v), true}
+	}
+	switch m := p.deny.find(v); {
+	case m.rule == nil:
+	case m.certain:
+		d = m.rule.decision(false, ReasonDenyRule)
+	default:
+		d = m.rule.decision(false, ReasonDenyUnknown)
+	}
+	return d, shadows
+}
+
+// allowed is what ALLOW policies say.
+func (p *Program) allowed(v *view) (d Decision, dry shadow) {
+	if p.shadowAllow != nil {
+		dry = shadow{p.shadowAllow.find(v), true}
+	}
+	if p.allow == nil {
+		return Decision{Allowed: true, Rule: -1, Reason: ReasonNoAllowPolicy}, dry
+	}
+	switch m := p.allow.find(v); {
+	case m.rule == nil:
+		d = Decision{Kind: KindAuthorizationPolicy, Rule: -1, Reason: ReasonNoAllowRule}
+	case m.certain:
+		d = m.rule.decision(true, ReasonAllowRule)
+	default:
+		d = m.rule.decision(false, ReasonAllowUnknown)
+	}
+	return d, dry
 }
 
 // PeerMode is PeerAuthentication's mode on a port. Where a resource cannot be
 // enforced everything is denied beside it, so there the mode says nothing.
 func (p *Program) PeerMode(port uint16) Mode {
-	if p == nil || p.deny == nil {
+	if p == nil || !p.compiled {
 		return ModeStrict
 	}
 	return p.peer.at(port).mode
@@ -135,31 +219,18 @@ func (p *Program) PeerMode(port uint16) Mode {
 
 // Rules iterates over what the program enforces of AuthorizationPolicies, and
 // over the resources of any kind that cannot be enforced, in the order in which
-// they decide: those first, then DENY, then ALLOW, each by the name that Envoy
-// sorts by.
+// they decide: those first, then CUSTOM by provider, AUDIT, DENY and ALLOW, each
+// by the name that Envoy sorts by, the rules of dry-run policies last.
 func (p *Program) Rules() iter.Seq[Rule] {
 	return func(yield func(Rule) bool) {
-		if p == nil || p.deny == nil {
+		if p == nil {
 			return
 		}
-		for _, r := range p.refused {
-			if !yield(*r) {
-				return
-			}
-		}
-		for _, r := range p.deny.rules {
-			if !yield(*r.Rule) {
-				return
-			}
-		}
-		for _, r := range p.empty {
-			if !yield(*r) {
-				return
-			}
-		}
-		for _, r := range p.allow.rules {
-			if !yield(*r.Rule) {
-				return
+		for _, list := range [][]*Rule{p.refused, p.rules} {
+			for _, r := range list {
+				if !yield(*r) {
+					return
+				}
 			}
 		}
 	}

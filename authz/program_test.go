@@ -160,7 +160,22 @@ func TestRulesListWhatAProgramEnforces(t *testing.T) {
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: r, namespace: default}
-spec: {}
+spec: {selector: {}, jwtRules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: ask, namespace: default}
+spec: {action: CUSTOM, provider: {name: opa}, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: watch, namespace: default}
+spec: {action: AUDIT, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a-dry, namespace: default, annotations: {istio.io/dry-run: "true"}}
+spec: {action: DENY, rules: [{}]}
 `
 	rs, _ := authz.Parse("p", []byte(exportYAML+more))
 	set, _ := authz.Set{}.Update(rs)
@@ -168,6 +183,10 @@ spec: {}
 	var got []string
 	for r := range s.For(identity.Workload{Namespace: "default", Labels: map[string]string{"app": "web"}}).Rules() {
 		line := fmt.Sprintf("%s %s/%s[%d] %s %s:%d %s", r.Kind, r.Namespace, r.Name, r.Index, r.Action, r.Origin, r.Line, r.Reason)
+		if r.DryRun {
+			line += "dry run"
+		}
+		line += r.Provider
 		for _, f := range r.Spec.GetFrom() {
 			line += fmt.Sprint(f.GetSource().GetPrincipals())
 		}
@@ -180,11 +199,14 @@ spec: {}
 		got = append(got, line)
 	}
 	want := []string{
-		"RequestAuthentication default/r[-1] DENY p:29 unsupported",
+		"RequestAuthentication default/r[-1] DENY p:29 invalid",
+		"AuthorizationPolicy default/ask[0] CUSTOM p:37 opa",
+		"AuthorizationPolicy default/watch[0] AUDIT p:42 ",
 		"AuthorizationPolicy default/c[0] DENY p:22 ",
-		"AuthorizationPolicy default/empty[-1] ALLOW p:12 ",
+		"AuthorizationPolicy default/a-dry[0] DENY p:47 dry run",
 		"AuthorizationPolicy default/b[0] ALLOW p:7 [cluster.local/ns/default/sa/a old.td/ns/default/sa/a]",
 		"AuthorizationPolicy default/b[1] ALLOW p:9 [GET]",
+		"AuthorizationPolicy default/empty[-1] ALLOW p:12 ",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("rules (-want +got):\n%s", d)
@@ -227,7 +249,6 @@ func TestTextSaysWhyInOneSentence(t *testing.T) {
 		{`{rules: [{from: [{source: {principals: ["*"], notNamespaces: [a, b]}}, {source: {ipBlocks: [10.0.0.0/8]}}], to: [{operation: {paths: [/a, /b, /c, /d, /e], notPorts: ["1"]}}, {operation: {hosts: ["a\nb"]}}]}]}`,
 			"GET /a " + from, `allowed by AuthorizationPolicy default/p rule 0: principals "*" and notNamespaces "a" "b" or ipBlocks "10.0.0.0/8"; notPorts "1" and paths "/a" "/b" "/c" and 2 more or hosts "a\nb" (p.yaml:5)`},
 		{"{rules: [{to: [{operation: {methods: [GET]}}]}]}", "GET / unknown=method " + from, `denied by AuthorizationPolicy default/p rule 0: no rule certainly matches; this one may, but the proxy did not send all that it reads: methods "GET" (p.yaml:5)`},
-		{auditSpec, "GET / " + from, "denied by AuthorizationPolicy default/p: the policy is unsupported and selects the workload: p.yaml:2: spec.action: action AUDIT is valid in Istio and not yet enforced here"},
 		{invalidSpec, "GET / " + from, "denied by AuthorizationPolicy default/p: the policy is invalid and selects the workload: p.yaml:2: spec.rules: a DENY policy without rules never matches"},
 		{"{}\n" + broken, "GET /", "denied: a document that may be a policy is unreadable: p.yaml:6: document cannot be read: did not find expected ',' or ']'"},
 		{long, "GET / " + from, "denied: ALLOW policies select the workload and no rule of them matches"},

@@ -53,17 +53,23 @@ type resource struct {
 	// because then it could have been any.
 	selector []label
 
+	// targets are what the policy is attached to instead of having a selector.
+	targets []target
+	// dryRun says that the policy only reports what it would do.
+	dryRun bool
+
 	// reason is empty for a usable resource; detail is then empty too, else the
 	// first of its problems, for the text of decisions.
 	reason Reason
 	detail string
 
-	// Exactly one of the two is set in a usable resource.
+	// Exactly one of the three is set in a usable resource.
 	policy *security.AuthorizationPolicy
 	peer   *security.PeerAuthentication
+	token  *security.RequestAuthentication
 	// unloadable says that Envoy cannot load what Istio makes of the resource.
 	unloadable bool
-	// ruleLines are the lines of the policy's rules.
+	// ruleLines are the lines of the resource's rules.
 	ruleLines []int
 }
 

@@ -1,81 +1,370 @@
 package authz
 
 import (
+	"bytes"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 
 	security "istio.io/api/security/v1beta1"
 )
 
-// rule is a compiled rule. It is immutable and shared by programs.
+// rule is a compiled rule: one of from, one of to and all of when must hold. It
+// is immutable and shared by programs.
 type rule struct {
 	*Rule
 	// order is the name that Envoy sorts policies by, so it says which of
 	// several matching rules is reported.
 	order string
-	from  []from
-	to    []to
+	// from and to are alternatives; none of them is no condition.
+	from, to []conditions
+	when     conditions
 	// http says that the rule reads an attribute that only HTTP has.
 	http bool
 }
 
-// from is a compiled source: all of its fields must hold. nil fields hold.
-type from struct {
-	principals, notPrincipals *patterns
-	namespaces, notNamespaces *namespaces
-	ips, notIPs               blocks
+// conditions must all hold.
+type conditions []condition
+
+// condition is one list of values of a policy, or its not-form.
+type condition struct {
+	reads attribute
+	not   bool
+	// values is of the type that goes with the attribute.
+	values any
 }
 
-// to is a compiled operation: all of its fields must hold.
-type to struct {
-	hosts, notHosts     *patterns
-	methods, notMethods *patterns
-	paths, notPaths     *patterns
-	ports, notPorts     []uint16
+// attribute is what a condition reads, cheapest first.
+type attribute uint8
+
+const (
+	readsPort          attribute = iota // ports
+	readsMethod                         // *patterns
+	readsPath                           // *patterns
+	readsHost                           // *patterns
+	readsSourceIP                       // *nets
+	readsDestinationIP                  // *nets
+	readsRemoteIP                       // *nets
+	readsPrincipal                      // *patterns
+	readsNamespace                      // *namespaces
+	readsAccount                        // accounts
+	readsTrustDomain                    // trustDomains
+	readsSNI                            // *patterns
+	readsHeader                         // *headerTest
+	readsIdentity                       // identityTest
+	readsClaim                          // *claimTest
+	readsMetadata                       // *metadataTest
+)
+
+// language is what compiling a rule depends on besides the rule.
+type language struct {
+	// asterisk says that a template's segment may have a star in it.
+	asterisk bool
+	// joins says that the values of a header are matched as one.
+	joins bool
 }
 
-func newRule(meta *Rule) *rule {
-	c := &rule{Rule: meta, order: fmt.Sprintf("ns[%s]-policy[%s]-rule[%d]", meta.Namespace, meta.Name, meta.Index)}
+// builder compiles one rule.
+type builder struct {
+	language
+	namespace string
+	tcp       bool
+	// strict says that what cannot be compiled takes the whole rule with it, as
+	// Istio has it for ALLOW; else it is left out, which makes the rule wider.
+	strict bool
+	http   bool
+	failed bool
+}
+
+// newRule compiles a rule for requests or for bare connections. It returns nil
+// if it can never match.
+func newRule(meta *Rule, l language, tcp bool) *rule {
+	b := &builder{language: l, namespace: meta.Namespace, tcp: tcp, strict: meta.Action == ActionAllow}
+	r := &rule{Rule: meta, order: meta.order()}
 	for _, f := range meta.Spec.GetFrom() {
-		c.from = append(c.from, newFrom(f.GetSource()))
+		r.from = append(r.from, b.source(f.GetSource()))
 	}
 	for _, t := range meta.Spec.GetTo() {
-		op := newTo(t.GetOperation())
-		c.to = append(c.to, op)
-		c.http = c.http || op.hosts != nil || op.notHosts != nil || op.methods != nil || op.notMethods != nil ||
-			op.paths != nil || op.notPaths != nil
+		r.to = append(r.to, b.operation(t.GetOperation()))
 	}
-	return c
-}
-
-func newFrom(s *security.Source) from {
-	return from{
-		principals: principalPatterns(s.GetPrincipals()), notPrincipals: principalPatterns(s.GetNotPrincipals()),
-		namespaces: newNamespaces(s.GetNamespaces()), notNamespaces: newNamespaces(s.GetNotNamespaces()),
-		ips: newBlocks(s.GetIpBlocks()), notIPs: newBlocks(s.GetNotIpBlocks()),
+	for _, w := range meta.Spec.GetWhen() {
+		r.when = b.when(r.when, w)
 	}
-}
-
-func newTo(o *security.Operation) to {
-	return to{
-		hosts: hostPatterns(o.GetHosts()), notHosts: hostPatterns(o.GetNotHosts()),
-		methods: methodPatterns(o.GetMethods()), notMethods: methodPatterns(o.GetNotMethods()),
-		paths: pathPatterns(o.GetPaths()), notPaths: pathPatterns(o.GetNotPaths()),
-		ports: newPorts(o.GetPorts()), notPorts: newPorts(o.GetNotPorts()),
-	}
-}
-
-func newPorts(list []string) []uint16 {
-	if len(list) == 0 {
+	if b.failed {
 		return nil
 	}
-	ports := make([]uint16, 0, len(list))
-	for _, v := range list {
-		if n, err := strconv.ParseUint(v, 10, 16); err == nil {
-			ports = append(ports, uint16(n))
+	for _, alternatives := range [][]conditions{r.from, r.to, {r.when}} {
+		for _, cs := range alternatives {
+			slices.SortStableFunc(cs, func(a, b condition) int { return int(a.reads) - int(b.reads) })
 		}
 	}
-	return ports
+	r.http = b.http
+	return r
+}
+
+// order is the name that Envoy sorts policies by.
+func (r *Rule) order() string {
+	return fmt.Sprintf("ns[%s]-policy[%s]-rule[%d]", r.Namespace, r.Name, max(r.Index, 0))
+}
+
+// fail is what Istio's generator does about what it cannot generate.
+func (b *builder) fail() { b.failed = b.failed || b.strict }
+
+// both adds a list of values and its not-form.
+func both[T any](b *builder, cs conditions, reads attribute, values, not []string, compile func([]string) T) conditions {
+	if len(values)+len(not) == 0 {
+		return cs
+	}
+	switch reads {
+	case readsHost, readsMethod, readsPath, readsHeader, readsIdentity, readsClaim:
+		b.http = true
+		if b.tcp {
+			b.fail()
+			return cs
+		}
+	}
+	if len(values) > 0 {
+		cs = append(cs, condition{reads, false, compile(values)})
+	}
+	if len(not) > 0 {
+		cs = append(cs, condition{reads, true, compile(not)})
+	}
+	return cs
+}
+
+func (b *builder) source(s *security.Source) (cs conditions) {
+	cs = both(b, cs, readsPrincipal, s.GetPrincipals(), s.GetNotPrincipals(), principalPatterns)
+	cs = both(b, cs, readsIdentity, s.GetRequestPrincipals(), s.GetNotRequestPrincipals(), newIdentities)
+	cs = both(b, cs, readsAccount, s.GetServiceAccounts(), s.GetNotServiceAccounts(), b.accounts)
+	cs = both(b, cs, readsTrustDomain, s.GetTrustDomains(), s.GetNotTrustDomains(), newTrustDomains)
+	cs = both(b, cs, readsNamespace, s.GetNamespaces(), s.GetNotNamespaces(), newNamespaces)
+	cs = both(b, cs, readsRemoteIP, s.GetRemoteIpBlocks(), s.GetNotRemoteIpBlocks(), newNets)
+	return both(b, cs, readsSourceIP, s.GetIpBlocks(), s.GetNotIpBlocks(), newNets)
+}
+
+func (b *builder) operation(o *security.Operation) (cs conditions) {
+	cs = both(b, cs, readsHost, o.GetHosts(), o.GetNotHosts(), hostPatterns)
+	cs = both(b, cs, readsMethod, o.GetMethods(), o.GetNotMethods(), headerPatterns)
+	cs = both(b, cs, readsPath, o.GetPaths(), o.GetNotPaths(), func(v []string) *patterns { return pathPatterns(v, b.asterisk) })
+	return both(b, cs, readsPort, o.GetPorts(), o.GetNotPorts(), newPorts)
+}
+
+// The keys of conditions. Those with a name in brackets are recognised by how
+// they begin, as in Istio.
+const (
+	keyHeaders  = "request.headers"
+	keyClaims   = "request.auth.claims"
+	keyMetadata = "experimental.envoy.filters."
+)
+
+func (b *builder) when(cs conditions, w *security.Condition) conditions {
+	k, values, not := w.GetKey(), w.GetValues(), w.GetNotValues()
+	switch {
+	case k == "destination.ip":
+		return both(b, cs, readsDestinationIP, values, not, newNets)
+	case k == "destination.port":
+		return both(b, cs, readsPort, values, not, newPorts)
+	case k == "connection.sni":
+		return both(b, cs, readsSNI, values, not, sniPatterns)
+	case strings.HasPrefix(k, keyMetadata):
+		if _, ok := newMetadata(k, nil); !ok {
+			b.fail()
+			return cs
+		}
+		return both(b, cs, readsMetadata, values, not, func(v []string) *metadataTest {
+			t, _ := newMetadata(k, v)
+			return &t
+		})
+	case k == "source.ip":
+		return both(b, cs, readsSourceIP, values, not, newNets)
+	case k == "remote.ip":
+		return both(b, cs, readsRemoteIP, values, not, newNets)
+	case k == "source.namespace":
+		return both(b, cs, readsNamespace, values, not, newNamespaces)
+	case k == "source.trustDomain":
+		return both(b, cs, readsTrustDomain, values, not, newTrustDomains)
+	case k == "source.serviceAccount":
+		return both(b, cs, readsAccount, values, not, b.accounts)
+	case k == "source.principal":
+		return both(b, cs, readsPrincipal, values, not, principalPatterns)
+	case k == "request.auth.principal":
+		return both(b, cs, readsIdentity, values, not, newIdentities)
+	case k == "request.auth.audiences":
+		return b.claim(cs, []string{"aud"}, values, not)
+	case k == "request.auth.presenter":
+		return b.claim(cs, []string{"azp"}, values, not)
+	case strings.HasPrefix(k, keyHeaders):
+		name, ok := bracketed(strings.TrimPrefix(k, keyHeaders))
+		if !ok {
+			b.http = true
+			b.fail()
+			return cs
+		}
+		name = lowerASCII(name)
+		return both(b, cs, readsHeader, values, not, func(v []string) *headerTest { return &headerTest{name, headerPatterns(v)} })
+	case strings.HasPrefix(k, keyClaims):
+		path, ok := claimPath(strings.TrimPrefix(k, keyClaims))
+		if !ok {
+			b.http = true
+			b.fail()
+			return cs
+		}
+		return b.claim(cs, path, values, not)
+	}
+	// An unknown attribute, which admission refuses. Istio leaves out the rule,
+	// whatever its action; nothing like that may open a door here.
+	b.failed = true
+	return cs
+}
+
+func (b *builder) claim(cs conditions, path []string, values, not []string) conditions {
+	return both(b, cs, readsClaim, values, not, func(v []string) *claimTest { return &claimTest{path, newPatterns(v, nonempty)} })
+}
+
+// headerPatterns match the values of a header, where "*" is presence.
+func headerPatterns(values []string) *patterns { return newPatterns(values, present) }
+
+// ports are sorted.
+type ports []uint16
+
+func newPorts(values []string) ports {
+	ps := make(ports, 0, len(values))
+	for _, v := range values {
+		if n, err := strconv.ParseUint(v, 10, 16); err == nil {
+			ps = append(ps, uint16(n))
+		}
+	}
+	slices.Sort(ps)
+	return ps
+}
+
+// accounts are service accounts. To Istio each is the regular expression
+// spiffe://.+/ns/NAMESPACE/(.+/|)sa/NAME(/.+)? on a whole name, which has a fixed
+// shape.
+type accounts []account
+
+type account struct{ namespace, name string }
+
+// accounts compiles values; one without a namespace is of the policy's own.
+func (b *builder) accounts(values []string) accounts {
+	out := make(accounts, len(values))
+	for i, v := range values {
+		if ns, name, ok := strings.Cut(v, "/"); ok {
+			out[i] = account{ns, name}
+		} else {
+			out[i] = account{b.namespace, v}
+		}
+	}
+	return out
+}
+
+func (as accounts) match(name []byte) truth {
+	for _, a := range as {
+		if a.match(name) {
+			if clean(name) {
+				return yes
+			}
+			return maybe
+		}
+	}
+	return no
+}
+
+func (a account) match(name []byte) bool {
+	if len(name) <= len(scheme) || string(name[:len(scheme)]) != scheme {
+		return false
+	}
+	for rest := name[len(scheme)+1:]; ; {
+		i := bytes.Index(rest, []byte("/ns/"))
+		if i < 0 {
+			return false
+		}
+		rest = rest[i+len("/ns"):] // "/ns/ns/" holds two marks
+		below := rest[1:]
+		if len(below) <= len(a.namespace) || string(below[:len(a.namespace)]) != a.namespace || below[len(a.namespace)] != '/' {
+			continue
+		}
+		if a.below(below[len(a.namespace)+1:]) {
+			return true
+		}
+	}
+}
+
+// below matches what follows /ns/NAMESPACE/.
+func (a account) below(b []byte) bool {
+	if bytes.HasPrefix(b, []byte("sa/")) && a.named(b[len("sa/"):]) {
+		return true
+	}
+	for i := 1; i < len(b); {
+		n := bytes.Index(b[i:], []byte("/sa/"))
+		if n < 0 {
+			return false
+		}
+		if i += n; a.named(b[i+len("/sa/"):]) {
+			return true
+		}
+		i++
+	}
+	return false
+}
+
+func (a account) named(b []byte) bool {
+	n := len(a.name)
+	return len(b) >= n && string(b[:n]) == a.name && (len(b) == n || b[n] == '/' && len(b) > n+1)
+}
+
+// trustDomains are values of a trust domain, which Istio reads from the beginning
+// of a name. One star stands for any text without a slash.
+type trustDomains []trustDomain
+
+type trustDomain struct {
+	// The name begins with first; if there was a star, text without a slash and
+	// last follow, and then anything. star alone means any SPIFFE ID.
+	first, last string
+	star        bool
+}
+
+func newTrustDomains(values []string) trustDomains {
+	out := make(trustDomains, len(values))
+	for i, v := range values {
+		first, last, star := strings.Cut(v, "*")
+		switch {
+		case v == "*":
+			out[i] = trustDomain{first: scheme}
+		case !star:
+			out[i] = trustDomain{first: scheme + v + "/"}
+		default:
+			out[i] = trustDomain{scheme + first, last + "/", true}
+		}
+	}
+	return out
+}
+
+func (ts trustDomains) match(name []byte) truth {
+	best := no
+	for _, t := range ts {
+		if len(name) < len(t.first) || string(name[:len(t.first)]) != t.first {
+			continue
+		}
+		if !t.star {
+			return yes
+		}
+		for rest := name[len(t.first):]; ; rest = rest[1:] {
+			if len(rest) >= len(t.last) && string(rest[:len(t.last)]) == t.last {
+				if clean(name) {
+					return yes
+				}
+				best = maybe
+				break
+			}
+			if len(rest) == 0 || rest[0] == '/' {
+				break
+			}
+		}
+	}
+	return best
 }
 
 // view is a request as the rules read it, prepared once for all of them.
@@ -84,11 +373,18 @@ type view struct {
 	// peer says what is known of the peer's names: no if there certainly are
 	// none, yes if they are all known.
 	peer truth
-	path []byte
+	// path has no query and no fragment, host no upper-case letters.
+	path, host []byte
+	// remote is the remote address once somebody asked for it, derived then yes
+	// or maybe.
+	remote  netip.Addr
+	derived truth
+	// joins says that the values of a header are matched as one.
+	joins bool
 }
 
-func newView(r *Request) view {
-	v := view{Request: r, peer: maybe, path: r.Path}
+func newView(r *Request, l language) view {
+	v := view{Request: r, peer: maybe, path: r.Path, host: r.Host, joins: l.joins}
 	switch {
 	case r.Known&FieldPeer == 0:
 	case !r.Authenticated:
@@ -108,100 +404,115 @@ func newView(r *Request) view {
 
 // match evaluates the rule.
 func (c *rule) match(v *view) truth {
-	if !v.HTTP && c.http && c.Action == ActionAllow {
-		// Istio leaves such a rule out for TCP, with all of its alternatives.
-		return no
+	t := c.when.match(v)
+	if t != no {
+		t = min(t, anyOf(c.to, v))
 	}
-	t := anyFrom(c.from, v)
-	if t == no {
-		return no
-	}
-	return min(t, anyTo(c.to, v))
-}
-
-// anyFrom is true of no alternatives at all: a rule without "from" is about
-// every peer.
-func anyFrom(alternatives []from, v *view) truth {
-	if len(alternatives) == 0 {
-		return yes
-	}
-	best := no
-	for i := range alternatives {
-		if best = max(best, alternatives[i].match(v)); best == yes {
-			break
-		}
-	}
-	return best
-}
-
-func anyTo(alternatives []to, v *view) truth {
-	if len(alternatives) == 0 {
-		return yes
-	}
-	best := no
-	for i := range alternatives {
-		if best = max(best, alternatives[i].match(v)); best == yes {
-			break
-		}
-	}
-	return best
-}
-
-func (f *from) match(v *view) truth {
-	t := yes
-	if f.principals != nil {
-		t = v.principal(f.principals)
-	}
-	if t != no && f.notPrincipals != nil {
-		t = min(t, v.principal(f.notPrincipals).not())
-	}
-	if t != no && f.namespaces != nil {
-		t = min(t, v.namespace(f.namespaces))
-	}
-	if t != no && f.notNamespaces != nil {
-		t = min(t, v.namespace(f.notNamespaces).not())
-	}
-	if t != no && f.ips != nil {
-		t = min(t, v.source(f.ips))
-	}
-	if t != no && f.notIPs != nil {
-		t = min(t, v.source(f.notIPs).not())
+	if t != no {
+		t = min(t, anyOf(c.from, v))
 	}
 	return t
 }
 
-func (o *to) match(v *view) truth {
+// anyOf is true of no alternatives at all: a rule without "from" is about every
+// peer.
+func anyOf(alternatives []conditions, v *view) truth {
+	if len(alternatives) == 0 {
+		return yes
+	}
+	best := no
+	for _, cs := range alternatives {
+		if best = max(best, cs.match(v)); best == yes {
+			break
+		}
+	}
+	return best
+}
+
+func (cs conditions) match(v *view) truth {
 	t := yes
-	if o.ports != nil {
-		t = v.port(o.ports)
+	for i := range cs {
+		c := &cs[i]
+		u := c.match(v)
+		if c.not {
+			u = u.not()
+		}
+		if t = min(t, u); t == no {
+			break
+		}
 	}
-	if t != no && o.notPorts != nil {
-		t = min(t, v.port(o.notPorts).not())
-	}
-	if !v.HTTP {
-		// Only a DENY rule comes here with HTTP fields. Istio drops them from it,
-		// which makes it wider.
+	return t
+}
+
+// match evaluates the values, whichever form they are in.
+func (c *condition) match(v *view) truth {
+	switch c.reads {
+	case readsPort:
+		return v.port(c.values.(ports))
+	case readsMethod:
+		return v.text(FieldMethod, v.Method, c.values.(*patterns))
+	case readsPath:
+		return v.text(FieldPath, v.path, c.values.(*patterns))
+	case readsHost:
+		return v.text(FieldHost, v.host, c.values.(*patterns))
+	case readsSourceIP:
+		return v.source(c.values.(*nets))
+	case readsDestinationIP:
+		return v.destination(c.values.(*nets))
+	case readsRemoteIP:
+		return v.remoteIP(c.values.(*nets))
+	case readsPrincipal:
+		p := c.values.(*patterns)
+		t := v.peer
+		if t == yes {
+			t = p.match(v.Principal)
+			for _, n := range v.OtherNames {
+				t = max(t, p.match(n))
+			}
+		}
 		return t
+	case readsNamespace:
+		p := c.values.(*namespaces)
+		t := v.peer
+		if t == yes {
+			t = p.match(v.Principal)
+			for _, n := range v.OtherNames {
+				t = max(t, p.match(n))
+			}
+		}
+		return t
+	case readsAccount:
+		p := c.values.(accounts)
+		t := v.peer
+		if t == yes {
+			t = p.match(v.Principal)
+			for _, n := range v.OtherNames {
+				t = max(t, p.match(n))
+			}
+		}
+		return t
+	case readsTrustDomain:
+		p := c.values.(trustDomains)
+		t := v.peer
+		if t == yes {
+			t = p.match(v.Principal)
+			for _, n := range v.OtherNames {
+				t = max(t, p.match(n))
+			}
+		}
+		return t
+	case readsSNI:
+		return v.serverName(c.values.(*patterns))
+	case readsHeader:
+		return v.header(c.values.(*headerTest))
+	case readsIdentity:
+		return v.identity(c.values.(identityTest))
+	case readsClaim:
+		return v.claim(c.values.(*claimTest))
+	case readsMetadata:
+		return v.metadata(c.values.(*metadataTest))
 	}
-	if t != no && o.methods != nil {
-		t = min(t, v.text(FieldMethod, v.Method, o.methods))
-	}
-	if t != no && o.notMethods != nil {
-		t = min(t, v.text(FieldMethod, v.Method, o.notMethods).not())
-	}
-	if t != no && o.paths != nil {
-		t = min(t, v.text(FieldPath, v.path, o.paths))
-	}
-	if t != no && o.notPaths != nil {
-		t = min(t, v.text(FieldPath, v.path, o.notPaths).not())
-	}
-	if t != no && o.hosts != nil {
-		t = min(t, v.text(FieldHost, v.Host, o.hosts))
-	}
-	if t != no && o.notHosts != nil {
-		t = min(t, v.text(FieldHost, v.Host, o.notHosts).not())
-	}
-	return t
+	return maybe
 }
 
 // text holds an attribute against patterns. An absent one matches none, so it
@@ -216,42 +527,73 @@ func (v *view) text(f Field, value []byte, p *patterns) truth {
 	return p.match(value)
 }
 
-// principal holds the peer's names against patterns: as in Envoy any of them
-// may match, and a peer without a certificate has none.
-func (v *view) principal(p *patterns) truth {
-	if v.peer != yes {
-		return v.peer
+func (v *view) serverName(p *patterns) truth {
+	if v.Known&FieldSNI == 0 {
+		return maybe
 	}
-	t := p.match(v.Principal)
-	for _, n := range v.OtherNames {
-		t = max(t, p.match(n))
-	}
-	return t
+	var buf [256]byte // longer than any server name in TLS
+	return p.match(lower(v.SNI, buf[:]))
 }
 
-func (v *view) namespace(n *namespaces) truth {
-	if v.peer != yes {
-		return v.peer
-	}
-	t := n.match(v.Principal)
-	for _, name := range v.OtherNames {
-		t = max(t, n.match(name))
-	}
-	return t
-}
-
-func (v *view) source(bs blocks) truth {
+func (v *view) source(n *nets) truth {
 	if v.Known&FieldSourceIP == 0 || !v.SourceIP.IsValid() {
 		return maybe
 	}
-	return toTruth(bs.match(v.SourceIP.Unmap().WithZone("")))
+	return n.match(v.SourceIP.Unmap().WithZone(""))
 }
 
-func (v *view) port(ports []uint16) truth {
+func (v *view) destination(n *nets) truth {
+	if v.Known&FieldDestinationIP == 0 || !v.DestinationIP.IsValid() {
+		return maybe
+	}
+	return n.match(v.DestinationIP.Unmap().WithZone(""))
+}
+
+func (v *view) remoteIP(n *nets) truth {
+	if v.derived == no {
+		v.remote, v.derived = v.deriveRemote()
+	}
+	if v.derived != yes {
+		return maybe
+	}
+	return n.match(v.remote)
+}
+
+// deriveRemote is the original client as a sidecar of Istio has it: the last
+// entry of X-Forwarded-For, which the client controls, or else the peer.
+func (v *view) deriveRemote() (netip.Addr, truth) {
+	if v.Known&FieldRemoteIP != 0 {
+		if !v.RemoteIP.IsValid() {
+			return netip.Addr{}, maybe
+		}
+		return v.RemoteIP.WithZone(""), yes
+	}
+	if v.HTTP {
+		if v.Known&FieldHeaders == 0 {
+			return netip.Addr{}, maybe
+		}
+		switch a, ok, sure := forwardedFor(v.Headers); {
+		case !sure:
+			return netip.Addr{}, maybe
+		case ok:
+			return a, yes
+		}
+	}
+	if v.Known&FieldSourceIP == 0 || !v.SourceIP.IsValid() {
+		return netip.Addr{}, maybe
+	}
+	return v.SourceIP.Unmap().WithZone(""), yes
+}
+
+func (v *view) port(ps ports) truth {
 	if v.Known&FieldDestinationPort == 0 {
 		return maybe
 	}
-	for _, p := range ports {
+	if len(ps) > manyValues {
+		_, found := slices.BinarySearch(ps, v.DestinationPort)
+		return toTruth(found)
+	}
+	for _, p := range ps {
 		if p == v.DestinationPort {
 			return yes
 		}

@@ -57,9 +57,6 @@ type entry struct {
 //   - An invalid one, which Istio's admission would not have let in, changes
 //     nothing: the last good version goes on (StateStale). Without one the
 //     workloads that it selects are denied (StateRefused).
-//   - An unsupported one is a valid wish that cannot be carried out. Going on
-//     with the last version could allow what the new one forbids, so the
-//     workloads that it selects are denied.
 //   - One that exists twice is treated as invalid, with a problem that names
 //     both places. If the two select differently, refusing denies the whole
 //     namespace.
@@ -96,7 +93,7 @@ func (s Set) Update(resources []Resource) (Set, []Problem) {
 		switch {
 		case now.reason == "":
 			next.entries[k] = entry{StateGood, now, now.origin}
-		case now.reason != ReasonUnsupported && known && before.state != StateRefused:
+		case known && before.state != StateRefused:
 			next.entries[k] = entry{StateStale, before.res, now.origin}
 			problems = append(problems, stale(now.origin, now.line, before.res))
 		default:
@@ -156,6 +153,21 @@ func stale(origin string, line int, good *resource) Problem {
 // Len is the number of resources in the set, without those that could not be
 // read.
 func (s Set) Len() int { return len(s.entries) }
+
+// resources iterates over what is enforced and over what could not be read, in
+// no order.
+func (s Set) resources(yield func(*resource) bool) {
+	for _, e := range s.entries {
+		if !yield(e.res) {
+			return
+		}
+	}
+	for _, u := range s.unreadable {
+		if !yield(u) {
+			return
+		}
+	}
+}
 
 // All iterates over what is enforced, ordered by kind, namespace and name, and
 // then over the documents that could not be read and deny everything.

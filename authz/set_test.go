@@ -22,7 +22,6 @@ const (
 	denyGet     = "{action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}"
 	denyPost    = "{action: DENY, rules: [{to: [{operation: {methods: [POST]}}]}]}"
 	invalidSpec = "{action: DENY}"
-	auditSpec   = "{action: AUDIT, rules: [{}]}"
 	webOnly     = "{selector: {matchLabels: {app: web}}, action: DENY}" // invalid too
 	goodWeb     = "{selector: {matchLabels: {app: web}}, action: DENY, rules: [{}]}"
 	broken      = "---\nkind: [unclosed\n"
@@ -88,11 +87,6 @@ func TestUpdate(t *testing.T) {
 			{folder{"a": policyYAML("p", invalidSpec)}, []string{p("p refused a")}, "GET deny invalid default/p, POST deny invalid default/p"},
 			{folder{"a": policyYAML("p", denyPost)}, []string{p("p good a")}, "GET allow no-allow-policy, POST deny deny-rule default/p[0]"},
 		},
-		"an unsupported edit denies, because the last version could allow what it forbids": {
-			{folder{"a": policyYAML("p", denyGet)}, []string{p("p good a")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},
-			{folder{"a": policyYAML("p", auditSpec)}, []string{p("p refused a")}, "GET deny unsupported default/p, POST deny unsupported default/p"},
-			{folder{"a": policyYAML("p", invalidSpec)}, []string{p("p refused a")}, "GET deny invalid default/p, POST deny invalid default/p"},
-		},
 		"a bad edit of one resource leaves the others of the file alone": {
 			{folder{"a": policyYAML("p", denyGet) + policyYAML("q", denyPost)}, []string{p("p good a"), p("q good a")}, "GET deny deny-rule default/p[0], POST deny deny-rule default/q[0]"},
 			{folder{"a": policyYAML("p", invalidSpec)}, []string{p("p stale a")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},
@@ -118,8 +112,8 @@ func TestUpdate(t *testing.T) {
 			{folder{"b": broken}, []string{p("q stale b")}, "GET allow no-allow-policy, POST deny deny-rule default/q[0]"},
 		},
 		"a refused resource stays refused while its document is unreadable": {
-			{folder{"a": policyYAML("p", auditSpec)}, []string{p("p refused a")}, "GET deny unsupported default/p, POST deny unsupported default/p"},
-			{folder{"a": broken}, []string{p("p refused a")}, "GET deny unsupported default/p, POST deny unsupported default/p"},
+			{folder{"a": policyYAML("p", invalidSpec)}, []string{p("p refused a")}, "GET deny invalid default/p, POST deny invalid default/p"},
+			{folder{"a": broken}, []string{p("p refused a")}, "GET deny invalid default/p, POST deny invalid default/p"},
 		},
 		"a last good version belongs to where the bad text stands": {
 			{folder{"b": policyYAML("p", denyGet)}, []string{p("p good b")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,14 +26,77 @@ type Options struct {
 	TrustDomainAliases []string
 	// RootNamespace is where mesh-wide resources live; empty means istio-system.
 	RootNamespace string
+	// MultipleProviders says that CUSTOM policies of one workload may have
+	// different providers, each of which is asked, as with Istio's
+	// PILOT_ENABLE_MULTIPLE_CUSTOM_AUTHZ_PROVIDERS. Without it a request that
+	// such policies match is denied.
+	MultipleProviders bool
+	// Envoy is the version of the proxies whose reading of requests is followed
+	// where versions differ; zero means the newest known.
+	Envoy EnvoyVersion
 }
 
 func (o Options) root() string { return cmp.Or(o.RootNamespace, "istio-system") }
+
+// EnvoyVersion is a version of Envoy, of which only what policies decide by
+// matters:
+//
+//   - 1.37.1 and later, and the fixed releases of older lines (1.36.5, 1.35.9 and
+//     1.34.13), match each value of a repeated header by itself; earlier ones
+//     match all of them joined by commas.
+//   - 1.34.1 and later, and the fixed releases of older lines (1.33.3, 1.32.6 and
+//     1.31.8), take "*" for a character of a segment in a path template; to earlier
+//     ones a path with it matches no template.
+type EnvoyVersion struct{ Major, Minor, Patch int }
+
+// ParseEnvoyVersion reads "1.40.0", or "1.40" for its first release.
+func ParseEnvoyVersion(s string) (EnvoyVersion, error) {
+	var v EnvoyVersion
+	parts := strings.Split(s, ".")
+	if len(parts) != 2 && len(parts) != 3 {
+		return v, fmt.Errorf("%s is no version of Envoy; write it as 1.40.0", clip(s))
+	}
+	for i, to := range []*int{&v.Major, &v.Minor, &v.Patch}[:len(parts)] {
+		n, err := strconv.ParseUint(parts[i], 10, 16)
+		if err != nil {
+			return EnvoyVersion{}, fmt.Errorf("%s is no version of Envoy; write it as 1.40.0", clip(s))
+		}
+		*to = int(n)
+	}
+	return v, nil
+}
+
+// has reports whether a change is in the version that came with one release and
+// was brought to older lines by others.
+func (v EnvoyVersion) has(first EnvoyVersion, older ...EnvoyVersion) bool {
+	if v == (EnvoyVersion{}) {
+		return true
+	}
+	for _, o := range older {
+		if v.Major == o.Major && v.Minor == o.Minor {
+			return v.Patch >= o.Patch
+		}
+	}
+	return cmp.Or(cmp.Compare(v.Major, first.Major), cmp.Compare(v.Minor, first.Minor), cmp.Compare(v.Patch, first.Patch)) >= 0
+}
+
+func (v EnvoyVersion) language() language {
+	return language{
+		joins:    !v.has(EnvoyVersion{1, 37, 1}, EnvoyVersion{1, 36, 5}, EnvoyVersion{1, 35, 9}, EnvoyVersion{1, 34, 13}),
+		asterisk: v.has(EnvoyVersion{1, 34, 1}, EnvoyVersion{1, 33, 3}, EnvoyVersion{1, 32, 6}, EnvoyVersion{1, 31, 8}),
+	}
+}
 
 // Snapshot is a compiled [Set]: immutable to its users, safe for concurrent use,
 // to be swapped as a whole. A nil Snapshot stands for policies that were never
 // loaded; it denies everything with [ReasonNoPolicies].
 type Snapshot struct {
+	options Options
+	// policies are what the resources were compiled to.
+	policies map[*resource]*policy
+	// serial is the number of the last policy that was compiled.
+	serial uint64
+
 	spaces map[string]*space
 	// others is the space of the namespaces without policies of their own.
 	others *space
@@ -39,56 +104,90 @@ type Snapshot struct {
 
 // policy is a compiled resource.
 type policy struct {
+	// serial tells policies apart, in this snapshot and in those that follow it.
+	serial   uint64
 	key      key
 	created  time.Time
 	selector []label
+	targets  []target
+	// root says that the policy is of the root namespace.
+	root bool
 	// whole names the resource where no rule does.
 	whole *Rule
-	// One of three: refused for a reason, a PeerAuthentication, or rules.
+	// One of four: refused for a reason, a PeerAuthentication, the rules of a
+	// RequestAuthentication, or those of an AuthorizationPolicy.
 	reason Reason
 	peer   *security.PeerAuthentication
+	tokens []tokenRule
+	// listed are all rules, rules those that can match a request.
+	listed []*Rule
 	rules  []*rule
-	action Action
+	// problems are what compiling found.
+	problems []Problem
 }
 
 // Compile turns a set into a snapshot. It does not fail: what it reports are
 // warnings about policies that are enforced as they are written.
-func Compile(s Set, o Options) (*Snapshot, []Problem) {
-	c := &compiler{root: o.root(), domains: newDomains(o)}
+func Compile(s Set, o Options) (*Snapshot, []Problem) { return (&Snapshot{options: o}).Update(s) }
+
+// Update compiles a set with the options of s, which must not be nil, and keeps
+// of s what the change leaves as it was: the policies whose resources are the
+// same, and the programs in which only those are. s goes on as it is.
+func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
+	root := s.options.root()
+	c := &compiler{domains: newDomains(s.options), language: s.options.Envoy.language(), serial: s.serial}
+	next := &Snapshot{options: s.options, policies: make(map[*resource]*policy, len(s.policies)+1)}
 	var mesh []*policy
-	own := make(map[string][]*policy)
-	for res := range s.All() {
-		p := c.policy(res.r)
+	own := make(map[string][]*policy, len(s.spaces))
+	var problems []Problem
+	for r := range set.resources {
+		p := s.policies[r]
+		if p == nil {
+			p = c.policy(r)
+			p.root = p.key.namespace == root
+		}
+		next.policies[r] = p
+		problems = append(problems, p.problems...)
 		switch {
-		case p.key.kind == KindPeerAuthentication && p.key.namespace == c.root && len(p.selector) > 0:
-			c.problems = append(c.problems, Problem{
-				Origin: res.r.origin, Line: res.r.line, Resource: res.r.id(), Field: "spec.selector", Severity: SeverityWarning,
+		case p.key.kind == KindPeerAuthentication && p.key.namespace == root && len(p.selector) > 0:
+			problems = append(problems, Problem{
+				Origin: r.origin, Line: r.line, Resource: r.id(), Field: "spec.selector", Severity: SeverityWarning,
 				Message: "a PeerAuthentication with a selector in the root namespace selects nothing",
 				Fix:     "move it to the namespace of the workload, or remove the selector",
 			})
-		case p.key.namespace == c.root, p.reason == ReasonUnreadable:
+		case p.key.namespace == root, p.reason == ReasonUnreadable:
 			mesh = append(mesh, p)
 		default:
 			own[p.key.namespace] = append(own[p.key.namespace], p)
 		}
 	}
-	snap := &Snapshot{spaces: make(map[string]*space, len(own)), others: newSpace(mesh, c.root)}
+	next.serial = c.serial
+	slices.SortStableFunc(problems, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Line, b.Line))
+	})
+
+	bySerial := func(a, b *policy) int { return cmp.Compare(a.serial, b.serial) }
+	slices.SortFunc(mesh, bySerial)
+	next.others = next.space(mesh, s.others)
+	next.spaces = make(map[string]*space, len(own))
 	for ns, policies := range own {
-		snap.spaces[ns] = newSpace(slices.Concat(mesh, policies), c.root)
+		slices.SortFunc(policies, bySerial)
+		next.spaces[ns] = next.space(slices.Concat(mesh, policies), s.spaces[ns])
 	}
-	return snap, c.problems
+	return next, problems
 }
 
 type compiler struct {
-	root     string
-	domains  domains
-	problems []Problem
+	language
+	domains domains
+	serial  uint64
 }
 
 func (c *compiler) policy(r *resource) *policy {
-	p := &policy{key: r.key, created: r.created, selector: r.selector, reason: r.reason, peer: r.peer}
+	c.serial++
+	p := &policy{serial: c.serial, key: r.key, created: r.created, selector: r.selector, targets: r.targets, reason: r.reason, peer: r.peer}
 	p.whole = &Rule{
-		Kind: r.kind, Namespace: r.namespace, Name: r.name, Index: -1,
+		Kind: r.kind, Namespace: r.namespace, Name: r.name, Index: -1, DryRun: r.dryRun,
 		Origin: r.origin, Line: r.line, Reason: r.reason, detail: r.detail,
 	}
 	switch r.kind {
@@ -101,34 +200,48 @@ func (c *compiler) policy(r *resource) *policy {
 	}
 	if r.reason != "" {
 		p.whole.Action = ActionDeny
-	}
-	if r.policy == nil {
 		return p
 	}
-	if r.policy.GetAction() == security.AuthorizationPolicy_DENY {
-		p.action = ActionDeny
+	for i, spec := range r.token.GetJwtRules() {
+		by := *p.whole
+		by.Index, by.Line = i, r.ruleLines[i]
+		p.tokens = append(p.tokens, newTokenRule(&TokenRule{
+			Namespace: r.namespace, Name: r.name, Index: i, Origin: r.origin, Line: by.Line, Spec: spec,
+		}, &by))
+	}
+	switch r.policy.GetAction() {
+	case security.AuthorizationPolicy_DENY:
 		p.whole.Action = ActionDeny
+	case security.AuthorizationPolicy_AUDIT:
+		p.whole.Action = ActionAudit
+	case security.AuthorizationPolicy_CUSTOM:
+		p.whole.Action = ActionCustom
+		p.whole.Provider = r.policy.GetProvider().GetName()
 	}
 	for i, spec := range r.policy.GetRules() {
-		meta := *p.whole
+		meta := new(Rule)
+		*meta = *p.whole
 		meta.Index, meta.Line = i, r.ruleLines[i]
 		var foreign []string
 		meta.Spec, foreign = c.domains.expand(spec)
 		for _, v := range foreign {
-			c.problems = append(c.problems, Problem{
+			p.problems = append(p.problems, Problem{
 				Origin: r.origin, Line: meta.Line, Resource: r.id(), Field: fmt.Sprintf("spec.rules[%d]", i), Severity: SeverityWarning,
 				Message: fmt.Sprintf("principal %s is of a trust domain that is neither the mesh's nor an alias of it", clip(v)),
 				Fix:     "correct the trust domain, or add it as an alias",
 			})
 		}
-		p.rules = append(p.rules, newRule(&meta))
+		p.listed = append(p.listed, meta)
+		if compiled := newRule(meta, c.language, false); compiled != nil {
+			p.rules = append(p.rules, compiled)
+		}
 	}
 	return p
 }
 
 // space is the policies that can select a workload of one namespace.
 type space struct {
-	root     string
+	options  *Options
 	policies []*policy
 	// labels are the names of the labels that selectors of the policies read,
 	// sorted. Workloads that agree on them have the same program.
@@ -139,23 +252,39 @@ type space struct {
 	classes map[string]*Program
 	// programs are the programs by the policies that are in them, guarded by mu.
 	programs map[string]*Program
+	// inherited are the programs of the snapshot before, guarded by mu.
+	inherited map[string]*Program
 }
 
 // maxClasses bounds what a space remembers. Beyond it begins anew, so that
 // labels which nobody has any more do not stay for ever.
 const maxClasses = 4096
 
-func newSpace(policies []*policy, root string) *space {
+// space is that of the policies: the one of the snapshot before if they are the
+// same, else a new one which has its programs.
+func (s *Snapshot) space(policies []*policy, before *space) *space {
+	if before != nil && slices.Equal(before.policies, policies) {
+		return before
+	}
 	labels := make(map[string]bool)
 	for _, p := range policies {
 		for _, l := range p.selector {
 			labels[l.name] = true
 		}
+		if p.key.kind != KindPeerAuthentication {
+			labels[gatewayLabel], labels[managedLabel] = true, true
+		}
 	}
-	return &space{
-		root: root, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
+	sp := &space{
+		options: &s.options, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
 		classes: make(map[string]*Program), programs: make(map[string]*Program),
 	}
+	if before != nil {
+		before.mu.RLock()
+		sp.inherited = maps.Clone(before.programs)
+		before.mu.RUnlock()
+	}
+	return sp
 }
 
 // For is the program of the policies that select w, by its namespace and its
@@ -173,12 +302,17 @@ func (s *Snapshot) For(w identity.Workload) *Program {
 	if sp == nil { // nobody compiled it
 		return nil
 	}
-	return sp.program(w.Labels)
+	return sp.program(w.Labels, w.Namespace == s.options.root())
 }
 
-func (s *space) program(labels map[string]string) *Program {
+// program is that of a workload with the labels; root says that it is in the
+// root namespace.
+func (s *space) program(labels map[string]string, root bool) *Program {
 	var buf [256]byte
 	class := buf[:0]
+	if root {
+		class = append(class, 1)
+	}
 	for _, name := range s.labels {
 		v, ok := labels[name]
 		if !ok {
@@ -205,44 +339,88 @@ func (s *space) program(labels map[string]string) *Program {
 	}
 	var chosen []*policy
 	var members []byte
-	for i, pol := range s.policies {
-		if selects(pol.selector, labels) {
+	for _, pol := range s.policies {
+		if pol.selects(labels, pol.root == root) {
 			chosen = append(chosen, pol)
-			members = binary.AppendUvarint(members, uint64(i))
+			members = binary.AppendUvarint(members, pol.serial)
 		}
 	}
 	if p = s.programs[string(members)]; p == nil {
-		p = newProgram(chosen, s.root)
+		if p = s.inherited[string(members)]; p == nil {
+			p = newProgram(chosen, s.options)
+		}
 		s.programs[string(members)] = p
 	}
 	s.classes[string(class)] = p
 	return p
 }
 
-func newProgram(policies []*policy, root string) *Program {
-	p := &Program{}
+func newProgram(policies []*policy, o *Options) *Program {
+	p := &Program{language: o.Envoy.language(), compiled: true}
 	var peers []*policy
-	var deny, allow []*rule
+	rules := make(map[layer][]*rule)
+	listed := make(map[layer][]*Rule)
 	for _, pol := range policies {
+		at := layer{pol.whole.Action, pol.whole.Provider, pol.whole.DryRun}
 		switch {
 		case pol.reason != "":
 			p.refused = append(p.refused, pol.whole)
 		case pol.peer != nil:
 			peers = append(peers, pol)
-		case pol.action == ActionDeny:
-			deny = append(deny, pol.rules...)
+		case pol.key.kind == KindRequestAuthentication:
+			p.tokens = append(p.tokens, pol.tokens...)
 		default:
-			p.allowing = true
-			allow = append(allow, pol.rules...)
-			if len(pol.rules) == 0 {
-				p.empty = append(p.empty, pol.whole)
+			rules[at] = append(rules[at], pol.rules...)
+			if listed[at] = append(listed[at], pol.listed...); len(pol.listed) == 0 && pol.whole.Action == ActionAllow {
+				listed[at] = append(listed[at], pol.whole)
 			}
 		}
 	}
 	slices.SortFunc(p.refused, func(a, b *Rule) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.policy, b.policy), cmp.Compare(a.Origin, b.Origin), cmp.Compare(a.Line, b.Line))
 	})
-	p.peer = compose(peers, root)
-	p.deny, p.allow = newRuleset(deny), newRuleset(allow)
+	slices.SortFunc(p.tokens, func(a, b tokenRule) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Index, b.Index))
+	})
+	p.peer = compose(peers, o.root())
+	for _, at := range slices.SortedFunc(maps.Keys(rules), layer.compare) {
+		set := newRuleset(rules[at], p.language)
+		switch {
+		case at.action == ActionCustom:
+			p.custom = append(p.custom, provider{at.provider, set})
+		case at.action == ActionAudit:
+			p.audit = set
+		case at.action == ActionDeny && at.dryRun:
+			p.shadowDeny = set
+		case at.action == ActionDeny:
+			p.deny = set
+		case at.dryRun:
+			p.shadowAllow = set
+		default:
+			p.allow = set
+		}
+		list := listed[at]
+		slices.SortFunc(list, func(a, b *Rule) int { return cmp.Compare(a.order(), b.order()) })
+		p.rules = append(p.rules, list...)
+	}
+	p.several = len(p.custom) > 1 && !o.MultipleProviders
 	return p
+}
+
+// layer is policies that are looked at together.
+type layer struct {
+	action   Action
+	provider string
+	dryRun   bool
+}
+
+// compare is the order of Rules.
+func (l layer) compare(o layer) int {
+	dry := func(l layer) int {
+		if l.dryRun {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(cmp.Compare(o.action, l.action), cmp.Compare(l.provider, o.provider), cmp.Compare(dry(l), dry(o)))
 }

@@ -15,8 +15,15 @@ import (
 
 // This file says what Istio's webhook refuses, and what the rules of its custom
 // resource definitions (x-kubernetes-validations) refuse that concern more than
-// one value; the schemas are in schema.go. It also says what Istio takes that is
-// not enforced here yet.
+// one value; the schemas are in schema.go.
+
+// isDryRun reports whether a policy has the annotation, with a value that is true.
+func isDryRun(metadata map[string]any) bool {
+	annotations, _ := metadata["annotations"].(map[string]any)
+	s, _ := annotations[dryRun].(string)
+	on, _ := strconv.ParseBool(s)
+	return on
+}
 
 // dryRun is the annotation that makes a policy's rules shadow rules.
 const dryRun = "istio.io/dry-run"
@@ -62,9 +69,6 @@ func (r *report) authorizationPolicy(p *security.AuthorizationPolicy, spec tree,
 	case action != security.AuthorizationPolicy_CUSTOM && p.GetProvider() != nil:
 		r.invalid("spec.provider", "remove it or use action CUSTOM", "only a CUSTOM policy has a provider")
 	}
-	if action == security.AuthorizationPolicy_CUSTOM || action == security.AuthorizationPolicy_AUDIT {
-		r.unsupported("spec.action", "action "+action.String())
-	}
 	r.dryRun(metadata, action)
 	rules := spec.list("rules")
 	for i, rule := range p.GetRules() {
@@ -89,14 +93,12 @@ func (r *report) dryRun(metadata map[string]any, action security.AuthorizationPo
 	}
 	path := keyPath("metadata.annotations", dryRun)
 	s, _ := v.(string)
-	on, err := strconv.ParseBool(s)
+	_, err := strconv.ParseBool(s)
 	switch {
 	case action != security.AuthorizationPolicy_ALLOW && action != security.AuthorizationPolicy_DENY:
 		r.invalid(path, "remove it", "dry run exists for ALLOW and DENY only")
 	case err != nil:
 		r.invalid(path, `write "true" or "false"`, "%s is not a boolean", clip(s))
-	case on:
-		r.unsupported(path, "dry run")
 	}
 }
 
@@ -143,7 +145,6 @@ func (r *report) targetRef(ref *typev1beta1.PolicyTargetReference, path string) 
 	}
 	switch g + "/" + ref.GetKind() {
 	case "core/Service", "networking.istio.io/ServiceEntry", "gateway.networking.k8s.io/Gateway", "gateway.networking.k8s.io/GatewayClass":
-		r.unsupported(path, "a target reference")
 	default:
 		r.invalid(path, "refer to a Service, ServiceEntry, Gateway or GatewayClass", "%s is no kind that can be a target", clip(g+"/"+ref.GetKind()))
 	}
@@ -179,8 +180,6 @@ type values struct {
 	list  []string
 	// check tells what is wrong with one value, or nothing.
 	check func(string) string
-	// unsupported is what Istio takes there and is not enforced yet, or empty.
-	unsupported string
 	// custom says that CUSTOM policies can have it: they run before the peer's
 	// and the request's identity are established.
 	custom bool
@@ -190,26 +189,19 @@ func (r *report) source(s *security.Source, action security.AuthorizationPolicy_
 	r.lists(path, action, []values{
 		{field: "principals", list: s.GetPrincipals()},
 		{field: "notPrincipals", list: s.GetNotPrincipals()},
-		{field: "requestPrincipals", list: s.GetRequestPrincipals(), unsupported: "requestPrincipals"},
-		{field: "notRequestPrincipals", list: s.GetNotRequestPrincipals(), unsupported: "notRequestPrincipals"},
+		{field: "requestPrincipals", list: s.GetRequestPrincipals()},
+		{field: "notRequestPrincipals", list: s.GetNotRequestPrincipals()},
 		{field: "namespaces", list: s.GetNamespaces()},
 		{field: "notNamespaces", list: s.GetNotNamespaces()},
-		{field: "serviceAccounts", list: s.GetServiceAccounts(), check: badServiceAccount, unsupported: "serviceAccounts"},
-		{field: "notServiceAccounts", list: s.GetNotServiceAccounts(), check: badServiceAccount, unsupported: "notServiceAccounts"},
+		{field: "serviceAccounts", list: s.GetServiceAccounts(), check: badServiceAccount},
+		{field: "notServiceAccounts", list: s.GetNotServiceAccounts(), check: badServiceAccount},
 		{field: "ipBlocks", list: s.GetIpBlocks(), check: badIP, custom: true},
 		{field: "notIpBlocks", list: s.GetNotIpBlocks(), check: badIP, custom: true},
-		{field: "remoteIpBlocks", list: s.GetRemoteIpBlocks(), check: badIP, unsupported: "remoteIpBlocks", custom: true},
-		{field: "notRemoteIpBlocks", list: s.GetNotRemoteIpBlocks(), check: badIP, unsupported: "notRemoteIpBlocks", custom: true},
-		{field: "trustDomains", list: s.GetTrustDomains(), check: badTrustDomain, unsupported: "trustDomains"},
-		{field: "notTrustDomains", list: s.GetNotTrustDomains(), check: badTrustDomain, unsupported: "notTrustDomains"},
+		{field: "remoteIpBlocks", list: s.GetRemoteIpBlocks(), check: badIP, custom: true},
+		{field: "notRemoteIpBlocks", list: s.GetNotRemoteIpBlocks(), check: badIP, custom: true},
+		{field: "trustDomains", list: s.GetTrustDomains(), check: badTrustDomain},
+		{field: "notTrustDomains", list: s.GetNotTrustDomains(), check: badTrustDomain},
 	})
-	for _, f := range []values{{field: "ipBlocks", list: s.GetIpBlocks()}, {field: "notIpBlocks", list: s.GetNotIpBlocks()}} {
-		for i, v := range f.list {
-			if strings.Contains(v, "%") && badIP(v) == "" {
-				r.unsupported(fmt.Sprintf("%s.%s[%d]", path, f.field, i), "an address with a zone")
-			}
-		}
-	}
 }
 
 func (r *report) operation(o *security.Operation, path string) {
@@ -223,13 +215,6 @@ func (r *report) operation(o *security.Operation, path string) {
 		{field: "paths", list: o.GetPaths(), check: badPath},
 		{field: "notPaths", list: o.GetNotPaths(), check: badPath},
 	})
-	for _, f := range []values{{field: "paths", list: o.GetPaths()}, {field: "notPaths", list: o.GetNotPaths()}} {
-		for i, v := range f.list {
-			if hasTemplate(v) && badPath(v) == "" {
-				r.unsupported(fmt.Sprintf("%s.%s[%d]", path, f.field, i), "a path template")
-			}
-		}
-	}
 }
 
 // lists checks all lists of a source or an operation.
@@ -249,9 +234,6 @@ func (r *report) lists(path string, action security.AuthorizationPolicy_Action, 
 		}
 		if len(f.list) == 0 {
 			continue
-		}
-		if f.unsupported != "" {
-			r.unsupported(at, f.unsupported)
 		}
 		if action == security.AuthorizationPolicy_CUSTOM && !f.custom {
 			r.invalid(at, "use it in an ALLOW or DENY policy", "is not accepted in CUSTOM policies")
@@ -289,7 +271,6 @@ var conditionKeys = []struct {
 }
 
 func (r *report) condition(c *security.Condition, action security.AuthorizationPolicy_Action, path string) {
-	r.unsupported(path, "a condition (when)")
 	key := c.GetKey()
 	if key == "" {
 		if r.refused(path + ".key") {
@@ -374,7 +355,6 @@ func (r *report) requestAuthentication(p *security.RequestAuthentication, spec t
 			}
 		}
 	}
-	r.unsupported("kind", "RequestAuthentication")
 }
 
 // badURLPort reports whether a URL has a port that Istio can't read.
@@ -428,10 +408,6 @@ func badWildcard(v string) string {
 		return "may have one * at its start or end"
 	}
 	return ""
-}
-
-func hasTemplate(v string) bool {
-	return strings.Contains(v, "{*}") || strings.Contains(v, "{**}")
 }
 
 // badPath follows Istio's CheckValidPathTemplate, which concerns every path: a

@@ -99,13 +99,9 @@ func checkPolicy(object []byte) []kube.PolicyProblem {
 		if p.Severity != authz.SeverityError {
 			continue
 		}
-		reason := "Invalid"
-		if p.Reason == authz.ReasonUnsupported {
-			reason = "Unsupported"
-		}
 		// Which policy it is, and where, the condition says by standing there.
 		p.Resource, p.Line = "", 0
-		ps = append(ps, kube.PolicyProblem{Reason: reason, Message: p.Error()})
+		ps = append(ps, kube.PolicyProblem{Reason: "Invalid", Message: p.Error()})
 	}
 	return ps
 }

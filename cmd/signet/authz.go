@@ -148,7 +148,7 @@ func (w *workloadFlags) compile(o authz.Options, keepGoing bool, stderr io.Write
 
 	var refused []error
 	for _, p := range problems {
-		if p.Severity == authz.SeverityError && p.Reason != authz.ReasonUnsupported && !keepGoing {
+		if p.Severity == authz.SeverityError && !keepGoing {
 			refused = append(refused, p)
 			continue
 		}

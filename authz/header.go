@@ -1,0 +1,188 @@
+package authz
+
+import (
+	"bytes"
+	"net/netip"
+	"unsafe"
+)
+
+// headerTest is a condition on the values of a header.
+type headerTest struct {
+	name string
+	*patterns
+}
+
+// header holds a header's values against patterns, each value by itself. A
+// missing header matches nothing.
+func (v *view) header(h *headerTest) truth {
+	switch h.name {
+	case ":method":
+		return v.text(FieldMethod, v.Method, h.patterns)
+	case ":path":
+		return v.text(FieldPath, v.Path, h.patterns) // with its query
+	case ":authority", "host": // to Envoy the two are one
+		return v.text(FieldHost, v.Host, h.patterns)
+	}
+	if v.joins {
+		return v.joinedHeader(h)
+	}
+	best := no
+	if v.Known&FieldHeaders == 0 {
+		best = maybe // those that are there may not be all
+	}
+	for i := range v.Headers {
+		hd := &v.Headers[i]
+		if hd.Name != h.name {
+			continue
+		}
+		t := maybe
+		switch hd.Form {
+		case HeaderValue:
+			t = h.match(hd.Value)
+		case HeaderJoined:
+			t = h.matchJoined(hd.Value)
+		default:
+			if h.present() {
+				t = yes
+			}
+		}
+		if best = max(best, t); best == yes {
+			break
+		}
+	}
+	return best
+}
+
+// present reports whether presence alone matches.
+func (p *patterns) present() bool {
+	for i := range p.list {
+		if p.list[i].shape == present {
+			return true
+		}
+	}
+	return false
+}
+
+// maxPieces bounds in how many ways a joined value is split.
+const maxPieces = 64
+
+// matchJoined holds a value against the patterns that may be several, joined by
+// commas, for every way to split it.
+func (p *patterns) matchJoined(b []byte) truth {
+	if p.present() {
+		return yes
+	}
+	var cuts [maxPieces + 1]int // where pieces begin; the last is past the end
+	n := 1
+	for i, c := range b {
+		if c == ',' {
+			if n == maxPieces {
+				return maybe
+			}
+			cuts[n] = i + 1
+			n++
+		}
+	}
+	cuts[n] = len(b) + 1
+	// escapes has bit i if the pieces before i can be split so that nothing
+	// matches; any says that something can match at all.
+	escapes, any := uint64(1), false
+	last := false
+	for end := 1; end <= n; end++ {
+		out := false
+		for start := range end {
+			if p.match(b[cuts[start]:cuts[end]-1]) == no {
+				out = out || escapes&(1<<start) != 0
+			} else {
+				any = true
+			}
+		}
+		if end == n {
+			last = out
+		} else if out {
+			escapes |= 1 << end
+		}
+	}
+	switch {
+	case !any:
+		return no
+	case last:
+		return maybe
+	}
+	return yes
+}
+
+// joinedHeader is header as Envoys before 1.37.1 have it: the values joined by
+// commas are one.
+func (v *view) joinedHeader(h *headerTest) truth {
+	if v.Known&FieldHeaders == 0 {
+		return maybe
+	}
+	var buf [512]byte
+	var all []byte
+	found, unclear := 0, false
+	for i := range v.Headers {
+		hd := &v.Headers[i]
+		if hd.Name != h.name {
+			continue
+		}
+		switch found++; found {
+		case 1:
+			all = hd.Value
+		case 2:
+			all = append(append(append(buf[:0], all...), ','), hd.Value...)
+		default:
+			all = append(append(all, ','), hd.Value...)
+		}
+		unclear = unclear || hd.Form == HeaderUnclear
+	}
+	switch {
+	case found == 0:
+		return no
+	case h.present():
+		return yes
+	case unclear:
+		return maybe
+	}
+	return h.match(all)
+}
+
+// forwardedFor is the last entry of X-Forwarded-For, of all its values as if they
+// were joined, as Envoy takes it without use_remote_address and trusted hops. ok
+// is false if there is none that is an address, so that Envoy takes the peer's;
+// sure is false if that cannot be known.
+func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
+	values := 0
+	var value []byte
+	for i := range headers {
+		if headers[i].Name != "x-forwarded-for" {
+			continue
+		}
+		if headers[i].Form == HeaderUnclear {
+			return netip.Addr{}, false, false
+		}
+		values++
+		value = headers[i].Value
+	}
+	switch i := bytes.LastIndexByte(value, ','); {
+	case i >= 0 && i < len(value)-1:
+		value = value[i+1:]
+	case i >= 0, values > 1 && len(value) == 0:
+		// With nothing after its last comma Envoy takes the whole text, which
+		// has a comma and so is no address.
+		return netip.Addr{}, false, true
+	}
+	value = bytes.Trim(value, " \t\n\v\f\r")
+	if len(value) == 0 || len(value) > 64 {
+		return netip.Addr{}, false, true
+	}
+	// The text is looked at only during the call, and the error is not kept.
+	a, err := netip.ParseAddr(unsafe.String(&value[0], len(value)))
+	if err != nil {
+		return netip.Addr{}, false, true
+	}
+	if a.Zone() != "" { // what Envoy makes of it depends on its host's interfaces
+		return netip.Addr{}, false, false
+	}
+	return a, true, true
+}
