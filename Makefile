@@ -29,8 +29,8 @@ example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in 
 test: tools ## run all tests, with the race detector
 	@go run ./integration/testrun -race -timeout 20m ./...
 
-bench: tools ## run all benchmarks and write bin/bench.json
-	@mkdir -p bin && go run ./integration/bench -o bin/bench.json ./...
+bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
+	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
 lint: ## check format, code, modules, wire format, structure and links
 	@bash integration/lint.sh

@@ -1,9 +1,12 @@
 // Command bench runs Go benchmarks and writes every metric of every one, also
 // those that a benchmark reports itself (testing.B.ReportMetric), as JSON:
 //
-//	go run ./integration/bench -o bin/bench.json ./...
+//	go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 //
 // The file is an array of {"name", "value", "unit"}, sorted by name and unit.
+// Benchmarks whose names say engine=NAME are compared with the one that says
+// engine=signet and otherwise the same: how many times its time they take is a
+// metric of the unit "x-signet", and printed as a table.
 // What else is measured (memory of a daemon, time to the first secret) is a
 // benchmark as well, in the package that can measure it.
 package main
@@ -42,15 +45,25 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	output := flags.String("o", "bin/bench.json", "write the JSON to this `file`")
 	match := flags.String("bench", ".", "run benchmarks that match this `regexp`")
 	benchtime := flags.String("benchtime", "1s", "run each for this `time`")
+	var also []string
+	flags.Func("also", "run the benchmarks of the module in this `folder` as well; can be repeated", func(dir string) error {
+		also = append(also, dir)
+		return nil
+	})
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	// One package at a time, or they would disturb one another.
-	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-p", "1", "-run", "^$", "-bench", *match, "-benchmem", "-benchtime", *benchtime, "-timeout", "30m"}, flags.Args()...)...)
 	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, stdout), stderr
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w", strings.Join(cmd.Args, " "), err)
+	// One package at a time, or they would disturb one another.
+	test := []string{"test", "-p", "1", "-run", "^$", "-bench", *match, "-benchmem", "-benchtime", *benchtime, "-timeout", "30m"}
+	if err := goTest(ctx, "", append(test, flags.Args()...), io.MultiWriter(&out, stdout), stderr); err != nil {
+		return err
+	}
+	// Their go.mod follows the product's, which -mod=mod lets it do.
+	for _, dir := range also {
+		if err := goTest(ctx, dir, append(test, "-mod=mod", "./..."), io.MultiWriter(&out, stdout), stderr); err != nil {
+			return err
+		}
 	}
 	metrics, err := parse(&out)
 	if err != nil {
@@ -59,6 +72,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(metrics) == 0 {
 		return errors.New("no benchmark ran")
 	}
+	ratios := compare(metrics)
+	metrics = sorted(append(metrics, ratios...))
 	b, err := json.MarshalIndent(metrics, "", "  ")
 	if err != nil {
 		return err
@@ -66,8 +81,44 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := os.WriteFile(*output, append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("writing the metrics: %w", err)
 	}
+	if len(ratios) > 0 {
+		fmt.Fprintln(stdout, "\ntimes that of Signet:")
+	}
+	for _, r := range ratios {
+		fmt.Fprintf(stdout, "%10.1f  %s\n", r.Value, r.Name)
+	}
 	fmt.Fprintf(stdout, "%d metrics in %s\n", len(metrics), *output)
 	return nil
+}
+
+func goTest(ctx context.Context, dir string, args []string, stdout, stderr io.Writer) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, stdout, stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w", strings.Join(cmd.Args, " "), err)
+	}
+	return nil
+}
+
+// engine is the part of a name that says which engine was measured.
+var engine = regexp.MustCompile(`engine=[^/]+`)
+
+// compare is the time of each engine in that of Signet's on the same benchmark.
+func compare(metrics []metric) (ratios []metric) {
+	own := make(map[string]float64)
+	for _, m := range metrics {
+		if m.Unit == "ns/op" && engine.FindString(m.Name) == "engine=signet" {
+			own[m.Name] = m.Value
+		}
+	}
+	for _, m := range metrics {
+		e := engine.FindString(m.Name)
+		base, ok := own[engine.ReplaceAllString(m.Name, "engine=signet")]
+		if m.Unit == "ns/op" && e != "" && e != "engine=signet" && ok && base > 0 {
+			ratios = append(ratios, metric{m.Name, m.Value / base, "x-signet"})
+		}
+	}
+	return ratios
 }
 
 // metric is one number.
@@ -109,11 +160,15 @@ func parse(r io.Reader) ([]metric, error) {
 			metrics = append(metrics, metric{pkg + "." + procs.ReplaceAllString(fields[0], ""), value, fields[i+1]})
 		}
 	}
+	return sorted(metrics), nil
+}
+
+func sorted(metrics []metric) []metric {
 	slices.SortFunc(metrics, func(a, b metric) int {
 		if c := strings.Compare(a.Name, b.Name); c != 0 {
 			return c
 		}
 		return strings.Compare(a.Unit, b.Unit)
 	})
-	return metrics, nil
+	return metrics
 }

@@ -41,3 +41,18 @@ PASS
 		t.Error("a value that is no number was taken")
 	}
 }
+
+func TestCompare(t *testing.T) {
+	t.Parallel()
+	got := compare([]metric{
+		{"peers.Engines/engine=signet/policies=10/hit", 50, "ns/op"},
+		{"peers.Engines/engine=signet/policies=10/hit", 0, "B/op"},
+		{"peers.Engines/engine=other/policies=10/hit", 125, "ns/op"},
+		{"peers.Engines/engine=other/policies=10/hit", 7, "B/op"},
+		{"peers.Engines/engine=other/policies=20/hit", 125, "ns/op"},
+		{"authz.Decide/policies=10", 40, "ns/op"},
+	})
+	if diff := cmp.Diff([]metric{{"peers.Engines/engine=other/policies=10/hit", 2.5, "x-signet"}}, got); diff != "" {
+		t.Error(diff)
+	}
+}
