@@ -20,6 +20,14 @@ type Attestor interface {
 	Attest(ctx context.Context, e attest.Evidence) (w identity.Workload, until time.Time, err error)
 }
 
+// TokenKeys knows the keys of the issuer of workloads' tokens.
+type TokenKeys interface {
+	// Published is what is known now, to be handed to agents, and a channel that is
+	// closed when that changes. An empty issuer: nothing is known yet.
+	Published() (keys identity.TokenKeys, changed <-chan struct{})
+	attest.KeySource
+}
+
 // Config is what an Authority is made of.
 type Config struct {
 	// TrustDomain is required, and cannot change once the authority exists.
@@ -45,6 +53,9 @@ type Config struct {
 	Agents Attestor
 	// Workloads verifies a workload's token: audience signet. Required.
 	Workloads Attestor
+	// TokenKeys are handed to agents, which verify their proxies' tokens with them;
+	// nil: agents have keys of their own.
+	TokenKeys TokenKeys
 	// TokenEvery is how long an agent may renew without a fresh token; 0 means a
 	// day.
 	TokenEvery time.Duration

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,6 +41,8 @@ const (
 	maxToken        = 16 << 10
 	maxPodUID       = 64
 	maxHeads        = 128
+	maxKeyIDs       = 8
+	maxKeyID        = 1024
 	maxVersion      = 128
 	retryUnknownPod = time.Second
 	retryFailure    = 2 * time.Second
@@ -562,15 +566,20 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 
 func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
 	requests := receive(ctx, stream.Recv)
+	looking := make(chan struct{}, 1)
 	for {
 		t, trustChanged := a.trust.Load()
 		h, headChanged := a.head.Load()
+		keys, keysChanged := a.tokenKeys()
 		if ctx.Err() != nil {
 			return ended(ctx)
 		}
 		m := &capb.WatchTrustResponse{Trust: trustToProto(t)}
 		if h.Sequence > 0 {
 			m.LogHead = headToProto(h)
+		}
+		if keys.Issuer != "" {
+			m.TokenKeys = tokenKeysToProto(keys)
 		}
 		if err := stream.Send(m); err != nil {
 			return err
@@ -584,6 +593,8 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 				break wait
 			case <-headChanged:
 				break wait
+			case <-keysChanged:
+				break wait
 			case q := <-requests:
 				if errors.Is(q.err, io.EOF) {
 					return nil
@@ -594,9 +605,64 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 				if err := a.hear(r, q.msg); err != nil {
 					return err
 				}
+				if err := a.lookForKeys(ctx, q.msg.GetUnknownKeyIds(), looking); err != nil {
+					return err
+				}
 			}
 		}
 	}
+}
+
+// tokenKeys is what agents are handed, and a channel that is closed when that
+// changes; nil if there is nothing to hand.
+func (a *Authority) tokenKeys() (identity.TokenKeys, <-chan struct{}) {
+	if a.cfg.TokenKeys == nil {
+		return identity.TokenKeys{}, nil
+	}
+	return a.cfg.TokenKeys.Published()
+}
+
+// lookForKeys looks for keys that an agent has met in tokens and does not know. What
+// is found is published. One search at a time for each stream: who invents key IDs
+// gets no more, and the source of the keys has limits of its own.
+func (a *Authority) lookForKeys(ctx context.Context, ids []string, looking chan struct{}) error {
+	if len(ids) > maxKeyIDs {
+		return status.Errorf(codes.InvalidArgument, "%d unknown keys; at most %d are allowed", len(ids), maxKeyIDs)
+	}
+	for _, id := range ids {
+		if len(id) > maxKeyID {
+			return status.Errorf(codes.InvalidArgument, "a key ID of %d bytes; at most %d are allowed", len(id), maxKeyID)
+		}
+	}
+	if len(ids) == 0 || a.cfg.TokenKeys == nil {
+		return nil
+	}
+	select {
+	case looking <- struct{}{}:
+	default:
+		return nil
+	}
+	go func() {
+		defer func() { <-looking }()
+		for _, id := range ids {
+			if _, ok, err := a.cfg.TokenKeys.Key(ctx, id); err != nil || !ok {
+				a.cfg.Log.Debug("a key that an agent asks for is not known", "err", err)
+			}
+		}
+	}()
+	return nil
+}
+
+func tokenKeysToProto(k identity.TokenKeys) *capb.TokenKeys {
+	p := &capb.TokenKeys{Issuer: k.Issuer}
+	for _, id := range slices.Sorted(maps.Keys(k.Keys)) {
+		der, err := x509.MarshalPKIXPublicKey(k.Keys[id])
+		if err != nil {
+			continue // of a kind that no agent uses
+		}
+		p.Keys = append(p.Keys, &capb.JWTKey{KeyId: id, PublicKey: der})
+	}
+	return p
 }
 
 // hear takes what an agent says on WatchTrust.

@@ -85,6 +85,10 @@ type Config struct {
 	// node have taken up, and a channel that is closed when it changes. Nil: every
 	// sequence counts as acknowledged when it arrives.
 	Acknowledged func(current uint64) (sequence uint64, changed <-chan struct{})
+	// UnknownKeys are the IDs of keys that tokens named and that TokenKeys does not
+	// hold, at most 8, for the authority to look for, and a channel that is closed
+	// when they change. Nil: there never are any.
+	UnknownKeys func() (ids []string, changed <-chan struct{})
 	// Saved and SavedTrust are from before a restart; nil if there is nothing.
 	Saved      *Credential
 	SavedTrust *identity.Trust
@@ -101,6 +105,7 @@ type Client struct {
 	pin     pin
 	trust   identity.Watched[*identity.Trust]
 	cred    identity.Watched[*Credential]
+	keys    identity.Watched[identity.TokenKeys]
 	nodeUID atomic.Pointer[string]
 	session identity.Watched[*session]
 	up      identity.Watched[uint64] // how often the authority was reached after it was not
@@ -157,6 +162,11 @@ func (c *Client) Trust() (*identity.Trust, <-chan struct{}) { return c.trust.Loa
 // Credential is the agent's own SVID, nil before the first attestation, and a
 // channel that is closed when it changes.
 func (c *Client) Credential() (*Credential, <-chan struct{}) { return c.cred.Load() }
+
+// TokenKeys are the keys of the issuer of workloads' tokens, as the authority said
+// last, and a channel that is closed when it says something else. The issuer is
+// empty before.
+func (c *Client) TokenKeys() (identity.TokenKeys, <-chan struct{}) { return c.keys.Load() }
 
 // Reached counts how often the authority was reached after it was not, and has a
 // channel that is closed when it is reached again: what failed in the outage can

@@ -2,11 +2,14 @@ package caclient
 
 import (
 	"context"
+	"crypto"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,8 +154,13 @@ func (s *session) watchTrust(ctx context.Context) error {
 	for {
 		ack, changed := c.acknowledged()
 		heads := c.heads.all()
-		if first || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) {
-			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads}
+		var unknown []string
+		var unknownChanged <-chan struct{}
+		if c.cfg.UnknownKeys != nil {
+			unknown, unknownChanged = c.cfg.UnknownKeys()
+		}
+		if first || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
+			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown}
 			if err := stream.Send(said); err != nil {
 				_, err = stream.Recv() // the status behind io.EOF
 				return err
@@ -163,6 +171,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changed:
+		case <-unknownChanged:
 		case r := <-in:
 			if r.err != nil {
 				return r.err
@@ -170,9 +179,30 @@ func (s *session) watchTrust(ctx context.Context) error {
 			if err := c.believe(r.m.GetTrust()); err != nil {
 				return err
 			}
+			c.learn(r.m.GetTokenKeys())
 			s.alive()
 			c.heads.see(r.m.GetLogHead())
 		}
+	}
+}
+
+// learn takes the keys of the issuer of workloads' tokens. Keys that cannot be read
+// are of a kind that this agent does not use.
+func (c *Client) learn(p *capb.TokenKeys) {
+	if p.GetIssuer() == "" {
+		return
+	}
+	k := identity.TokenKeys{Issuer: p.GetIssuer(), Keys: map[string]crypto.PublicKey{}}
+	for _, key := range p.GetKeys() {
+		public, err := x509.ParsePKIXPublicKey(key.GetPublicKey())
+		if err != nil {
+			c.cfg.Log.Debug("a key of the issuer of tokens cannot be read", "kid", key.GetKeyId(), "err", err)
+			continue
+		}
+		k.Keys[key.GetKeyId()] = public
+	}
+	if !k.Equal(c.keys.Value()) {
+		c.keys.Store(k)
 	}
 }
 

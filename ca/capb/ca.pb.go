@@ -933,7 +933,11 @@ type WatchTrustRequest struct {
 	// has taken up; zero before the first.
 	Acknowledged uint64 `protobuf:"varint,1,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	// log_heads are the highest heads that the agent has seen, one per instance.
-	LogHeads      []*LogHead `protobuf:"bytes,2,rep,name=log_heads,json=logHeads,proto3" json:"log_heads,omitempty"`
+	LogHeads []*LogHead `protobuf:"bytes,2,rep,name=log_heads,json=logHeads,proto3" json:"log_heads,omitempty"`
+	// unknown_key_ids are IDs of keys that workloads' tokens named on this node and
+	// that token_keys did not hold; at most 8. The authority looks for them, and what
+	// it finds comes as token_keys.
+	UnknownKeyIds []string `protobuf:"bytes,3,rep,name=unknown_key_ids,json=unknownKeyIds,proto3" json:"unknown_key_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -982,11 +986,21 @@ func (x *WatchTrustRequest) GetLogHeads() []*LogHead {
 	return nil
 }
 
+func (x *WatchTrustRequest) GetUnknownKeyIds() []string {
+	if x != nil {
+		return x.UnknownKeyIds
+	}
+	return nil
+}
+
 type WatchTrustResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Trust *Trust                 `protobuf:"bytes,1,opt,name=trust,proto3" json:"trust,omitempty"`
 	// log_head is the newest signed head of the authority's issuance log.
-	LogHead       *LogHead `protobuf:"bytes,2,opt,name=log_head,json=logHead,proto3" json:"log_head,omitempty"`
+	LogHead *LogHead `protobuf:"bytes,2,opt,name=log_head,json=logHead,proto3" json:"log_head,omitempty"`
+	// token_keys are what workloads' tokens are verified with, whole. Unset: the
+	// authority does not know, and what it said before stays.
+	TokenKeys     *TokenKeys `protobuf:"bytes,3,opt,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1035,6 +1049,67 @@ func (x *WatchTrustResponse) GetLogHead() *LogHead {
 	return nil
 }
 
+func (x *WatchTrustResponse) GetTokenKeys() *TokenKeys {
+	if x != nil {
+		return x.TokenKeys
+	}
+	return nil
+}
+
+// TokenKeys are the keys of the issuer of workloads' service-account tokens.
+type TokenKeys struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// issuer is the tokens' iss.
+	Issuer        string    `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	Keys          []*JWTKey `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenKeys) Reset() {
+	*x = TokenKeys{}
+	mi := &file_ca_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenKeys) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenKeys) ProtoMessage() {}
+
+func (x *TokenKeys) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenKeys.ProtoReflect.Descriptor instead.
+func (*TokenKeys) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *TokenKeys) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *TokenKeys) GetKeys() []*JWTKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 // Trust is everything an agent has to believe, as of sequence.
 type Trust struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1053,7 +1128,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_ca_proto_msgTypes[14]
+	mi := &file_ca_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1140,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[14]
+	mi := &file_ca_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1153,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{14}
+	return file_ca_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Trust) GetSequence() uint64 {
@@ -1129,7 +1204,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_ca_proto_msgTypes[15]
+	mi := &file_ca_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1216,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[15]
+	mi := &file_ca_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1229,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{15}
+	return file_ca_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1189,7 +1264,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_ca_proto_msgTypes[16]
+	mi := &file_ca_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1276,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[16]
+	mi := &file_ca_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1289,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{16}
+	return file_ca_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1248,7 +1323,7 @@ type Ban struct {
 
 func (x *Ban) Reset() {
 	*x = Ban{}
-	mi := &file_ca_proto_msgTypes[17]
+	mi := &file_ca_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1335,7 @@ func (x *Ban) String() string {
 func (*Ban) ProtoMessage() {}
 
 func (x *Ban) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[17]
+	mi := &file_ca_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1348,7 @@ func (x *Ban) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ban.ProtoReflect.Descriptor instead.
 func (*Ban) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{17}
+	return file_ca_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Ban) GetSubject() isBan_Subject {
@@ -1364,7 +1439,7 @@ type LogHead struct {
 
 func (x *LogHead) Reset() {
 	*x = LogHead{}
-	mi := &file_ca_proto_msgTypes[18]
+	mi := &file_ca_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1451,7 @@ func (x *LogHead) String() string {
 func (*LogHead) ProtoMessage() {}
 
 func (x *LogHead) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[18]
+	mi := &file_ca_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1464,7 @@ func (x *LogHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogHead.ProtoReflect.Descriptor instead.
 func (*LogHead) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{18}
+	return file_ca_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogHead) GetInstance() uint32 {
@@ -1435,7 +1510,7 @@ type WatchNodeRequest struct {
 
 func (x *WatchNodeRequest) Reset() {
 	*x = WatchNodeRequest{}
-	mi := &file_ca_proto_msgTypes[19]
+	mi := &file_ca_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1447,7 +1522,7 @@ func (x *WatchNodeRequest) String() string {
 func (*WatchNodeRequest) ProtoMessage() {}
 
 func (x *WatchNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[19]
+	mi := &file_ca_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1460,7 +1535,7 @@ func (x *WatchNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchNodeRequest.ProtoReflect.Descriptor instead.
 func (*WatchNodeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{19}
+	return file_ca_proto_rawDescGZIP(), []int{20}
 }
 
 type WatchNodeResponse struct {
@@ -1478,7 +1553,7 @@ type WatchNodeResponse struct {
 
 func (x *WatchNodeResponse) Reset() {
 	*x = WatchNodeResponse{}
-	mi := &file_ca_proto_msgTypes[20]
+	mi := &file_ca_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +1565,7 @@ func (x *WatchNodeResponse) String() string {
 func (*WatchNodeResponse) ProtoMessage() {}
 
 func (x *WatchNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[20]
+	mi := &file_ca_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1578,7 @@ func (x *WatchNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchNodeResponse.ProtoReflect.Descriptor instead.
 func (*WatchNodeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{20}
+	return file_ca_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WatchNodeResponse) GetNodeUid() string {
@@ -1550,7 +1625,7 @@ type Pod struct {
 
 func (x *Pod) Reset() {
 	*x = Pod{}
-	mi := &file_ca_proto_msgTypes[21]
+	mi := &file_ca_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1637,7 @@ func (x *Pod) String() string {
 func (*Pod) ProtoMessage() {}
 
 func (x *Pod) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[21]
+	mi := &file_ca_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1650,7 @@ func (x *Pod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pod.ProtoReflect.Descriptor instead.
 func (*Pod) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{21}
+	return file_ca_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Pod) GetUid() string {
@@ -1635,7 +1710,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_ca_proto_msgTypes[22]
+	mi := &file_ca_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1647,7 +1722,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[22]
+	mi := &file_ca_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1660,7 +1735,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{22}
+	return file_ca_proto_rawDescGZIP(), []int{23}
 }
 
 type StatusResponse struct {
@@ -1678,7 +1753,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_ca_proto_msgTypes[23]
+	mi := &file_ca_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1690,7 +1765,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[23]
+	mi := &file_ca_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +1778,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{23}
+	return file_ca_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StatusResponse) GetVersion() string {
@@ -1770,7 +1845,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[24]
+	mi := &file_ca_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1782,7 +1857,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[24]
+	mi := &file_ca_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1795,7 +1870,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{24}
+	return file_ca_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -1846,7 +1921,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1858,7 +1933,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1871,7 +1946,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{25}
+	return file_ca_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -1973,13 +2048,19 @@ const file_ca_proto_rawDesc = "" +
 	"\x15CODE_UNKNOWN_WORKLOAD\x10\x04\x12\x14\n" +
 	"\x10CODE_UNSUPPORTED\x10\x05\x12\x14\n" +
 	"\x10CODE_UNAVAILABLE\x10\x06\x12\r\n" +
-	"\tCODE_BUSY\x10\a\"k\n" +
+	"\tCODE_BUSY\x10\a\"\x93\x01\n" +
 	"\x11WatchTrustRequest\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\x04R\facknowledged\x122\n" +
-	"\tlog_heads\x18\x02 \x03(\v2\x15.signet.ca.v1.LogHeadR\blogHeads\"q\n" +
+	"\tlog_heads\x18\x02 \x03(\v2\x15.signet.ca.v1.LogHeadR\blogHeads\x12&\n" +
+	"\x0funknown_key_ids\x18\x03 \x03(\tR\runknownKeyIds\"\xa9\x01\n" +
 	"\x12WatchTrustResponse\x12)\n" +
 	"\x05trust\x18\x01 \x01(\v2\x13.signet.ca.v1.TrustR\x05trust\x120\n" +
-	"\blog_head\x18\x02 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\"\xb7\x01\n" +
+	"\blog_head\x18\x02 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\x126\n" +
+	"\n" +
+	"token_keys\x18\x03 \x01(\v2\x17.signet.ca.v1.TokenKeysR\ttokenKeys\"M\n" +
+	"\tTokenKeys\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12(\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xb7\x01\n" +
 	"\x05Trust\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12.\n" +
@@ -2069,7 +2150,7 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),             // 0: signet.ca.v1.Refusal.Code
 	(*AttestRequest)(nil),         // 1: signet.ca.v1.AttestRequest
@@ -2086,28 +2167,29 @@ var file_ca_proto_goTypes = []any{
 	(*Refusal)(nil),               // 12: signet.ca.v1.Refusal
 	(*WatchTrustRequest)(nil),     // 13: signet.ca.v1.WatchTrustRequest
 	(*WatchTrustResponse)(nil),    // 14: signet.ca.v1.WatchTrustResponse
-	(*Trust)(nil),                 // 15: signet.ca.v1.Trust
-	(*Bundle)(nil),                // 16: signet.ca.v1.Bundle
-	(*JWTKey)(nil),                // 17: signet.ca.v1.JWTKey
-	(*Ban)(nil),                   // 18: signet.ca.v1.Ban
-	(*LogHead)(nil),               // 19: signet.ca.v1.LogHead
-	(*WatchNodeRequest)(nil),      // 20: signet.ca.v1.WatchNodeRequest
-	(*WatchNodeResponse)(nil),     // 21: signet.ca.v1.WatchNodeResponse
-	(*Pod)(nil),                   // 22: signet.ca.v1.Pod
-	(*StatusRequest)(nil),         // 23: signet.ca.v1.StatusRequest
-	(*StatusResponse)(nil),        // 24: signet.ca.v1.StatusResponse
-	(*AuthorityStatus)(nil),       // 25: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),           // 26: signet.ca.v1.AgentStatus
-	nil,                           // 27: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*TokenKeys)(nil),             // 15: signet.ca.v1.TokenKeys
+	(*Trust)(nil),                 // 16: signet.ca.v1.Trust
+	(*Bundle)(nil),                // 17: signet.ca.v1.Bundle
+	(*JWTKey)(nil),                // 18: signet.ca.v1.JWTKey
+	(*Ban)(nil),                   // 19: signet.ca.v1.Ban
+	(*LogHead)(nil),               // 20: signet.ca.v1.LogHead
+	(*WatchNodeRequest)(nil),      // 21: signet.ca.v1.WatchNodeRequest
+	(*WatchNodeResponse)(nil),     // 22: signet.ca.v1.WatchNodeResponse
+	(*Pod)(nil),                   // 23: signet.ca.v1.Pod
+	(*StatusRequest)(nil),         // 24: signet.ca.v1.StatusRequest
+	(*StatusResponse)(nil),        // 25: signet.ca.v1.StatusResponse
+	(*AuthorityStatus)(nil),       // 26: signet.ca.v1.AuthorityStatus
+	(*AgentStatus)(nil),           // 27: signet.ca.v1.AgentStatus
+	nil,                           // 28: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
 }
 var file_ca_proto_depIdxs = []int32{
 	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
-	15, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	28, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	28, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	16, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
+	29, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	29, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
@@ -2115,40 +2197,42 @@ var file_ca_proto_depIdxs = []int32{
 	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	28, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	29, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	29, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	19, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
-	15, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
-	19, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
-	16, // 18: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
-	18, // 19: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	17, // 20: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	28, // 21: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	28, // 22: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
-	22, // 23: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	27, // 24: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	25, // 25: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	19, // 26: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	26, // 27: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	28, // 28: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	28, // 29: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	28, // 30: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 31: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 32: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 33: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	20, // 34: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	23, // 35: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	3,  // 36: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 37: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 38: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	21, // 39: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	24, // 40: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	36, // [36:41] is the sub-list for method output_type
-	31, // [31:36] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	30, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	20, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
+	16, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
+	20, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
+	15, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
+	18, // 19: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
+	17, // 20: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
+	19, // 21: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
+	18, // 22: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
+	29, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	29, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	23, // 25: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
+	28, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	26, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	20, // 28: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	27, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	29, // 30: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	29, // 31: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	29, // 32: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	1,  // 33: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	5,  // 34: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	13, // 35: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	21, // 36: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	24, // 37: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	3,  // 38: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	9,  // 39: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	14, // 40: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	22, // 41: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	25, // 42: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	38, // [38:43] is the sub-list for method output_type
+	33, // [33:38] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -2171,19 +2255,19 @@ func file_ca_proto_init() {
 		(*IssueResult_Jwt)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
-	file_ca_proto_msgTypes[17].OneofWrappers = []any{
+	file_ca_proto_msgTypes[18].OneofWrappers = []any{
 		(*Ban_SpiffeId)(nil),
 		(*Ban_Serial)(nil),
 		(*Ban_Node)(nil),
 	}
-	file_ca_proto_msgTypes[21].OneofWrappers = []any{}
+	file_ca_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/identity/attest"
 
 	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
@@ -132,6 +133,14 @@ func (c *Cluster) connect() error {
 // Pods are the pods that are alive, with the UIDs of their nodes and service
 // accounts. It is filled while Run runs.
 func (c *Cluster) Pods() *identity.Pods { return &c.view.pods }
+
+// TokenKeys are the keys of the API server's issuer.
+func (c *Cluster) TokenKeys() interface {
+	Published() (keys identity.TokenKeys, changed <-chan struct{})
+	attest.KeySource
+} {
+	return c.keys
+}
 
 // Synced waits until pods, nodes and service accounts were read once and the
 // issuer's keys are known. Before that nobody must be served from Pods.

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"crypto"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 
 	"golang.org/x/time/rate"
@@ -44,6 +46,8 @@ type keys struct {
 	known  chan struct{}          // closed then
 	mu     sync.Mutex             // held while the keys are read
 	failed atomic.Pointer[error]  // why they could not be the last time; nil: they could
+
+	published identity.Watched[identity.TokenKeys]
 }
 
 func newKeys(fetch func(context.Context) (string, []byte, error), want string, log *slog.Logger, m *metrics) *keys {
@@ -75,6 +79,10 @@ func (k *keys) issuer() (name string, ok bool) {
 	}
 	return s.issuer, true
 }
+
+// Published is the keys as they were read last, and a channel that is closed when
+// others were read. The issuer is empty before.
+func (k *keys) Published() (identity.TokenKeys, <-chan struct{}) { return k.published.Load() }
 
 // Key implements attest.KeySource. A key that is not known is looked for at the API
 // server. If that may not be done now, or fails, nothing is said: the token may be
@@ -147,6 +155,13 @@ func (k *keys) read(ctx context.Context) error {
 		k.log.Info("keys of the issuer", "issuer", next.issuer, "keys", len(next.byID))
 	}
 	k.set.Store(next)
+	public := identity.TokenKeys{Issuer: next.issuer, Keys: make(map[string]crypto.PublicKey, len(next.byID))}
+	for id, key := range next.byID {
+		public.Keys[id] = key.Public
+	}
+	if !public.Equal(k.published.Value()) {
+		k.published.Store(public)
+	}
 	if before == nil {
 		close(k.known)
 	}

@@ -86,7 +86,7 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg.Pods, cfg.Agents, cfg.Workloads = world.pods, world.agents, world.workloads
+	cfg.Pods, cfg.Agents, cfg.Workloads, cfg.TokenKeys = world.pods, world.agents, world.workloads, world.tokenKeys
 
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
 	authority, err := ca.Open(ctx, cfg)

@@ -21,6 +21,8 @@ type world struct {
 	// attestor makes another verifier of tokens over the same pods and keys. Where
 	// there is an API server, reviewed has it asked, too.
 	attestor func(c attest.Config, reviewed bool) (ca.Attestor, error)
+	// tokenKeys are handed to agents.
+	tokenKeys ca.TokenKeys
 	// ready is nil once the world is known, else why it is not.
 	ready func() error
 	// synced waits for that. Nobody must be served before.
@@ -42,11 +44,11 @@ func (c config) world(log *slog.Logger, reg prometheus.Registerer) (world, error
 	if err != nil {
 		return world{}, err
 	}
-	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Issuer: c.Tokens.Issuer, Log: log})
 	if err != nil {
 		return world{}, err
 	}
-	w := world{pods: pods, ready: keys.Err, synced: func(context.Context) error { return nil },
+	w := world{pods: pods, tokenKeys: keys, ready: keys.Err, synced: func(context.Context) error { return nil },
 		loops: func(*ca.Authority) []run.Job { return nil }}
 	w.attestor = func(a attest.Config, _ bool) (ca.Attestor, error) {
 		a.Issuer, a.Keys, a.Pods = c.Tokens.Issuer, keys, pods
@@ -66,7 +68,7 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 	if err != nil {
 		return world{}, err
 	}
-	w := world{pods: k.Pods(), ready: k.Ready, synced: k.Synced}
+	w := world{pods: k.Pods(), tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced}
 	w.attestor = func(a attest.Config, reviewed bool) (ca.Attestor, error) {
 		at, err := k.Attestor(a, reviewed)
 		if err != nil {

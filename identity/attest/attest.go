@@ -79,7 +79,8 @@ func (e Evidence) LogValue() slog.Value { return slog.StringValue(e.String()) }
 
 // Config says which tokens an [Attestor] accepts.
 type Config struct {
-	// Issuer is compared with iss, byte for byte. Required.
+	// Issuer is compared with iss, byte for byte. Empty is only allowed where Keys
+	// say whose they are, as [Handed] do.
 	Issuer string
 	// Audience must be the only one of a token: signet-ca for agents, signet for
 	// workloads. Required.
@@ -146,7 +147,7 @@ func New(cfg Config) (*Attestor, error) {
 
 func newAttestor(cfg Config) (*Attestor, error) {
 	switch {
-	case cfg.Issuer == "":
+	case cfg.Issuer == "" && !saysIssuer(cfg.Keys):
 		return nil, errors.New("no issuer is configured; name the one in the tokens' iss")
 	case cfg.Issuer == legacyIssuer:
 		return nil, fmt.Errorf("issuer %s makes tokens that are bound to no pod and never expire; name the issuer of projected tokens", legacyIssuer)
@@ -202,6 +203,28 @@ func newAttestor(cfg Config) (*Attestor, error) {
 	}
 	a.metrics = m
 	return a, nil
+}
+
+// issuerSource is a KeySource that says whose keys it has.
+type issuerSource interface {
+	Issuer() (issuer string, ok bool)
+}
+
+func saysIssuer(k KeySource) bool {
+	_, ok := k.(issuerSource)
+	return ok
+}
+
+// issuer is the one that tokens must be of.
+func (a *Attestor) issuer() (string, error) {
+	if a.cfg.Issuer != "" {
+		return a.cfg.Issuer, nil
+	}
+	// That newAttestor asked for one makes this hold.
+	if issuer, ok := a.cfg.Keys.(issuerSource).Issuer(); ok && issuer != "" {
+		return issuer, nil
+	}
+	return "", &refusal{kind: ErrUnavailable, check: checkUnavailable, detail: "the issuer is not known yet", cause: errNotHanded}
 }
 
 // Attest says which workload the evidence proves, and until when. The workload is

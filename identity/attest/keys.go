@@ -3,6 +3,7 @@ package attest
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/signet-mesh/signet/identity"
 )
 
 const (
@@ -30,6 +33,8 @@ const (
 type KeysConfig struct {
 	// File holds a JSON Web Key Set (RFC 7517 §5), at most 256 KiB. Required.
 	File string
+	// Issuer is whose keys they are; only [Keys.Published] says it.
+	Issuer string
 	// Interval is how often the file is read at most, unless an unknown key ID
 	// is asked for. Zero means DefaultKeysInterval.
 	Interval time.Duration
@@ -56,6 +61,8 @@ type Keys struct {
 	mu   sync.Mutex             // held while the file is read; guards data
 	data []byte                 // what set was parsed from
 	err  atomic.Pointer[error]  // what is wrong with the file now; nil: nothing
+
+	published identity.Watched[identity.TokenKeys]
 }
 
 // OpenKeys reads the keys. The file must be usable now.
@@ -101,6 +108,12 @@ func (k *Keys) Key(_ context.Context, kid string) (key Key, ok bool, err error) 
 	k.mu.Unlock()
 	key, ok = k.set.Load().byID[kid]
 	return key, ok, nil
+}
+
+// Published is the keys that were read last, to be handed to agents, and a channel
+// that is closed when others were read.
+func (k *Keys) Published() (keys identity.TokenKeys, changed <-chan struct{}) {
+	return k.published.Load()
 }
 
 // Err is what is wrong with the file, for readiness and health: nil if the keys
@@ -150,6 +163,11 @@ func (k *Keys) reload() error {
 	k.log.Info("issuer keys read", "file", k.cfg.File, "keys", len(set.byID))
 	k.set.Store(set)
 	k.data = data
+	public := make(map[string]crypto.PublicKey, len(set.byID))
+	for id, key := range set.byID {
+		public[id] = key.Public
+	}
+	k.published.Store(identity.TokenKeys{Issuer: k.cfg.Issuer, Keys: public})
 	return nil
 }
 

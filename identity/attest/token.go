@@ -213,11 +213,15 @@ func parseClaims(payload []byte) (*claims, error) {
 
 // checkClaims checks the claims of RFC 7519: whose token, for whom, and when.
 func (a *Attestor) checkClaims(c *claims, now time.Time) error {
-	if c.Issuer != a.cfg.Issuer {
+	issuer, err := a.issuer()
+	if err != nil {
+		return err
+	}
+	if c.Issuer != issuer {
 		if c.Issuer == legacyIssuer {
 			return refuse(checkIssuer, "a legacy token, bound to no pod; project one with an audience")
 		}
-		return refuse(checkIssuer, "%s is not %q", quoted(c.Issuer), a.cfg.Issuer)
+		return refuse(checkIssuer, "%s is not %q", quoted(c.Issuer), issuer)
 	}
 	if len(c.Audience) != 1 || c.Audience[0] != a.cfg.Audience {
 		return refuse(checkAudience, "%s is not exactly %q", quoted(strings.Join(c.Audience, ", ")), a.cfg.Audience)
