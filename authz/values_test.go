@@ -57,7 +57,7 @@ func FuzzValues(f *testing.F) {
 				rule.To = []*security.Rule_To{{Operation: c.op}}
 			}
 			n := naive{root: "istio-system", domains: []string{"own.td", "old.td"}, policies: []naivePolicy{
-				{"default", "p", &security.AuthorizationPolicy{Rules: []*security.Rule{rule}}},
+				{"default", "p", false, &security.AuthorizationPolicy{Rules: []*security.Rule{rule}}},
 			}}
 			r := authz.Request{
 				Known: authz.FieldsHTTP, HTTP: true, Authenticated: true,
