@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -150,13 +152,24 @@ func (e *Envoy) WaitReady(tb testing.TB) {
 // Listener is HOST:PORT of a listener by name, as it was bound.
 func (e *Envoy) Listener(tb testing.TB, name string) string {
 	tb.Helper()
+	listeners := e.Listeners(tb)
+	if address, ok := listeners[name]; ok {
+		return address
+	}
+	tb.Fatalf("Envoy has no listener %q: %v", name, listeners)
+	return ""
+}
+
+// Listeners are HOST:PORT of all listeners by name, as they were bound.
+func (e *Envoy) Listeners(tb testing.TB) map[string]string {
+	tb.Helper()
 	var answer struct {
 		Statuses []struct {
 			Name    string `json:"name"`
 			Address struct {
 				Socket struct {
 					Address string `json:"address"`
-					Port    int    `json:"port_value"`
+					Port    uint16 `json:"port_value"`
 				} `json:"socket_address"`
 			} `json:"local_address"`
 		} `json:"listener_statuses"`
@@ -168,13 +181,11 @@ func (e *Envoy) Listener(tb testing.TB, name string) string {
 	if err != nil {
 		tb.Fatalf("asking Envoy for its listeners: %v", err)
 	}
+	listeners := make(map[string]string)
 	for _, s := range answer.Statuses {
-		if s.Name == name {
-			return fmt.Sprintf("%s:%d", s.Address.Socket.Address, s.Address.Socket.Port)
-		}
+		listeners[s.Name] = net.JoinHostPort(s.Address.Socket.Address, strconv.Itoa(int(s.Address.Socket.Port)))
 	}
-	tb.Fatalf("Envoy has no listener %q:\n%s", name, b)
-	return ""
+	return listeners
 }
 
 // Stats are all counters and gauges by name.

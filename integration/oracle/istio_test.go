@@ -119,6 +119,24 @@ type filters struct {
 	Modes map[uint32]string `json:"modes"`
 }
 
+// allowing says whether the last HTTP filter enforces ALLOW policies.
+func (f filters) allowing() bool {
+	if len(f.HTTP) == 0 {
+		return false
+	}
+	var last struct {
+		Config struct {
+			Rules *struct {
+				Action   string `json:"action"`
+				Policies any    `json:"policies"`
+			} `json:"rules"`
+		} `json:"typedConfig"`
+	}
+	// The action ALLOW is the default, which JSON leaves out. Other filters have
+	// rules of another form.
+	return json.Unmarshal(f.HTTP[len(f.HTTP)-1], &last) == nil && last.Config.Rules != nil && last.Config.Rules.Action == ""
+}
+
 func (i *istio) build(tb testing.TB, m mesh) filters {
 	tb.Helper()
 	var answer struct {
