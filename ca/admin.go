@@ -1,13 +1,18 @@
 package ca
 
 import (
+	"bufio"
 	"context"
 	"crypto/x509"
+	"errors"
 	"slices"
 	"strings"
 
 	"github.com/signet-mesh/signet/ca/capb"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -29,6 +34,9 @@ func (s admin) Status(ctx context.Context, _ *capb.StatusRequest) (*capb.StatusR
 	if h := a.head.Value(); h.Sequence > 0 {
 		resp.LogHead = headToProto(h)
 	}
+	if l := a.losses.now.Load(); l != nil {
+		resp.LostHead = headToProto(l.head())
+	}
 	for _, e := range j.Authorities {
 		c, err := x509.ParseCertificate(e.Certificate)
 		if err != nil {
@@ -40,6 +48,87 @@ func (s admin) Status(ctx context.Context, _ *capb.StatusRequest) (*capb.StatusR
 	}
 	resp.Agents = a.agents.status()
 	return resp, nil
+}
+
+// ListLog implements signet.ca.v1.Admin.
+func (s admin) ListLog(q *capb.ListLogRequest, stream grpc.ServerStreamingServer[capb.LogEntry]) error {
+	return s.read(stream.Context(), "listing the issuance log", func(b book) error {
+		for e, err := range b.Records(stream.Context(), q) {
+			if err == nil {
+				err = stream.Send(e)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// VerifyLog implements signet.ca.v1.Admin.
+func (s admin) VerifyLog(ctx context.Context, q *capb.VerifyLogRequest) (resp *capb.VerifyResponse, err error) {
+	err = s.read(ctx, "verifying the issuance log", func(b book) (err error) {
+		resp, err = b.Verify(ctx, q.GetHeads(), q.GetStore())
+		return err
+	})
+	return resp, err
+}
+
+// read calls f with the authority's book. An operator may know what is wrong.
+func (s admin) read(ctx context.Context, what string, f func(book) error) error {
+	b, done, err := s.a.open(ctx)
+	if err == nil {
+		err = errors.Join(f(b), done())
+	}
+	if err != nil && ctx.Err() == nil {
+		s.a.cfg.Log.Error(what+" failed", "err", err)
+		return status.Errorf(codes.Internal, "%s: %v", what, err)
+	}
+	return err
+}
+
+// AcceptLogLoss implements signet.ca.v1.Admin.
+func (s admin) AcceptLogLoss(ctx context.Context, q *capb.AcceptLogLossRequest) (*capb.AcceptLogLossResponse, error) {
+	err := s.a.acceptLoss(ctx, q.GetSequence(), q.GetReason())
+	switch {
+	case errors.Is(err, errNoLoss):
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	case err != nil:
+		s.a.cfg.Log.Error("accepting a loss failed", "err", err)
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &capb.AcceptLogLossResponse{}, nil
+}
+
+// Backup implements signet.ca.v1.Admin.
+func (s admin) Backup(_ *capb.BackupRequest, stream grpc.ServerStreamingServer[capb.BackupChunk]) error {
+	w := bufio.NewWriterSize(chunks{stream}, backupChunk)
+	err := s.a.Backup(stream.Context(), w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err != nil && stream.Context().Err() == nil {
+		s.a.cfg.Log.Error("backup failed", "err", err)
+		return status.Error(codes.Unavailable, err.Error())
+	}
+	return err
+}
+
+// backupChunk is how many bytes of a backup go into one message.
+const backupChunk = 256 << 10
+
+// chunks writes to a stream of chunks.
+type chunks struct {
+	stream grpc.ServerStreamingServer[capb.BackupChunk]
+}
+
+func (c chunks) Write(p []byte) (int, error) {
+	for part := range slices.Chunk(p, backupChunk) {
+		if err := c.stream.Send(&capb.BackupChunk{Data: part}); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
 }
 
 // status lists the agents' SVIDs on record, by node and then by end.

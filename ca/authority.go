@@ -58,9 +58,9 @@ type Authority struct {
 	trust        identity.Watched[*identity.Trust]
 	head         identity.Watched[storage.Head] // newest signed head; zero before the first
 	serving      atomic.Pointer[tls.Certificate]
-	servingRenew time.Time                    // owned by Open and then by Run
-	lost         atomic.Pointer[storage.Head] // a signed head that the log does not hold
-	strangers    chan struct{}                // a place for each first attestation under way
+	servingRenew time.Time // owned by Open and then by Run
+	losses       losses
+	strangers    chan struct{} // a place for each first attestation under way
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
 	// metrics count every refusal.
@@ -306,6 +306,9 @@ func (a *Authority) start(ctx context.Context) error {
 	if _, err := a.clock.now(); err != nil {
 		return err
 	}
+	if err := a.loadLosses(ctx); err != nil {
+		return err
+	}
 	if err := a.load(ctx); err != nil {
 		return err
 	}
@@ -317,7 +320,26 @@ func (a *Authority) start(ctx context.Context) error {
 		return err
 	}
 	if head, ok := a.log.SignedHead(); ok {
+		if !a.verifyHead(head) {
+			return fmt.Errorf("issuance log: the signed head at record %d is not signed by this authority's log key: somebody else wrote it; restore the log from backup", head.Sequence)
+		}
 		a.head.Store(head)
+	}
+	if c, ok := a.log.Checkpoint(); ok && !verifyCheckpoint(a.journal.LogPublicKey, c) {
+		return fmt.Errorf("issuance log: the checkpoint at record %d is not signed by this authority's log key: the records before it were removed by somebody else; restore the log from backup", c.Sequence)
+	}
+	if a.cfg.AcceptLogLoss > 0 {
+		// A flag that stays in a unit file accepts that loss and no other.
+		if err := a.acceptLoss(ctx, a.cfg.AcceptLogLoss, "flag --accept-log-loss"); errors.Is(err, errNoLoss) {
+			a.cfg.Log.Warn("--accept-log-loss has no effect; remove it", "err", err)
+		} else if err != nil {
+			return err
+		}
+	}
+	if err := a.signing(); err != nil {
+		// It starts all the same, for the operator, and serves agents as long as it can.
+		a.cfg.Log.Error("nothing is signed until an operator decides", "err", err)
+		return nil
 	}
 	return a.renewServing(ctx)
 }
@@ -375,7 +397,7 @@ func (a *Authority) load(ctx context.Context) error {
 	a.trust.Store(t)
 	// An intermediate that expired while the authority was down is replaced before
 	// anything is served; one that is due is left to Run.
-	if now := time.Now().Round(0); !now.Before(a.intermediate.Load().cert.NotAfter) {
+	if now := time.Now().Round(0); !now.Before(a.intermediate.Load().cert.NotAfter) && a.signing() == nil {
 		return a.renewIntermediate(ctx)
 	}
 	return nil
@@ -396,8 +418,8 @@ func (a *Authority) Ready() error {
 	if err := a.failing(); err != nil {
 		return err
 	}
-	if h := a.lost.Load(); h != nil {
-		return fmt.Errorf("an agent holds a signed head of this log at record %d that the log does not hold: records were lost; restore the log", h.Sequence)
+	if err := a.signing(); err != nil {
+		return err
 	}
 	now := time.Now()
 	if c := a.intermediate.Load().cert; !now.Before(c.NotAfter) {
@@ -407,19 +429,23 @@ func (a *Authority) Ready() error {
 }
 
 // Run does the authority's background work until ctx ends: it signs the log's
-// head, renews the intermediate and the serving certificate, and forgets agents
-// whose SVIDs expired. It returns nil when ctx ended; a failure is retried, and
+// head, renews the intermediate and the serving certificate, forgets agents whose
+// SVIDs expired, and prunes the log. It returns nil when ctx ended; a failure is retried, and
 // is the reason in Ready meanwhile.
 func (a *Authority) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.every(ctx, "head", a.cfg.HeadInterval, a.signHead) })
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
+	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
 	g.Go(func() error {
 		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(time.Now()); return nil })
 	})
 	return g.Wait()
 }
+
+// pruneEvery is how often old records are looked for.
+const pruneEvery = 10 * time.Minute
 
 // tick is how often due renewals are looked for: often enough for SVIDs of
 // seconds.
@@ -442,19 +468,24 @@ func (a *Authority) every(ctx context.Context, job string, d time.Duration, f fu
 		if ctx.Err() != nil {
 			return nil
 		}
-		a.mu.Lock()
-		if again := a.failures[job] != nil; err != nil {
-			a.failures[job] = err
-			if !again {
-				a.cfg.Log.Error("background work failed; it is tried again until it succeeds", "job", job, "err", err)
-			}
-		} else {
-			delete(a.failures, job)
-			if again {
-				a.cfg.Log.Info("background work succeeds again", "job", job)
-			}
+		a.fails(job, err)
+	}
+}
+
+// fails notes what a job failed at last, nil if it succeeded.
+func (a *Authority) fails(job string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if again := a.failures[job] != nil; err != nil {
+		a.failures[job] = err
+		if !again {
+			a.cfg.Log.Error("background work failed; it is tried again until it succeeds", "job", job, "err", err)
 		}
-		a.mu.Unlock()
+	} else {
+		delete(a.failures, job)
+		if again {
+			a.cfg.Log.Info("background work succeeds again", "job", job)
+		}
 	}
 }
 
@@ -570,15 +601,53 @@ func (a *Authority) signHead(ctx context.Context) error {
 	if signed, ok := a.log.SignedHead(); h.Sequence == 0 || ok && signed.Sequence == h.Sequence {
 		return nil
 	}
-	sum := hashHead(h)
+	if a.signing() != nil {
+		return nil // a head would vouch for a log that lost records
+	}
 	var err error
-	if h.Signature, err = a.logKey.Sign(rand.Reader, sum[:], crypto.SHA256); err != nil {
+	if h.Signature, err = a.signStatement(h.SignedBytes()); err != nil {
 		return fmt.Errorf("signing the log's head: %w", err)
 	}
 	if err := a.log.AppendHead(ctx, h); err != nil {
 		return fmt.Errorf("recording the log's head: %w", err)
 	}
 	a.head.Store(h)
+	return nil
+}
+
+func (a *Authority) signStatement(b []byte) ([]byte, error) {
+	sum := hashStatement(b)
+	return a.logKey.Sign(rand.Reader, sum[:], crypto.SHA256)
+}
+
+// pruneLog removes records of the issuance log that are older than the retention,
+// in this log and in those of retired instances.
+func (a *Authority) pruneLog(ctx context.Context) error {
+	if a.cfg.LogRetention == 0 {
+		return nil
+	}
+	now, err := a.clock.now()
+	if err != nil {
+		return errors.Join(errors.New("pruning the issuance log"), err)
+	}
+	n, err := a.log.Prune(ctx, now.Add(-a.cfg.LogRetention), func(c storage.Checkpoint) ([]byte, error) { return a.signStatement(c.SignedBytes()) })
+	if err != nil {
+		return err
+	}
+	if c, ok := a.log.Checkpoint(); ok && n > 0 {
+		a.cfg.Log.Info("old records left the issuance log", "up_to", c.Sequence, "older_than", a.cfg.LogRetention, "segments", n)
+	}
+	// The log of a retired instance ended no later than the instance did.
+	for _, r := range a.losses.retired {
+		dir := retiredDir(filepath.Join(a.cfg.DataDir, folderName), r.Instance)
+		if _, err := os.Stat(dir); err != nil || now.Sub(r.Retired) < a.cfg.LogRetention {
+			continue
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err)
+		}
+		a.cfg.Log.Info("the issuance log of a retired instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)
+	}
 	return nil
 }
 

@@ -62,6 +62,12 @@ type Config struct {
 	// HeadInterval is how often the head of a log that grew is signed; 0 means
 	// 10 seconds.
 	HeadInterval time.Duration
+	// LogRetention is how long records of the issuance log are kept, by whole
+	// segments; 0 keeps them for ever.
+	LogRetention time.Duration
+	// AcceptLogLoss is the record at which a signed head was lost that the operator
+	// accepts the loss of; 0 for none. Another loss than that stays open.
+	AcceptLogLoss uint64
 	// Version goes into Status.
 	Version string
 	// Log receives what operators should read; nil discards it.
@@ -158,6 +164,9 @@ func (c Config) check() error {
 	}
 	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
 		bad("%w", err)
+	}
+	if c.LogRetention != 0 && c.LogRetention < 2*s.MaxTTL {
+		bad("issuanceLog.retention %v: must be at least twice svid.maxTTL (%v): what is still valid must be in the log", c.LogRetention, s.MaxTTL)
 	}
 	for _, n := range c.DNSNames {
 		if !validDNSName(n) {

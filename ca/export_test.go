@@ -108,3 +108,6 @@ func (k KeyUses) Len() int             { return k.u.len() }
 
 // CertifiedKeys is how many keys the authority remembers.
 func (a *Authority) CertifiedKeys() int { return a.keyUses.len() }
+
+// RenewServing makes a new serving certificate.
+func (a *Authority) RenewServing(ctx context.Context) error { return a.renewServing(ctx) }

@@ -1,11 +1,18 @@
 package ca_test
 
 import (
+	"bytes"
+	"crypto/rand"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
 )
 
 func mkdir(t testing.TB, dir string, mode os.FileMode) {
@@ -44,4 +51,36 @@ func restoreTree(t testing.TB, files map[string][]byte, dir string) {
 			t.Fatal(err)
 		}
 	}
+}
+
+func listenUnix(path string) (net.Listener, error) { return net.Listen("unix", path) }
+
+// gauge is the value of a metric without labels.
+func gauge(t testing.TB, r *prometheus.Registry, name string) float64 {
+	t.Helper()
+	for _, f := range must(r.Gather()) {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
+}
+
+func clone(r *capb.IssuanceRecord) *capb.IssuanceRecord { return proto.CloneOf(r) }
+
+func marshal(t testing.TB, r *capb.IssuanceRecord) []byte {
+	t.Helper()
+	b, err := proto.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// freshSerial is that of a record with other random bytes.
+func freshSerial(r *capb.IssuanceRecord) []byte {
+	s := bytes.Clone(r.GetSerial())
+	_, _ = rand.Read(s[7:])
+	return s
 }

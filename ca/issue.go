@@ -75,6 +75,9 @@ type issuer struct {
 // order of certs; one that may not be issued fails alone. A failure to record
 // fails all of them, and then none is signed.
 func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate) ([]issued, error) {
+	if err := a.signing(); err != nil {
+		return nil, err
+	}
 	now, err := a.clock.now()
 	if err != nil {
 		return nil, err

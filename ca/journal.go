@@ -54,20 +54,28 @@ func loadJournal(ctx context.Context, s storage.Store) (journal, uint64, error) 
 	if err != nil {
 		return journal{}, 0, fmt.Errorf("reading the journal: %w", err)
 	}
-	var version struct{ Version int }
-	if err := json.Unmarshal(e.Value, &version); err != nil {
-		return journal{}, 0, fmt.Errorf("reading the journal: %w", err)
-	}
-	if version.Version > journalVersion {
-		return journal{}, 0, fmt.Errorf("reading the journal: %w: it has version %d, this build reads up to %d; run the newer signet-ca", storage.ErrNewerFormat, version.Version, journalVersion)
-	}
-	var j journal
-	d := json.NewDecoder(bytes.NewReader(e.Value))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&j); err != nil {
-		return journal{}, 0, fmt.Errorf("reading the journal: %w", err)
+	j, err := parseJournal(e.Value)
+	if err != nil {
+		return journal{}, 0, err
 	}
 	return j, e.Revision, nil
+}
+
+func parseJournal(b []byte) (journal, error) {
+	var version struct{ Version int }
+	if err := json.Unmarshal(b, &version); err != nil {
+		return journal{}, fmt.Errorf("reading the journal: %w", err)
+	}
+	if version.Version > journalVersion {
+		return journal{}, fmt.Errorf("reading the journal: %w: it has version %d, this build reads up to %d; run the newer signet-ca", storage.ErrNewerFormat, version.Version, journalVersion)
+	}
+	var j journal
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&j); err != nil {
+		return journal{}, fmt.Errorf("reading the journal: %w", err)
+	}
+	return j, nil
 }
 
 // commit replaces the journal that was read at revision; 0 means that there was
@@ -84,11 +92,12 @@ func (j journal) commit(ctx context.Context, s storage.Store, revision uint64) (
 	return next, nil
 }
 
-func hashHead(h storage.Head) [sha256.Size]byte { return sha256.Sum256(h.SignedBytes()) }
+// hashStatement is what the log's key signs of a head or a checkpoint.
+func hashStatement(b []byte) [sha256.Size]byte { return sha256.Sum256(b) }
 
 // verifyHead reports whether h carries a signature of this replica's log key.
 func (a *Authority) verifyHead(h storage.Head) bool {
 	pub, ok := a.logKey.Public().(*ecdsa.PublicKey)
-	sum := hashHead(h)
+	sum := hashStatement(h.SignedBytes())
 	return ok && h.Instance == uint32(a.instance) && ecdsa.VerifyASN1(pub, sum[:], h.Signature)
 }

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/signet-mesh/signet/storage"
+
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -150,7 +152,21 @@ func (a *Authority) loadKeyUses(ctx context.Context) error {
 		// What is certified is certified: a conflict is for the log's verification.
 		_ = a.keyUses.claim(hash[:], "", c.NotAfter, now)
 	}
-	for r, err := range a.log.Scan(ctx, a.log.Since(now.Add(-a.cfg.SVID.MaxTTL))) {
+	b, done, err := a.open(ctx)
+	if err != nil {
+		return err
+	}
+	since := now.Add(-a.cfg.SVID.MaxTTL)
+	for _, l := range b.logs {
+		if l.FileLog.Head().Time.After(since) {
+			err = errors.Join(err, a.claimRecorded(ctx, l.FileLog, since, now))
+		}
+	}
+	return errors.Join(err, done())
+}
+
+func (a *Authority) claimRecorded(ctx context.Context, log *storage.FileLog, since, now time.Time) error {
+	for r, err := range log.Scan(ctx, log.Since(since)) {
 		if err != nil {
 			return err
 		}

@@ -65,7 +65,6 @@ var (
 	derCertAndCRLSign   = []byte{0x03, 0x02, 0x01, 0x06}                               // bits 5 and 6
 	derServerAndClient  = []byte{0x30, 0x14, 0x06, 0x08, 0x2b, 6, 1, 5, 5, 7, 3, 0x01, // serverAuth
 		0x06, 0x08, 0x2b, 6, 1, 5, 5, 7, 3, 0x02} // clientAuth
-	derEmptyName = []byte{0x30, 0x00}
 )
 
 // extension is what one extension must be.

@@ -9,6 +9,7 @@ type metrics struct {
 	lintFailures prometheus.Counter
 	keysForgot   prometheus.Counter
 	logFailures  prometheus.Counter
+	retiredLost  *prometheus.GaugeVec
 	batch        prometheus.Histogram
 }
 
@@ -25,13 +26,15 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "Certificates that did not have their profile, and were neither recorded nor signed."}),
 		keysForgot: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_keys_forgotten_total",
 			Help: "Certified keys that were forgotten before their certificates expired, because there are too many."}),
+		retiredLost: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "signet_ca_retired_log_lost_records",
+			Help: "Records of a retired instance that agents have a signed head of and that the backup did not have."}, []string{"instance"}),
 		logFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_log_failures_total",
 			Help: "Batches that could not be recorded, so that nothing was signed."}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "signet_ca_issue_seconds",
 			Help: "Time to answer a batch.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14)}),
 	}
 	if r != nil {
-		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.logFailures, m.batch)
+		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.retiredLost, m.logFailures, m.batch)
 	}
 	return m
 }
@@ -46,8 +49,25 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 	}
 	gauge("signet_ca_root_not_after_seconds", "When the active root ends, Unix seconds.", func() float64 { return float64(a.root.cert.NotAfter.Unix()) })
 	gauge("signet_ca_intermediate_not_after_seconds", "When the active intermediate ends, Unix seconds.", func() float64 { return float64(a.intermediate.Load().cert.NotAfter.Unix()) })
-	gauge("signet_ca_serving_not_after_seconds", "When the serving certificate ends, Unix seconds.", func() float64 { return float64(a.serving.Load().Leaf.NotAfter.Unix()) })
+	gauge("signet_ca_serving_not_after_seconds", "When the serving certificate ends, Unix seconds.", func() float64 {
+		c := a.serving.Load()
+		if c == nil {
+			return 0
+		}
+		return float64(c.Leaf.NotAfter.Unix())
+	})
 	gauge("signet_ca_log_records", "Sequence number of the newest record of the issuance log.", func() float64 { return float64(a.log.Head().Sequence) })
+	gauge("signet_ca_log_lost_record", "Record of a signed head that the issuance log does not hold, for which nothing is signed; 0 if there is none.", func() float64 {
+		l := a.losses.now.Load()
+		if l == nil {
+			return 0
+		}
+		return float64(l.Sequence)
+	})
+	gauge("signet_ca_log_first_record", "Sequence number of the oldest record of the issuance log.", func() float64 {
+		c, _ := a.log.Checkpoint()
+		return float64(c.Sequence + 1)
+	})
 	gauge("signet_ca_trust_sequence", "Sequence number of the current state of trust.", func() float64 { return float64(a.trust.Value().Sequence()) })
 	gauge("signet_ca_certified_keys", "Keys with a certificate that has not expired, which no other identity can get certified.", func() float64 { return float64(a.keyUses.len()) })
 	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })

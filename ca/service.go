@@ -40,7 +40,7 @@ const (
 	maxInFlight     = 4 // batches of one stream that are worked on at once
 	maxToken        = 16 << 10
 	maxPodUID       = 64
-	maxHeads        = 128
+	maxHeads        = 256 // two of each instance
 	maxKeyIDs       = 8
 	maxKeyID        = 1024
 	maxVersion      = 128
@@ -90,7 +90,12 @@ func (a *Authority) tlsConfig() *tls.Config {
 		SessionTicketsDisabled: true,
 		NextProtos:             []string{"h2"},
 		ClientAuth:             tls.RequestClientCert,
-		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return a.serving.Load(), nil },
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if c := a.serving.Load(); c != nil {
+				return c, nil
+			}
+			return nil, errors.New("there is no serving certificate yet")
+		},
 		// A certificate that does not verify ends the handshake: a client with a
 		// stale one is told at once, and not by a method's code.
 		VerifyConnection: func(s tls.ConnectionState) error {
@@ -676,15 +681,8 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 	a.agents.acknowledge(r.Node, m.GetAcknowledged())
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
-		// A head counts only with this replica's own signature: an agent cannot
-		// make the authority believe that its log was cut.
-		if err != nil || !a.verifyHead(h) {
-			continue
-		}
-		// A log that was cut and has grown back has another hash there.
-		if same, known, err := a.log.Holds(context.Background(), h); err == nil && known && !same && a.lost.Swap(&h) == nil {
-			a.cfg.Log.Error("the issuance log does not hold a head that it signed: records were lost or an old copy was put back",
-				"node", r.Node, "head", h.Sequence, "log", a.log.Head().Sequence)
+		if err == nil {
+			a.returned(context.Background(), r.Node, h)
 		}
 	}
 	return nil

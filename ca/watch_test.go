@@ -154,7 +154,7 @@ func TestALogThatLostRecordsIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "records were lost") {
+	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "lost records") {
 		t.Errorf("not noticed: %v", err)
 	}
 }
@@ -360,7 +360,7 @@ func TestALogThatGrewBackIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "records were lost") {
+	if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "lost records") {
 		t.Errorf("not noticed: %v", err)
 	}
 }

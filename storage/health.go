@@ -52,10 +52,13 @@ func (l *FileLog) Holds(ctx context.Context, h Head) (same, known bool, err erro
 	if b := s.segments[i].base; b.sequence == h.Sequence {
 		return b.hash == h.Hash, true, nil
 	}
-	err = l.walk(ctx, s, i, func(b batch) bool {
+	err = l.walk(ctx, s, i, func(b batch) (bool, error) {
+		if b.count == 0 {
+			return true, nil
+		}
 		after := b.after()
 		same = after.sequence == h.Sequence && after.hash == h.Hash
-		return after.sequence < h.Sequence
+		return after.sequence < h.Sequence, nil
 	})
 	if err != nil {
 		return false, false, fmt.Errorf("looking for a head in log %s: %w", l.dir, err)

@@ -127,6 +127,7 @@ func (s *segmentReader) next() (b batch, err error) {
 		var h Head
 		if h, err = parseHead(payload); err == nil {
 			err = s.chain.head(h, carried)
+			b.head = &h
 		}
 	default:
 		return batch{}, s.at(fmt.Errorf("frame of type %d: %w", kind, ErrNewerFormat))
@@ -202,8 +203,9 @@ func (l *FileLog) snapshot() snapshot {
 }
 
 // walk reads the segments of a snapshot from one on, checks everything, and calls
-// visit for each batch until it returns false.
-func (l *FileLog) walk(ctx context.Context, s snapshot, from int, visit func(batch) bool) error {
+// visit for each batch, and for each signed head as a batch without records, until
+// it returns false or an error.
+func (l *FileLog) walk(ctx context.Context, s snapshot, from int, visit func(batch) (bool, error)) error {
 	if s.err != nil {
 		return s.err
 	}
@@ -226,7 +228,7 @@ func (l *FileLog) walk(ctx context.Context, s snapshot, from int, visit func(bat
 }
 
 // walkSegment reads one segment of a snapshot; done means that visit has enough.
-func (l *FileLog) walkSegment(ctx context.Context, seg segment, last bool, c *chain, visit func(batch) bool) (done bool, err error) {
+func (l *FileLog) walkSegment(ctx context.Context, seg segment, last bool, c *chain, visit func(batch) (bool, error)) (done bool, err error) {
 	name := segmentName(seg.index)
 	f, err := l.fs.Open(filepath.Join(l.dir, name))
 	if err != nil {
@@ -265,7 +267,9 @@ func (l *FileLog) walkSegment(ctx context.Context, seg segment, last bool, c *ch
 		case err != nil:
 			return false, err
 		}
-		if b.count > 0 && !visit(b) {
+		if more, err := visit(b); err != nil {
+			return false, r.at(err)
+		} else if !more {
 			return true, nil
 		}
 	}
@@ -288,13 +292,16 @@ func (l *FileLog) Scan(ctx context.Context, from uint64) iter.Seq2[Record, error
 		for start > 0 && s.segments[start].base.sequence >= max(from, 1) {
 			start--
 		}
-		err := l.walk(ctx, s, start, func(b batch) bool {
+		err := l.walk(ctx, s, start, func(b batch) (bool, error) {
+			if b.count == 0 {
+				return true, nil
+			}
 			t := fromUnixNano(b.time)
 			// One copy for the batch: the reader reuses its buffer.
 			b.records = slices.Clone(b.records)
 			return b.each(func(sequence uint64, data []byte) bool {
 				return sequence < from || yield(Record{Sequence: sequence, Time: t, Data: data}, nil)
-			})
+			}), nil
 		})
 		if err != nil {
 			yield(Record{}, fmt.Errorf("reading log %s: %w", l.dir, err))
@@ -318,9 +325,22 @@ func (l *FileLog) Since(t time.Time) uint64 {
 // that the segments continue each other and that signed heads name states of the
 // chain. It does not verify signatures. It can run while others append.
 func (l *FileLog) Verify(ctx context.Context) error {
+	return l.VerifyHeads(ctx, func(Head) error { return nil })
+}
+
+// VerifyHeads is Verify that also has each recorded signed head checked, in order,
+// after it was found to name a state of the chain. A head that later segments repeat
+// is checked once for each.
+func (l *FileLog) VerifyHeads(ctx context.Context, check func(Head) error) error {
 	l.reading.RLock()
 	defer l.reading.RUnlock()
-	if err := l.walk(ctx, l.snapshot(), 0, func(batch) bool { return true }); err != nil {
+	err := l.walk(ctx, l.snapshot(), 0, func(b batch) (bool, error) {
+		if b.head == nil {
+			return true, nil
+		}
+		return true, check(*b.head)
+	})
+	if err != nil {
 		return fmt.Errorf("verifying log %s: %w", l.dir, err)
 	}
 	return nil

@@ -182,6 +182,7 @@ type batch struct {
 	count   uint32
 	records []byte // count times length (4 bytes) and data
 	hash    [32]byte
+	head    *Head // a signed head in the place of a batch; count is 0
 }
 
 // after is the chain's state after the batch.

@@ -1747,6 +1747,9 @@ type StatusResponse struct {
 	Authorities   []*AuthorityStatus     `protobuf:"bytes,5,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	LogHead       *LogHead               `protobuf:"bytes,6,opt,name=log_head,json=logHead,proto3" json:"log_head,omitempty"`
 	Agents        []*AgentStatus         `protobuf:"bytes,7,rep,name=agents,proto3" json:"agents,omitempty"`
+	// lost_head is set while the authority does not sign because its log does not
+	// hold this head that it signed.
+	LostHead      *LogHead `protobuf:"bytes,20,opt,name=lost_head,json=lostHead,proto3" json:"lost_head,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1830,6 +1833,594 @@ func (x *StatusResponse) GetAgents() []*AgentStatus {
 	return nil
 }
 
+func (x *StatusResponse) GetLostHead() *LogHead {
+	if x != nil {
+		return x.LostHead
+	}
+	return nil
+}
+
+// ListLogRequest says which records; what is not set does not restrict.
+type ListLogRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// from is a sequence number of the present instance's log.
+	From uint64 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	// limit is how many records at most; 0 means all.
+	Limit    uint64                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	Since    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	Until    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	SpiffeId string                 `protobuf:"bytes,5,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Node     string                 `protobuf:"bytes,6,opt,name=node,proto3" json:"node,omitempty"`
+	PodUid   string                 `protobuf:"bytes,7,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	Serial   []byte                 `protobuf:"bytes,8,opt,name=serial,proto3" json:"serial,omitempty"`
+	// key_hash is SHA-256 of a SubjectPublicKeyInfo.
+	KeyHash       []byte `protobuf:"bytes,9,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListLogRequest) Reset() {
+	*x = ListLogRequest{}
+	mi := &file_ca_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListLogRequest) ProtoMessage() {}
+
+func (x *ListLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListLogRequest.ProtoReflect.Descriptor instead.
+func (*ListLogRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ListLogRequest) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *ListLogRequest) GetLimit() uint64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListLogRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ListLogRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *ListLogRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *ListLogRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ListLogRequest) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *ListLogRequest) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *ListLogRequest) GetKeyHash() []byte {
+	if x != nil {
+		return x.KeyHash
+	}
+	return nil
+}
+
+// LogEntry is a record of the issuance log, and where and when it was written.
+type LogEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      uint32                 `protobuf:"varint,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	Record        *IssuanceRecord        `protobuf:"bytes,4,opt,name=record,proto3" json:"record,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogEntry) Reset() {
+	*x = LogEntry{}
+	mi := &file_ca_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogEntry) ProtoMessage() {}
+
+func (x *LogEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
+func (*LogEntry) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *LogEntry) GetInstance() uint32 {
+	if x != nil {
+		return x.Instance
+	}
+	return 0
+}
+
+func (x *LogEntry) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *LogEntry) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *LogEntry) GetRecord() *IssuanceRecord {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+type VerifyLogRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// heads are signed heads that somebody kept.
+	Heads []*LogHead `protobuf:"bytes,1,rep,name=heads,proto3" json:"heads,omitempty"`
+	// store also checks the state.
+	Store         bool `protobuf:"varint,2,opt,name=store,proto3" json:"store,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyLogRequest) Reset() {
+	*x = VerifyLogRequest{}
+	mi := &file_ca_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyLogRequest) ProtoMessage() {}
+
+func (x *VerifyLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyLogRequest.ProtoReflect.Descriptor instead.
+func (*VerifyLogRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *VerifyLogRequest) GetHeads() []*LogHead {
+	if x != nil {
+		return x.Heads
+	}
+	return nil
+}
+
+func (x *VerifyLogRequest) GetStore() bool {
+	if x != nil {
+		return x.Store
+	}
+	return false
+}
+
+type VerifyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// problems is what is wrong, one sentence each; empty if all is well.
+	Problems []string `protobuf:"bytes,1,rep,name=problems,proto3" json:"problems,omitempty"`
+	// more is how many further problems there are.
+	More uint64       `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	Logs []*LogReport `protobuf:"bytes,3,rep,name=logs,proto3" json:"logs,omitempty"`
+	// entries is how many entries of the state were checked.
+	Entries       uint64 `protobuf:"varint,4,opt,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyResponse) Reset() {
+	*x = VerifyResponse{}
+	mi := &file_ca_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyResponse) ProtoMessage() {}
+
+func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
+func (*VerifyResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *VerifyResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetMore() uint64 {
+	if x != nil {
+		return x.More
+	}
+	return 0
+}
+
+func (x *VerifyResponse) GetLogs() []*LogReport {
+	if x != nil {
+		return x.Logs
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetEntries() uint64 {
+	if x != nil {
+		return x.Entries
+	}
+	return 0
+}
+
+// LogReport is what was read of one log.
+type LogReport struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Instance uint32                 `protobuf:"varint,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	// first and last are the sequence numbers of the records that are there.
+	First uint64 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
+	Last  uint64 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	// certificates is how many records are of certificates.
+	Certificates uint64 `protobuf:"varint,4,opt,name=certificates,proto3" json:"certificates,omitempty"`
+	// heads is how many signed heads were verified, head the newest of them.
+	Heads uint64   `protobuf:"varint,5,opt,name=heads,proto3" json:"heads,omitempty"`
+	Head  *LogHead `protobuf:"bytes,6,opt,name=head,proto3" json:"head,omitempty"`
+	// pruned is when records before first were removed because of their age.
+	Pruned *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=pruned,proto3" json:"pruned,omitempty"`
+	// torn is how many bytes of an incomplete last write were left out.
+	Torn          uint64 `protobuf:"varint,8,opt,name=torn,proto3" json:"torn,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogReport) Reset() {
+	*x = LogReport{}
+	mi := &file_ca_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogReport) ProtoMessage() {}
+
+func (x *LogReport) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogReport.ProtoReflect.Descriptor instead.
+func (*LogReport) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *LogReport) GetInstance() uint32 {
+	if x != nil {
+		return x.Instance
+	}
+	return 0
+}
+
+func (x *LogReport) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *LogReport) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *LogReport) GetCertificates() uint64 {
+	if x != nil {
+		return x.Certificates
+	}
+	return 0
+}
+
+func (x *LogReport) GetHeads() uint64 {
+	if x != nil {
+		return x.Heads
+	}
+	return 0
+}
+
+func (x *LogReport) GetHead() *LogHead {
+	if x != nil {
+		return x.Head
+	}
+	return nil
+}
+
+func (x *LogReport) GetPruned() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Pruned
+	}
+	return nil
+}
+
+func (x *LogReport) GetTorn() uint64 {
+	if x != nil {
+		return x.Torn
+	}
+	return 0
+}
+
+type AcceptLogLossRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sequence is that of the head that was lost, as the alarm names it.
+	Sequence      uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptLogLossRequest) Reset() {
+	*x = AcceptLogLossRequest{}
+	mi := &file_ca_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptLogLossRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptLogLossRequest) ProtoMessage() {}
+
+func (x *AcceptLogLossRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptLogLossRequest.ProtoReflect.Descriptor instead.
+func (*AcceptLogLossRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *AcceptLogLossRequest) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *AcceptLogLossRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type AcceptLogLossResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptLogLossResponse) Reset() {
+	*x = AcceptLogLossResponse{}
+	mi := &file_ca_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptLogLossResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptLogLossResponse) ProtoMessage() {}
+
+func (x *AcceptLogLossResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptLogLossResponse.ProtoReflect.Descriptor instead.
+func (*AcceptLogLossResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{31}
+}
+
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_ca_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{32}
+}
+
+type BackupChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupChunk) Reset() {
+	*x = BackupChunk{}
+	mi := &file_ca_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupChunk) ProtoMessage() {}
+
+func (x *BackupChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
+func (*BackupChunk) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *BackupChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type AuthorityStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// kind is "root" or "intermediate".
@@ -1845,7 +2436,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2448,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2461,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{25}
+	return file_ca_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -1921,7 +2512,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[26]
+	mi := &file_ca_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1933,7 +2524,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[26]
+	mi := &file_ca_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1946,7 +2537,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{26}
+	return file_ca_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -1988,7 +2579,7 @@ var File_ca_proto protoreflect.FileDescriptor
 
 const file_ca_proto_rawDesc = "" +
 	"\n" +
-	"\bca.proto\x12\fsignet.ca.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x01\n" +
+	"\bca.proto\x12\fsignet.ca.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\frecord.proto\"\x9f\x01\n" +
 	"\rAttestRequest\x12\x16\n" +
 	"\x05token\x18\x01 \x01(\tH\x00R\x05token\x121\n" +
 	"\arenewal\x18\x02 \x01(\v2\x15.signet.ca.v1.RenewalH\x00R\arenewal\x12\x1d\n" +
@@ -2106,7 +2697,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\v\n" +
 	"\t_unix_uid\"\x0f\n" +
-	"\rStatusRequest\"\xb6\x02\n" +
+	"\rStatusRequest\"\xea\x02\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x1a\n" +
@@ -2114,7 +2705,47 @@ const file_ca_proto_rawDesc = "" +
 	"\x0etrust_sequence\x18\x04 \x01(\x04R\rtrustSequence\x12?\n" +
 	"\vauthorities\x18\x05 \x03(\v2\x1d.signet.ca.v1.AuthorityStatusR\vauthorities\x120\n" +
 	"\blog_head\x18\x06 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\x121\n" +
-	"\x06agents\x18\a \x03(\v2\x19.signet.ca.v1.AgentStatusR\x06agents\"\xd5\x01\n" +
+	"\x06agents\x18\a \x03(\v2\x19.signet.ca.v1.AgentStatusR\x06agents\x122\n" +
+	"\tlost_head\x18\x14 \x01(\v2\x15.signet.ca.v1.LogHeadR\blostHead\"\x9b\x02\n" +
+	"\x0eListLogRequest\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\x04R\x05limit\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x1b\n" +
+	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x12\n" +
+	"\x04node\x18\x06 \x01(\tR\x04node\x12\x17\n" +
+	"\apod_uid\x18\a \x01(\tR\x06podUid\x12\x16\n" +
+	"\x06serial\x18\b \x01(\fR\x06serial\x12\x19\n" +
+	"\bkey_hash\x18\t \x01(\fR\akeyHash\"\xa8\x01\n" +
+	"\bLogEntry\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\rR\binstance\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12.\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
+	"\x06record\x18\x04 \x01(\v2\x1c.signet.ca.v1.IssuanceRecordR\x06record\"U\n" +
+	"\x10VerifyLogRequest\x12+\n" +
+	"\x05heads\x18\x01 \x03(\v2\x15.signet.ca.v1.LogHeadR\x05heads\x12\x14\n" +
+	"\x05store\x18\x02 \x01(\bR\x05store\"\x87\x01\n" +
+	"\x0eVerifyResponse\x12\x1a\n" +
+	"\bproblems\x18\x01 \x03(\tR\bproblems\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\x04R\x04more\x12+\n" +
+	"\x04logs\x18\x03 \x03(\v2\x17.signet.ca.v1.LogReportR\x04logs\x12\x18\n" +
+	"\aentries\x18\x04 \x01(\x04R\aentries\"\xfe\x01\n" +
+	"\tLogReport\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\rR\binstance\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last\x12\"\n" +
+	"\fcertificates\x18\x04 \x01(\x04R\fcertificates\x12\x14\n" +
+	"\x05heads\x18\x05 \x01(\x04R\x05heads\x12)\n" +
+	"\x04head\x18\x06 \x01(\v2\x15.signet.ca.v1.LogHeadR\x04head\x122\n" +
+	"\x06pruned\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x06pruned\x12\x12\n" +
+	"\x04torn\x18\b \x01(\x04R\x04torn\"J\n" +
+	"\x14AcceptLogLossRequest\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
+	"\x15AcceptLogLossResponse\"\x0f\n" +
+	"\rBackupRequest\"!\n" +
+	"\vBackupChunk\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xd5\x01\n" +
 	"\x0fAuthorityStatus\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12$\n" +
@@ -2133,9 +2764,13 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012L\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xf8\x02\n" +
 	"\x05Admin\x12C\n" +
-	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
+	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
+	"\tVerifyLog\x12\x1e.signet.ca.v1.VerifyLogRequest\x1a\x1c.signet.ca.v1.VerifyResponse\x12X\n" +
+	"\rAcceptLogLoss\x12\".signet.ca.v1.AcceptLogLossRequest\x1a#.signet.ca.v1.AcceptLogLossResponse\x12B\n" +
+	"\x06Backup\x12\x1b.signet.ca.v1.BackupRequest\x1a\x19.signet.ca.v1.BackupChunk0\x01B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_ca_proto_rawDescOnce sync.Once
@@ -2150,7 +2785,7 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),             // 0: signet.ca.v1.Refusal.Code
 	(*AttestRequest)(nil),         // 1: signet.ca.v1.AttestRequest
@@ -2178,18 +2813,28 @@ var file_ca_proto_goTypes = []any{
 	(*Pod)(nil),                   // 23: signet.ca.v1.Pod
 	(*StatusRequest)(nil),         // 24: signet.ca.v1.StatusRequest
 	(*StatusResponse)(nil),        // 25: signet.ca.v1.StatusResponse
-	(*AuthorityStatus)(nil),       // 26: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),           // 27: signet.ca.v1.AgentStatus
-	nil,                           // 28: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*ListLogRequest)(nil),        // 26: signet.ca.v1.ListLogRequest
+	(*LogEntry)(nil),              // 27: signet.ca.v1.LogEntry
+	(*VerifyLogRequest)(nil),      // 28: signet.ca.v1.VerifyLogRequest
+	(*VerifyResponse)(nil),        // 29: signet.ca.v1.VerifyResponse
+	(*LogReport)(nil),             // 30: signet.ca.v1.LogReport
+	(*AcceptLogLossRequest)(nil),  // 31: signet.ca.v1.AcceptLogLossRequest
+	(*AcceptLogLossResponse)(nil), // 32: signet.ca.v1.AcceptLogLossResponse
+	(*BackupRequest)(nil),         // 33: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),           // 34: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),       // 35: signet.ca.v1.AuthorityStatus
+	(*AgentStatus)(nil),           // 36: signet.ca.v1.AgentStatus
+	nil,                           // 37: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 39: google.protobuf.Duration
+	(*IssuanceRecord)(nil),        // 40: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
 	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
 	16, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	29, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	29, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	38, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	38, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
@@ -2197,9 +2842,9 @@ var file_ca_proto_depIdxs = []int32{
 	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	29, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	38, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	30, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	39, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
 	20, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
 	16, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
 	20, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
@@ -2208,31 +2853,48 @@ var file_ca_proto_depIdxs = []int32{
 	17, // 20: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
 	19, // 21: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
 	18, // 22: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	29, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	29, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	38, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	38, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
 	23, // 25: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	28, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	26, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	37, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	35, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
 	20, // 28: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	27, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	29, // 30: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	29, // 31: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	29, // 32: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 33: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 34: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 35: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	21, // 36: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	24, // 37: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	3,  // 38: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 39: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 40: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	22, // 41: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	25, // 42: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	38, // [38:43] is the sub-list for method output_type
-	33, // [33:38] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	36, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	20, // 30: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	38, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	38, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	38, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	40, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	20, // 35: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	30, // 36: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	20, // 37: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	38, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	38, // 39: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	38, // 40: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	38, // 41: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	1,  // 42: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	5,  // 43: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	13, // 44: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	21, // 45: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	24, // 46: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	26, // 47: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	28, // 48: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	31, // 49: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	33, // 50: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	3,  // 51: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	9,  // 52: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	14, // 53: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	22, // 54: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	25, // 55: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	27, // 56: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	29, // 57: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	32, // 58: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	34, // 59: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	51, // [51:60] is the sub-list for method output_type
+	42, // [42:51] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -2240,6 +2902,7 @@ func file_ca_proto_init() {
 	if File_ca_proto != nil {
 		return
 	}
+	file_record_proto_init()
 	file_ca_proto_msgTypes[0].OneofWrappers = []any{
 		(*AttestRequest_Token)(nil),
 		(*AttestRequest_Renewal)(nil),
@@ -2267,7 +2930,7 @@ func file_ca_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   28,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -270,7 +270,11 @@ var Authority_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Admin_Status_FullMethodName = "/signet.ca.v1.Admin/Status"
+	Admin_Status_FullMethodName        = "/signet.ca.v1.Admin/Status"
+	Admin_ListLog_FullMethodName       = "/signet.ca.v1.Admin/ListLog"
+	Admin_VerifyLog_FullMethodName     = "/signet.ca.v1.Admin/VerifyLog"
+	Admin_AcceptLogLoss_FullMethodName = "/signet.ca.v1.Admin/AcceptLogLoss"
+	Admin_Backup_FullMethodName        = "/signet.ca.v1.Admin/Backup"
 )
 
 // AdminClient is the client API for Admin service.
@@ -281,6 +285,18 @@ const (
 type AdminClient interface {
 	// Status says what the authority is and how it fares.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
+	// ListLog streams records of the issuance log, oldest first, those of retired
+	// instances included.
+	ListLog(ctx context.Context, in *ListLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogEntry], error)
+	// VerifyLog checks the whole issuance log: the chain, signatures, every record,
+	// and that it holds the heads that are given.
+	VerifyLog(ctx context.Context, in *VerifyLogRequest, opts ...grpc.CallOption) (*VerifyResponse, error)
+	// AcceptLogLoss lets an authority sign again that stopped because its log lost
+	// records. The decision is recorded. Codes: FAILED_PRECONDITION if that loss is
+	// not what it stopped for.
+	AcceptLogLoss(ctx context.Context, in *AcceptLogLossRequest, opts ...grpc.CallOption) (*AcceptLogLossResponse, error)
+	// Backup streams a backup of state and log, without keys.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
 }
 
 type adminClient struct {
@@ -301,6 +317,64 @@ func (c *adminClient) Status(ctx context.Context, in *StatusRequest, opts ...grp
 	return out, nil
 }
 
+func (c *adminClient) ListLog(ctx context.Context, in *ListLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogEntry], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_ListLog_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ListLogRequest, LogEntry]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ListLogClient = grpc.ServerStreamingClient[LogEntry]
+
+func (c *adminClient) VerifyLog(ctx context.Context, in *VerifyLogRequest, opts ...grpc.CallOption) (*VerifyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VerifyResponse)
+	err := c.cc.Invoke(ctx, Admin_VerifyLog_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) AcceptLogLoss(ctx context.Context, in *AcceptLogLossRequest, opts ...grpc.CallOption) (*AcceptLogLossResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AcceptLogLossResponse)
+	err := c.cc.Invoke(ctx, Admin_AcceptLogLoss_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_BackupClient = grpc.ServerStreamingClient[BackupChunk]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -309,6 +383,18 @@ func (c *adminClient) Status(ctx context.Context, in *StatusRequest, opts ...grp
 type AdminServer interface {
 	// Status says what the authority is and how it fares.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
+	// ListLog streams records of the issuance log, oldest first, those of retired
+	// instances included.
+	ListLog(*ListLogRequest, grpc.ServerStreamingServer[LogEntry]) error
+	// VerifyLog checks the whole issuance log: the chain, signatures, every record,
+	// and that it holds the heads that are given.
+	VerifyLog(context.Context, *VerifyLogRequest) (*VerifyResponse, error)
+	// AcceptLogLoss lets an authority sign again that stopped because its log lost
+	// records. The decision is recorded. Codes: FAILED_PRECONDITION if that loss is
+	// not what it stopped for.
+	AcceptLogLoss(context.Context, *AcceptLogLossRequest) (*AcceptLogLossResponse, error)
+	// Backup streams a backup of state and log, without keys.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -321,6 +407,18 @@ type UnimplementedAdminServer struct{}
 
 func (UnimplementedAdminServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedAdminServer) ListLog(*ListLogRequest, grpc.ServerStreamingServer[LogEntry]) error {
+	return status.Error(codes.Unimplemented, "method ListLog not implemented")
+}
+func (UnimplementedAdminServer) VerifyLog(context.Context, *VerifyLogRequest) (*VerifyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method VerifyLog not implemented")
+}
+func (UnimplementedAdminServer) AcceptLogLoss(context.Context, *AcceptLogLossRequest) (*AcceptLogLossResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptLogLoss not implemented")
+}
+func (UnimplementedAdminServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -361,6 +459,64 @@ func _Admin_Status_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListLog_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ListLogRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).ListLog(m, &grpc.GenericServerStream[ListLogRequest, LogEntry]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ListLogServer = grpc.ServerStreamingServer[LogEntry]
+
+func _Admin_VerifyLog_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifyLogRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).VerifyLog(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_VerifyLog_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).VerifyLog(ctx, req.(*VerifyLogRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_AcceptLogLoss_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptLogLossRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AcceptLogLoss(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AcceptLogLoss_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AcceptLogLoss(ctx, req.(*AcceptLogLossRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_BackupServer = grpc.ServerStreamingServer[BackupChunk]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -372,7 +528,26 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _Admin_Status_Handler,
 		},
+		{
+			MethodName: "VerifyLog",
+			Handler:    _Admin_VerifyLog_Handler,
+		},
+		{
+			MethodName: "AcceptLogLoss",
+			Handler:    _Admin_AcceptLogLoss_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ListLog",
+			Handler:       _Admin_ListLog_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Backup",
+			Handler:       _Admin_Backup_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "ca.proto",
 }

@@ -35,17 +35,21 @@ const (
 	IssuanceRecord_KIND_SERVING  IssuanceRecord_Kind = 3
 	IssuanceRecord_KIND_AGENT    IssuanceRecord_Kind = 4
 	IssuanceRecord_KIND_WORKLOAD IssuanceRecord_Kind = 5
+	// KIND_DECISION is no certificate: an operator decided something that the log
+	// must keep. Only decision is set.
+	IssuanceRecord_KIND_DECISION IssuanceRecord_Kind = 15
 )
 
 // Enum value maps for IssuanceRecord_Kind.
 var (
 	IssuanceRecord_Kind_name = map[int32]string{
-		0: "KIND_UNSPECIFIED",
-		1: "KIND_ROOT",
-		2: "KIND_INTERMEDIATE",
-		3: "KIND_SERVING",
-		4: "KIND_AGENT",
-		5: "KIND_WORKLOAD",
+		0:  "KIND_UNSPECIFIED",
+		1:  "KIND_ROOT",
+		2:  "KIND_INTERMEDIATE",
+		3:  "KIND_SERVING",
+		4:  "KIND_AGENT",
+		5:  "KIND_WORKLOAD",
+		15: "KIND_DECISION",
 	}
 	IssuanceRecord_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED":  0,
@@ -54,6 +58,7 @@ var (
 		"KIND_SERVING":      3,
 		"KIND_AGENT":        4,
 		"KIND_WORKLOAD":     5,
+		"KIND_DECISION":     15,
 	}
 )
 
@@ -148,6 +153,59 @@ func (IssuanceRecord_Evidence) EnumDescriptor() ([]byte, []int) {
 	return file_record_proto_rawDescGZIP(), []int{0, 1}
 }
 
+type Decision_What int32
+
+const (
+	Decision_WHAT_UNSPECIFIED Decision_What = 0
+	// WHAT_LOG_LOSS_ACCEPTED: records that a signed head covered are gone, and the
+	// authority goes on without them.
+	Decision_WHAT_LOG_LOSS_ACCEPTED Decision_What = 1
+	// WHAT_RESTORED: the authority was restored from a backup, and this log begins;
+	// the one of the instance ended at sequence in the backup.
+	Decision_WHAT_RESTORED Decision_What = 2
+)
+
+// Enum value maps for Decision_What.
+var (
+	Decision_What_name = map[int32]string{
+		0: "WHAT_UNSPECIFIED",
+		1: "WHAT_LOG_LOSS_ACCEPTED",
+		2: "WHAT_RESTORED",
+	}
+	Decision_What_value = map[string]int32{
+		"WHAT_UNSPECIFIED":       0,
+		"WHAT_LOG_LOSS_ACCEPTED": 1,
+		"WHAT_RESTORED":          2,
+	}
+)
+
+func (x Decision_What) Enum() *Decision_What {
+	p := new(Decision_What)
+	*p = x
+	return p
+}
+
+func (x Decision_What) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Decision_What) Descriptor() protoreflect.EnumDescriptor {
+	return file_record_proto_enumTypes[2].Descriptor()
+}
+
+func (Decision_What) Type() protoreflect.EnumType {
+	return &file_record_proto_enumTypes[2]
+}
+
+func (x Decision_What) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Decision_What.Descriptor instead.
+func (Decision_What) EnumDescriptor() ([]byte, []int) {
+	return file_record_proto_rawDescGZIP(), []int{1, 0}
+}
+
 // IssuanceRecord is one certificate that was about to be signed. It holds no key
 // and no token.
 type IssuanceRecord struct {
@@ -172,7 +230,9 @@ type IssuanceRecord struct {
 	// seconds; a renewal hands it on. 0 where that is not asked for later.
 	TokenAt int64 `protobuf:"varint,12,opt,name=token_at,json=tokenAt,proto3" json:"token_at,omitempty"`
 	// door is the protocol by which it was asked for; empty for signet.ca.v1.
-	Door          string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
+	Door string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
+	// decision is what KIND_DECISION records.
+	Decision      *Decision `protobuf:"bytes,20,opt,name=decision,proto3" json:"decision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -298,11 +358,97 @@ func (x *IssuanceRecord) GetDoor() string {
 	return ""
 }
 
+func (x *IssuanceRecord) GetDecision() *Decision {
+	if x != nil {
+		return x.Decision
+	}
+	return nil
+}
+
+// Decision is what an operator decided about the log itself.
+type Decision struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	What  Decision_What          `protobuf:"varint,1,opt,name=what,proto3,enum=signet.ca.v1.Decision_What" json:"what,omitempty"`
+	// instance, sequence and hash name the head that it is about.
+	Instance uint32 `protobuf:"varint,2,opt,name=instance,proto3" json:"instance,omitempty"`
+	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Hash     []byte `protobuf:"bytes,4,opt,name=hash,proto3" json:"hash,omitempty"`
+	// reason is the operator's own words.
+	Reason        string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Decision) Reset() {
+	*x = Decision{}
+	mi := &file_record_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Decision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Decision) ProtoMessage() {}
+
+func (x *Decision) ProtoReflect() protoreflect.Message {
+	mi := &file_record_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Decision.ProtoReflect.Descriptor instead.
+func (*Decision) Descriptor() ([]byte, []int) {
+	return file_record_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Decision) GetWhat() Decision_What {
+	if x != nil {
+		return x.What
+	}
+	return Decision_WHAT_UNSPECIFIED
+}
+
+func (x *Decision) GetInstance() uint32 {
+	if x != nil {
+		return x.Instance
+	}
+	return 0
+}
+
+func (x *Decision) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Decision) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *Decision) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 var File_record_proto protoreflect.FileDescriptor
 
 const file_record_proto_rawDesc = "" +
 	"\n" +
-	"\frecord.proto\x12\fsignet.ca.v1\"\xbd\x05\n" +
+	"\frecord.proto\x12\fsignet.ca.v1\"\x85\x06\n" +
 	"\x0eIssuanceRecord\x125\n" +
 	"\x04kind\x18\x01 \x01(\x0e2!.signet.ca.v1.IssuanceRecord.KindR\x04kind\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\fR\x06serial\x12\x1b\n" +
@@ -318,7 +464,8 @@ const file_record_proto_rawDesc = "" +
 	" \x01(\x03R\bnotAfter\x12\x19\n" +
 	"\bkey_hash\x18\v \x01(\fR\akeyHash\x12\x19\n" +
 	"\btoken_at\x18\f \x01(\x03R\atokenAt\x12\x12\n" +
-	"\x04door\x18\r \x01(\tR\x04door\"w\n" +
+	"\x04door\x18\r \x01(\tR\x04door\x122\n" +
+	"\bdecision\x18\x14 \x01(\v2\x16.signet.ca.v1.DecisionR\bdecision\"\x8a\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_ROOT\x10\x01\x12\x15\n" +
@@ -326,14 +473,25 @@ const file_record_proto_rawDesc = "" +
 	"\fKIND_SERVING\x10\x03\x12\x0e\n" +
 	"\n" +
 	"KIND_AGENT\x10\x04\x12\x11\n" +
-	"\rKIND_WORKLOAD\x10\x05\"\x93\x01\n" +
+	"\rKIND_WORKLOAD\x10\x05\x12\x11\n" +
+	"\rKIND_DECISION\x10\x0f\"\x93\x01\n" +
 	"\bEvidence\x12\x18\n" +
 	"\x14EVIDENCE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rEVIDENCE_SELF\x10\x01\x12\x12\n" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
 	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
-	"\x16EVIDENCE_IMPERSONATION\x10\x05B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xec\x01\n" +
+	"\bDecision\x12/\n" +
+	"\x04what\x18\x01 \x01(\x0e2\x1b.signet.ca.v1.Decision.WhatR\x04what\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\rR\binstance\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x12\n" +
+	"\x04hash\x18\x04 \x01(\fR\x04hash\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"K\n" +
+	"\x04What\x12\x14\n" +
+	"\x10WHAT_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16WHAT_LOG_LOSS_ACCEPTED\x10\x01\x12\x11\n" +
+	"\rWHAT_RESTORED\x10\x02B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_record_proto_rawDescOnce sync.Once
@@ -347,21 +505,25 @@ func file_record_proto_rawDescGZIP() []byte {
 	return file_record_proto_rawDescData
 }
 
-var file_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 1)
+var file_record_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_record_proto_goTypes = []any{
 	(IssuanceRecord_Kind)(0),     // 0: signet.ca.v1.IssuanceRecord.Kind
 	(IssuanceRecord_Evidence)(0), // 1: signet.ca.v1.IssuanceRecord.Evidence
-	(*IssuanceRecord)(nil),       // 2: signet.ca.v1.IssuanceRecord
+	(Decision_What)(0),           // 2: signet.ca.v1.Decision.What
+	(*IssuanceRecord)(nil),       // 3: signet.ca.v1.IssuanceRecord
+	(*Decision)(nil),             // 4: signet.ca.v1.Decision
 }
 var file_record_proto_depIdxs = []int32{
 	0, // 0: signet.ca.v1.IssuanceRecord.kind:type_name -> signet.ca.v1.IssuanceRecord.Kind
 	1, // 1: signet.ca.v1.IssuanceRecord.evidence:type_name -> signet.ca.v1.IssuanceRecord.Evidence
-	2, // [2:2] is the sub-list for method output_type
-	2, // [2:2] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	4, // 2: signet.ca.v1.IssuanceRecord.decision:type_name -> signet.ca.v1.Decision
+	2, // 3: signet.ca.v1.Decision.what:type_name -> signet.ca.v1.Decision.What
+	4, // [4:4] is the sub-list for method output_type
+	4, // [4:4] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_record_proto_init() }
@@ -374,8 +536,8 @@ func file_record_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_record_proto_rawDesc), len(file_record_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   1,
+			NumEnums:      3,
+			NumMessages:   2,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -80,9 +80,11 @@ type config struct {
 		// TokenEvery is how long an agent may renew without a fresh token.
 		TokenEvery time.Duration `yaml:"tokenEvery"`
 	} `yaml:"agents"`
-	// IssuanceLog.HeadInterval is how often the head of the issuance log is signed.
 	IssuanceLog struct {
+		// HeadInterval is how often the head of the issuance log is signed.
 		HeadInterval time.Duration `yaml:"headInterval"`
+		// Retention is how long records are kept; 0 keeps them for ever.
+		Retention time.Duration `yaml:"retention"`
 	} `yaml:"issuanceLog"`
 	// Istio is the door for Istio's own clients.
 	Istio istioConfig `yaml:"istio"`
@@ -120,7 +122,7 @@ func defaults() config {
 	c.Kubernetes.Namespace = "signet-system"
 	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
 	c.Agents.TokenEvery = 24 * time.Hour
-	c.IssuanceLog.HeadInterval = 10 * time.Second
+	c.IssuanceLog.HeadInterval, c.IssuanceLog.Retention = 10*time.Second, 90*24*time.Hour
 	c.Istio = istioDefaults()
 	c.Log = run.LogConfig{Format: "text", Level: "info"}
 	c.HTTP.Listen = ":9101"
@@ -224,7 +226,7 @@ func (c config) authority() (ca.Config, error) {
 		TrustDomain: td, Instance: c.Instance, DataDir: c.DataDir, DNSNames: c.DNSNames,
 		RootTTL: c.Authority.RootTTL, IntermediateTTL: c.Authority.IntermediateTTL,
 		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate, AcceptedKeys: c.SVID.AcceptedKeys},
-		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval,
+		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval, LogRetention: c.IssuanceLog.Retention,
 	}, nil
 }
 

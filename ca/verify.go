@@ -1,0 +1,385 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const (
+	// maxProblems is how many problems are told; the rest is counted.
+	maxProblems = 50
+	// serialSlack is how far the time in a serial may lie from that of its record:
+	// five minutes of a clock that was set back, and the wait for the disk.
+	serialSlack = 6 * time.Minute
+	// verifyKeyUses is how many keys verification remembers.
+	verifyKeyUses = 16 << 20
+)
+
+// Verify checks the logs: the chain, the signatures of heads and checkpoints, every
+// record, that no serial occurs twice and no key belongs to two identities, and that
+// the logs hold heads that somebody kept. With store it also checks the state, and
+// that what the state relies on is in the log. What is wrong is in the answer; the
+// error is ctx's.
+func (b book) Verify(ctx context.Context, heads []*capb.LogHead, store bool) (*capb.VerifyResponse, error) {
+	v := &verifier{book: b, resp: &capb.VerifyResponse{}, wanted: map[string]*wanted{}}
+	if store {
+		v.state()
+	}
+	for _, l := range b.logs {
+		v.log(ctx, l)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
+	for _, w := range v.wanted {
+		if !w.found && !v.pruned(w.serial) {
+			v.bad("%s (serial %x) has no record in the issuance log", w.what, w.serial)
+		}
+	}
+	for _, p := range heads {
+		v.head(ctx, p)
+	}
+	if l := b.lost; l != nil {
+		v.bad("log of instance %d: it does not hold the signed head at record %d that node %s showed", l.Instance, l.Sequence, l.Node)
+	}
+	return v.resp, context.Cause(ctx)
+}
+
+type verifier struct {
+	book
+	resp   *capb.VerifyResponse
+	wanted map[string]*wanted // by serial
+}
+
+// wanted is a certificate that must have a record.
+type wanted struct {
+	what    string
+	serial  []byte
+	keyHash []byte // nil: not known
+	node    string
+	podUID  string
+	end     int64
+	found   bool
+}
+
+func (v *verifier) bad(format string, args ...any) {
+	if len(v.resp.Problems) == maxProblems {
+		v.resp.More++
+		return
+	}
+	v.resp.Problems = append(v.resp.Problems, fmt.Sprintf(format, args...))
+}
+
+// log checks one log, with two passes: first that it is what was written, then what
+// it says.
+func (v *verifier) log(ctx context.Context, l bookLog) {
+	bad := func(format string, args ...any) {
+		v.bad("log of instance %d: "+format, append([]any{l.instance}, args...)...)
+	}
+	r := &capb.LogReport{Instance: l.instance, First: 1, Last: l.FileLog.Head().Sequence, Torn: uint64(l.Torn())}
+	v.resp.Logs = append(v.resp.Logs, r)
+	if c, ok := l.Checkpoint(); ok {
+		r.First, r.Pruned = c.Sequence+1, timestamppb.New(c.Pruned)
+		if !verifyCheckpoint(l.key, c) {
+			bad("the checkpoint at record %d is not signed by its key: records were removed by somebody else", c.Sequence)
+		}
+	}
+	var last storage.Head
+	err := l.VerifyHeads(ctx, func(h storage.Head) error {
+		if h.Equal(last) {
+			return nil // a new segment repeats it
+		}
+		if !verifyHeadWith(l.key, h) {
+			bad("the signed head at record %d is not signed by its key", h.Sequence)
+		}
+		last = h
+		r.Heads++
+		return nil
+	})
+	if err != nil {
+		bad("%v", err)
+		return
+	}
+	if r.Torn > 0 {
+		bad("%d bytes after record %d are no complete write: a crash left them, and then starting the authority cuts them off, or somebody changed them", r.Torn, r.Last)
+	}
+	if last.Signature != nil {
+		r.Head = headToProto(last)
+	}
+	c := recordChecker{v: v, bad: bad, instance: l.instance, keys: newKeyUses(verifyKeyUses, func(int) {}), serials: map[int64]map[[serialLength]byte]bool{}}
+	for rec, err := range l.Scan(ctx, 1) {
+		if err != nil {
+			bad("%v", err)
+			return
+		}
+		if c.record(rec) {
+			r.Certificates++
+		}
+	}
+}
+
+// recordChecker checks the records of one log, in order, with bounded memory: a
+// serial carries its time, so one that occurs twice does so within a short time.
+type recordChecker struct {
+	v        *verifier
+	bad      func(format string, args ...any)
+	instance uint32
+	keys     *keyUses
+	serials  map[int64]map[[serialLength]byte]bool // by minute
+	n        int
+}
+
+// record reports whether the record is of a certificate.
+func (c *recordChecker) record(rec storage.Record) bool {
+	r := &capb.IssuanceRecord{}
+	if err := proto.Unmarshal(rec.Data, r); err != nil {
+		c.bad("record %d: %v", rec.Sequence, err)
+		return false
+	}
+	if r.GetKind() == capb.IssuanceRecord_KIND_DECISION {
+		if r.GetDecision().GetWhat() == capb.Decision_WHAT_UNSPECIFIED || len(r.GetSerial()) != 0 {
+			c.bad("record %d: a decision that says nothing", rec.Sequence)
+		}
+		return false
+	}
+	if err := c.certificate(r, rec.Time); err != nil {
+		c.bad("record %d (serial %x): %v", rec.Sequence, r.GetSerial(), err)
+	}
+	if c.n++; c.n%100_000 == 0 {
+		c.keys.expire(rec.Time)
+	}
+	if w := c.v.wanted[string(r.GetSerial())]; w != nil {
+		w.found = true
+		if w.keyHash != nil && !bytes.Equal(w.keyHash, r.GetKeyHash()) || w.end != r.GetNotAfter() || w.node != r.GetNode() || w.podUID != r.GetPodUid() {
+			c.bad("record %d is of another certificate than %s with the same serial %x", rec.Sequence, w.what, w.serial)
+		}
+	}
+	return true
+}
+
+func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error {
+	if _, known := capb.IssuanceRecord_Kind_name[int32(r.GetKind())]; !known || r.GetKind() == capb.IssuanceRecord_KIND_UNSPECIFIED {
+		return fmt.Errorf("kind %d is not known to this version", r.GetKind())
+	}
+	authority := r.GetKind() == capb.IssuanceRecord_KIND_ROOT || r.GetKind() == capb.IssuanceRecord_KIND_INTERMEDIATE
+	switch {
+	case len(r.GetSerial()) != serialLength:
+		return errors.New("the serial does not have 17 bytes")
+	case uint32(r.GetSerial()[0]) != c.instance:
+		return errors.New("the serial is of another instance")
+	case r.GetEvidence() == capb.IssuanceRecord_EVIDENCE_UNSPECIFIED:
+		return errors.New("the evidence is missing")
+	case len(r.GetKeyHash()) != sha256.Size:
+		return errors.New("the hash of the key is missing")
+	case r.GetNotAfter() <= r.GetNotBefore():
+		return errors.New("the validity is not a period")
+	case len(r.GetAuthority()) == 0 && r.GetKind() != capb.IssuanceRecord_KIND_ROOT:
+		return errors.New("the authority is missing")
+	}
+	serial, made := [serialLength]byte(r.GetSerial()), serialTime(r.GetSerial())
+	if d := at.Sub(made); d > serialSlack || d < -serialSlack {
+		return fmt.Errorf("the serial is of %s, the record of %s", made.Format(time.RFC3339), at.Format(time.RFC3339))
+	}
+	minute := made.Unix() / 60
+	if c.serials[minute] == nil {
+		for m := range c.serials {
+			if m < minute-2*int64(serialSlack/time.Minute)-1 {
+				delete(c.serials, m)
+			}
+		}
+		c.serials[minute] = map[[serialLength]byte]bool{}
+	}
+	if c.serials[minute][serial] {
+		return errors.New("the serial occurs twice")
+	}
+	c.serials[minute][serial] = true
+	if !authority {
+		id, err := identity.ParseID(r.GetSpiffeId())
+		if err != nil {
+			return fmt.Errorf("SPIFFE ID %q: %w", r.GetSpiffeId(), err)
+		}
+		if id.TrustDomain().Name() != c.v.journal.TrustDomain {
+			return fmt.Errorf("%s is not of trust domain %s", id, c.v.journal.TrustDomain)
+		}
+	} else if r.GetSpiffeId() != "" {
+		return errors.New("an authority with the name of a leaf")
+	}
+	return c.keys.claim(r.GetKeyHash(), r.GetSpiffeId(), time.Unix(r.GetNotAfter(), 0), at)
+}
+
+// serialTime is the moment in a serial of newSerial.
+func serialTime(serial []byte) time.Time {
+	var ms [8]byte
+	copy(ms[2:], serial[1:7])
+	return time.UnixMilli(int64(binary.BigEndian.Uint64(ms[:]))).UTC()
+}
+
+// ownSerial reports whether a serial is one that an instance of this authority makes.
+func (v *verifier) ownSerial(serial []byte) bool {
+	for _, l := range v.logs {
+		if len(serial) == serialLength && uint32(serial[0]) == l.instance {
+			return true
+		}
+	}
+	return false
+}
+
+// pruned reports whether the record of a serial may have been removed because of
+// its age.
+func (v *verifier) pruned(serial []byte) bool {
+	for _, l := range v.logs {
+		if uint32(serial[0]) == l.instance {
+			c, ok := l.Checkpoint()
+			return ok && serialTime(serial).Before(c.Time.Add(serialSlack))
+		}
+	}
+	return true // its log is gone with its age
+}
+
+// head checks that a log holds a head that somebody kept.
+func (v *verifier) head(ctx context.Context, p *capb.LogHead) {
+	h, err := headFromProto(p)
+	if err != nil {
+		v.bad("a head that was given: %v", err)
+		return
+	}
+	for _, l := range v.logs {
+		if l.instance != h.Instance {
+			continue
+		}
+		if !verifyHeadWith(l.key, h) {
+			v.bad("the head at record %d of instance %d that was given is not signed by the key of that log", h.Sequence, h.Instance)
+			return
+		}
+		same, known, err := l.Holds(ctx, h)
+		switch {
+		case err != nil:
+			v.bad("log of instance %d: %v", h.Instance, err)
+		case known && !same && h.Sequence > l.FileLog.Head().Sequence:
+			v.bad("log of instance %d: it ends at record %d, and a signed head covers record %d: its end was cut, or an older copy was put back", h.Instance, l.FileLog.Head().Sequence, h.Sequence)
+		case known && !same:
+			v.bad("log of instance %d: up to record %d it is not what a signed head says: records were replaced", h.Instance, h.Sequence)
+		}
+		return
+	}
+	v.bad("the head at record %d is of instance %d, of which there is no log", h.Sequence, h.Instance)
+}
+
+// state checks the store, and notes what must be in the log.
+func (v *verifier) state() {
+	v.authorities()
+	for _, e := range v.entries {
+		v.resp.Entries++
+		switch {
+		case strings.HasPrefix(e.Key, agentPrefix):
+			v.agent(e)
+		case strings.HasPrefix(e.Key, instancePrefix):
+			if _, err := parseRetired(e); err != nil {
+				v.bad("state: %v", err)
+			}
+		case e.Key == lossKey:
+			if _, err := parseLoss(e); err != nil {
+				v.bad("state: %v", err)
+			}
+		}
+	}
+}
+
+func (v *verifier) agent(e storage.Entry) {
+	var r agent
+	serial, err := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix))
+	if err == nil {
+		err = json.Unmarshal(e.Value, &r)
+	}
+	switch {
+	case err != nil:
+		v.bad("state: agent %s: %v", e.Key, err)
+	case r.Version > agentVersion:
+		v.bad("state: agent %s: %v", e.Key, storage.ErrNewerFormat)
+	case r.Node == "" || r.NotAfter.IsZero():
+		v.bad("state: agent %s is incomplete", e.Key)
+	case !v.ownSerial(serial):
+		if len(serial) != serialLength {
+			v.bad("state: agent %s has a serial that no instance of this authority makes", e.Key)
+		}
+	default:
+		v.wanted[string(serial)] = &wanted{what: "the SVID of the agent on node " + r.Node, serial: serial, node: r.Node, podUID: r.PodUID, end: r.NotAfter.Unix()}
+	}
+}
+
+// authorities checks the journal.
+func (v *verifier) authorities() {
+	j := v.journal
+	if _, err := spiffeid.TrustDomainFromString(j.TrustDomain); err != nil {
+		v.bad("journal: %v", err)
+	}
+	if j.Instance < 1 || j.Instance > storage.MaxInstance || j.Sequence == 0 {
+		v.bad("journal: instance %d, trust sequence %d", j.Instance, j.Sequence)
+	}
+	if _, err := x509.ParsePKIXPublicKey(j.LogPublicKey); err != nil {
+		v.bad("journal: the log's public key: %v", err)
+	}
+	var roots, inters []*x509.Certificate
+	active := 0
+	for i, e := range j.Authorities {
+		c, err := x509.ParseCertificate(e.Certificate)
+		if err == nil {
+			err = identity.CheckAuthority(c)
+		}
+		if err != nil {
+			v.bad("journal: authority %d: %v", i, err)
+			continue
+		}
+		if e.State == stateActive {
+			active++
+		}
+		if e.Kind == kindRoot {
+			roots = append(roots, c)
+		} else {
+			inters = append(inters, c)
+		}
+		if serial := serialBytes(c); v.ownSerial(serial) {
+			hash := sha256.Sum256(c.RawSubjectPublicKeyInfo)
+			v.wanted[string(serial)] = &wanted{what: e.Kind + " of the journal", serial: serial, keyHash: hash[:], end: c.NotAfter.Unix()}
+		}
+	}
+	if active == 0 || len(roots) == 0 {
+		v.bad("journal: there is no active authority, or no root")
+	}
+	for _, c := range inters {
+		if !signedByOne(c, roots) && !signedByOne(c, inters) {
+			v.bad("journal: no authority in it signed the intermediate %x", c.SerialNumber)
+		}
+	}
+	for _, c := range roots {
+		if bytes.Equal(c.RawIssuer, c.RawSubject) && c.CheckSignatureFrom(c) != nil {
+			v.bad("journal: the root %x is not signed by itself", c.SerialNumber)
+		}
+	}
+}
+
+func signedByOne(c *x509.Certificate, issuers []*x509.Certificate) bool {
+	for _, i := range issuers {
+		if !i.Equal(c) && c.CheckSignatureFrom(i) == nil {
+			return true
+		}
+	}
+	return false
+}
