@@ -21,6 +21,38 @@ var (
 	makeRule = regexp.MustCompile(`(?m)^([a-z][a-z-]*):`)
 )
 
+// TestDocsNameRealTests: each test and each case that the page on policies names as
+// its proof exists.
+func TestDocsNameRealTests(t *testing.T) {
+	t.Parallel()
+	var source []byte
+	err := filepath.WalkDir("../authz", func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, "_test.go") {
+			var b []byte
+			b, err = os.ReadFile(path)
+			source = append(source, b...)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := 0
+	for _, m := range regexp.MustCompile("`((?:corpus|lint)/[a-z0-9-]+|Test[A-Za-z]+)`").FindAllStringSubmatch(readText(t, "../docs/policies.md"), -1) {
+		names++
+		if strings.HasPrefix(m[1], "Test") {
+			if !strings.Contains(string(source), "func "+m[1]+"(") {
+				t.Errorf("there is no %s", m[1])
+			}
+		} else if _, err := os.Stat("../authz/testdata/" + m[1] + ".txtar"); err != nil {
+			t.Errorf("there is no case %s: %v", m[1], err)
+		}
+	}
+	if names < 10 {
+		t.Errorf("only %d tests are named", names)
+	}
+}
+
 // TestDocLinks: in every Markdown file each relative link leads to a file, each
 // anchor to a heading, each path in a code span exists, and each `make` target too.
 func TestDocLinks(t *testing.T) {
