@@ -92,6 +92,8 @@ type Config struct {
 	// Saved and SavedTrust are from before a restart; nil if there is nothing.
 	Saved      *Credential
 	SavedTrust *identity.Trust
+	// SavedLogHeads is what LogHeads returned before a restart.
+	SavedLogHeads []byte
 	// Version goes into the authority's log.
 	Version string
 	// Log is for operators; nil discards it. Metrics may be nil.
@@ -149,6 +151,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	if cfg.Saved.valid(time.Now()) {
 		c.cred.Store(cfg.Saved)
+	}
+	if err := c.heads.load(cfg.SavedLogHeads); err != nil {
+		cfg.Log.Warn("what was saved of issuance logs is not used", "err", err)
 	}
 	notYet := errors.New("not attested yet")
 	c.failure.Store(&notYet)

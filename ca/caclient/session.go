@@ -153,7 +153,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 	first := true
 	for {
 		ack, changed := c.acknowledged()
-		heads := c.heads.all()
+		heads := c.heads.all.Value()
 		var unknown []string
 		var unknownChanged <-chan struct{}
 		if c.cfg.UnknownKeys != nil {
@@ -218,53 +218,6 @@ func (c *Client) acknowledged() (uint64, <-chan struct{}) {
 	}
 	ack, changed := c.cfg.Acknowledged(have)
 	return min(ack, have), changed
-}
-
-// heads are the highest signed heads that this agent has seen, by instance.
-type heads struct {
-	mu         sync.Mutex
-	byInstance map[uint32]*capb.LogHead // guarded by mu; values immutable
-}
-
-// maxInstance is the highest instance byte.
-const maxInstance = 0x7f
-
-func (h *heads) see(p *capb.LogHead) {
-	if p == nil || p.GetInstance() > maxInstance || len(p.GetSignature()) > 256 || len(p.GetHash()) > 64 {
-		return
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.byInstance == nil {
-		h.byInstance = map[uint32]*capb.LogHead{}
-	}
-	if old := h.byInstance[p.GetInstance()]; old == nil || p.GetSequence() > old.GetSequence() {
-		h.byInstance[p.GetInstance()] = p
-	}
-}
-
-func (h *heads) all() []*capb.LogHead {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var out []*capb.LogHead
-	for i := range uint32(maxInstance + 1) {
-		if p := h.byInstance[i]; p != nil {
-			out = append(out, p)
-		}
-	}
-	return out
-}
-
-func sameHeads(a, b []*capb.LogHead) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] { // heads are immutable and kept, so pointers tell
-			return false
-		}
-	}
-	return true
 }
 
 func (s *session) watchNode(ctx context.Context) error {

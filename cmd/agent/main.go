@@ -142,7 +142,7 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 	client, err := caclient.New(caclient.Config{
 		Addresses: c.CA.Addresses, TrustDomain: td, Node: c.Node,
 		RootFile: c.CA.RootFile, RootHash: c.CA.RootHash, TokenFile: c.CA.TokenFile,
-		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust,
+		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust, SavedLogHeads: saved.state.Extra[extraLogHeads],
 		Acknowledged: func(current uint64) (uint64, <-chan struct{}) { return streams.Acknowledged(current) },
 		Version:      version.Current().String(), Log: log, Metrics: reg,
 	})

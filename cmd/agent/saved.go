@@ -19,6 +19,12 @@ import (
 // settle is how long changes are gathered before they are saved.
 const settle = 50 * time.Millisecond
 
+// settleHeads is how long new heads of the authorities' logs wait for other changes.
+const settleHeads = 5 * time.Second
+
+// extraLogHeads names what caclient.Client.LogHeads returned in the state.
+const extraLogHeads = "log-heads"
+
 // retrySave is when a state that could not be saved is saved again.
 const retrySave = 10 * time.Second
 
@@ -88,7 +94,8 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		cred, credChanged := client.Credential()
 		onNode, podsChanged := pods.OnNode(node)
 		svidsChanged := svids.Changed()
-		state := holder.State{Trust: trust, NodeUID: client.NodeUID(), Pods: onNode, SVIDs: svids.Export()}
+		heads, headsChanged := client.LogHeads()
+		state := holder.State{Extra: map[string][]byte{extraLogHeads: heads}, Trust: trust, NodeUID: client.NodeUID(), Pods: onNode, SVIDs: svids.Export()}
 		if cred != nil {
 			state.Agent, state.AgentRenewAt, state.TokenBy = cred.SVID, cred.RenewAt, cred.TokenBy
 		}
@@ -115,6 +122,16 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		case <-credChanged:
 		case <-podsChanged:
 		case <-svidsChanged:
+		case <-headsChanged:
+			// They come every few seconds; another change takes them along.
+			select {
+			case <-ctx.Done():
+			case <-time.After(settleHeads):
+			case <-trustChanged:
+			case <-credChanged:
+			case <-podsChanged:
+			case <-svidsChanged:
+			}
 		}
 		select {
 		case <-ctx.Done():
