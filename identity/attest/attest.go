@@ -34,6 +34,10 @@ const (
 	// API server has about 1,000.
 	maxToken = 16 << 10
 
+	// outageStep is how long an expired token is good at a time while tokens cannot
+	// be replaced.
+	outageStep = time.Minute
+
 	// legacyIssuer issues tokens that are bound to nothing and never expire.
 	legacyIssuer = "kubernetes/serviceaccount"
 )
@@ -120,6 +124,11 @@ type Config struct {
 	// Skew is how far iat and nbf may lie in the future, at most 5 min; exp has no
 	// leeway. Zero means DefaultSkew.
 	Skew time.Duration
+	// Outage reports whether tokens cannot be replaced at the moment, because the API
+	// server is away, or was until a moment ago. While it does, a token that was
+	// accepted before it expired stays good for a pod that is in the view; one that is
+	// first seen expired is refused. Nil: never. It is called often, and must be quick.
+	Outage func() bool
 	// CacheSize is how many accepted tokens are remembered, at most. Zero means
 	// DefaultCacheSize.
 	CacheSize int
@@ -252,8 +261,13 @@ func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w i
 	}
 	sum := sha256.Sum256([]byte(token))
 	if p, ok := a.cache.lookup(sum); ok {
-		if w, ok := a.stillHolds(ctx, p, now); ok {
-			return w, p.expires, true, nil
+		w, until, err := a.stillHolds(ctx, p, now)
+		if err == nil {
+			return w, until, true, nil
+		}
+		if !now.Before(p.expires) && a.outage() {
+			// It cannot be verified from the start, and the pod may come back.
+			return w, until, true, err
 		}
 		// What no longer holds is verified from the start, so that the error
 		// says why, and so that a pod that the view lost for a moment comes back.
@@ -270,18 +284,49 @@ func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w i
 	return w, p.expires, false, nil
 }
 
-// stillHolds reports whether what was proved earlier is true now: the token has
-// not expired, the issuer still has the key, and the pod is in the view as it was.
-func (a *Attestor) stillHolds(ctx context.Context, p *proof, now time.Time) (w identity.Workload, ok bool) {
-	if !now.Before(p.expires) {
-		return w, false
+// stillHolds says of what pod an earlier proof is now, and until when that holds, or
+// why it is one no more: the token has not expired, or could not be replaced; its key
+// is still the issuer's; and the pod is in the view as it was.
+func (a *Attestor) stillHolds(ctx context.Context, p *proof, now time.Time) (w identity.Workload, until time.Time, err error) {
+	until = p.expires
+	if !now.Before(until) {
+		if !a.outage() {
+			return w, time.Time{}, refuse(checkExpired, "since %s", p.expires.UTC().Format(time.RFC3339))
+		}
+		until = now.Add(outageStep)
 	}
 	k, ok, err := a.cfg.Keys.Key(ctx, p.kid)
 	if err != nil || !ok || !k.equal(p.key) {
-		return w, false
+		return w, time.Time{}, refuse(checkKey, "key %s is not the issuer's any more", quoted(p.kid))
 	}
-	w, err = a.place(p)
-	return w, err == nil
+	if w, err = a.place(p); err != nil {
+		return identity.Workload{}, time.Time{}, err
+	}
+	return w, until, nil
+}
+
+// outage reports whether tokens cannot be replaced now.
+func (a *Attestor) outage() bool { return a.cfg.Outage != nil && a.cfg.Outage() }
+
+// hold says until when a stream may go on whose proof ends about now: only in an
+// outage, only for a token that was accepted before it expired, and never for long
+// without being asked again.
+func (a *Attestor) hold(ctx context.Context, token string) (until time.Time, err error) {
+	if !a.outage() {
+		return until, ErrProofExpires
+	}
+	p, ok := a.cache.lookup(sha256.Sum256([]byte(token)))
+	if !ok {
+		return until, ErrProofExpires
+	}
+	now := time.Now()
+	if _, until, err = a.stillHolds(ctx, p, now); err != nil {
+		return time.Time{}, err
+	}
+	if least := now.Add(outageStep); until.Before(least) {
+		until = least
+	}
+	return until, nil
 }
 
 // place finds the pod that a token names in the view of the pods.

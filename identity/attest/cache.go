@@ -4,6 +4,8 @@ import (
 	"crypto/sha256"
 	"sync"
 	"time"
+
+	"github.com/signet-mesh/signet/identity"
 )
 
 // cache remembers accepted tokens by their hash. It is a bounded map and not an
@@ -15,6 +17,8 @@ type cache struct {
 
 	mu     sync.RWMutex
 	proofs map[[sha256.Size]byte]*proof // guarded by mu; a proof is never changed
+
+	changed identity.Watched[uint64] // how many were added
 }
 
 func newCache(limit int) *cache {
@@ -61,4 +65,14 @@ func (c *cache) add(sum [sha256.Size]byte, p *proof, now time.Time) {
 		}
 	}
 	c.proofs[sum] = p
+	c.changed.Store(c.changed.Value() + 1)
+}
+
+// each calls yield for every proof.
+func (c *cache) each(yield func(sum [sha256.Size]byte, p *proof)) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	for sum, p := range c.proofs {
+		yield(sum, p)
+	}
 }

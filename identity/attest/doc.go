@@ -46,13 +46,20 @@
 // Failures are not remembered: there is no bound on how many different bad tokens
 // somebody can make, and refusing one costs a signature verification at most.
 //
+// While the API server is away kubelet cannot replace tokens ([Config.Outage]). Then a
+// token that was accepted before it expired stays good, for its pod in the view and
+// under its key, until a while after the API server is back; its hash may be kept
+// over a restart ([Attestor.Export]). A token that is first seen expired is refused.
+//
 // [Gate] does this for gRPC servers: it takes the token from the metadata of each
 // RPC and ends streams before their proof does.
 //
 // # Trust
 //
 // An attacker who holds a pod's token can at most be that pod, on its node, until
-// the token expires or the pod is gone. One who can write the file of keys, or
+// the token expires or the pod is gone; if the token was used here before, longer, while
+// the API server is away, so whoever can also keep it away can stretch a stolen token
+// for as long as the pod lives. One who can write the file of keys, or
 // holds the issuer's key, can be any pod that is in the view, and nothing that is
 // not in it. One who can change the view of the pods but has no token can at most
 // refuse service. One who sends arbitrary bytes can cost a signature

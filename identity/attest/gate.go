@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,7 +59,8 @@ type GateConfig struct {
 // token; Envoy does so without a warning) or Unauthenticated, whatever the handler
 // returns. The handler must return when its context ends, also out of a Recv in
 // another goroutine. Labels and addresses may change while a stream lives; the caller
-// in its context has those of its beginning.
+// in its context has those of its beginning. While tokens cannot be replaced
+// ([Config.Outage]) a stream goes on, and is looked at again every minute.
 type Gate struct {
 	cfg     GateConfig
 	log     *slog.Logger
@@ -138,23 +140,49 @@ func (g *Gate) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo
 	if err != nil {
 		return g.refuse(ss.Context(), info.FullMethod, err)
 	}
-	left := time.Until(caller.Until)
-	end := caller.Until.Add(-min(g.cfg.Margin, left/10))
-	ctx, stop := context.WithDeadlineCause(identity.WithCaller(ss.Context(), caller), end, ErrProofExpires)
-	defer stop()
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancelCause(identity.WithCaller(ss.Context(), caller))
 	defer cancel(nil)
 	leave := g.streams.add(caller.Workload, cancel)
 	defer leave()
 	g.metrics.open.Inc()
 	defer g.metrics.open.Dec()
+	proven := &provenStream{ServerStream: ss, ctx: ctx}
+	stop := g.endInTime(proven, caller, cancel)
+	defer stop()
 
-	err = handler(srv, &provenStream{ServerStream: ss, ctx: ctx, until: caller.Until})
+	err = handler(srv, proven)
 	if cause := proofEnd(ctx); cause != nil {
 		g.metrics.ended(cause)
 		return endStatus(cause)
 	}
 	return err
+}
+
+// endInTime cancels a stream a little before its proof ends, or, where the proof can
+// be held on to, looks again then. stop must be called when the stream has ended.
+func (g *Gate) endInTime(s *provenStream, caller identity.Caller, cancel context.CancelCauseFunc) (stop func()) {
+	s.until.Store(&caller.Until)
+	before := func(until time.Time) time.Duration {
+		left := time.Until(until)
+		return left - min(g.cfg.Margin, left/10)
+	}
+	ready := make(chan struct{})
+	var timer *time.Timer
+	timer = time.AfterFunc(before(caller.Until), func() {
+		<-ready
+		if s.ctx.Err() != nil {
+			return
+		}
+		until, err := g.cfg.Attestor.hold(s.ctx, caller.Token)
+		if err != nil {
+			cancel(ErrProofExpires)
+			return
+		}
+		s.until.Store(&until)
+		timer.Reset(before(until))
+	})
+	close(ready)
+	return func() { timer.Stop() }
 }
 
 // caller verifies the token in an RPC's metadata.
@@ -220,7 +248,7 @@ func endStatus(cause error) error {
 type provenStream struct {
 	grpc.ServerStream
 	ctx   context.Context
-	until time.Time
+	until atomic.Pointer[time.Time]
 }
 
 func (s *provenStream) Context() context.Context { return s.ctx }
@@ -245,7 +273,7 @@ func (s *provenStream) ended() error {
 	if cause := proofEnd(s.ctx); cause != nil {
 		return endStatus(cause)
 	}
-	if !time.Now().Before(s.until) {
+	if !time.Now().Before(*s.until.Load()) {
 		return endStatus(ErrProofExpires)
 	}
 	return nil
