@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -97,4 +98,51 @@ func lintSource(t *testing.T) []byte {
 		all = append(all, b...)
 	}
 	return all
+}
+
+// TestLintRefusesWhatParseRefuses: warnings take nothing from errors, and add none,
+// whatever is linted.
+func TestLintRefusesWhatParseRefuses(t *testing.T) {
+	t.Parallel()
+	var texts []authz.Text
+	for _, pattern := range []string{"testdata/admission/*.txt", "testdata/corpus/*.txtar", "testdata/lint/*.txtar"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v", pattern, err)
+		}
+		for _, file := range files {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasSuffix(file, ".txtar") {
+				for _, f := range txtar.Parse(b).Files {
+					texts = append(texts, authz.Text{Origin: file + f.Name, Data: f.Data})
+				}
+				continue
+			}
+			for n, line := range strings.Split(string(b), "\n") {
+				_, document, _ := strings.Cut(line, " ")
+				for _, kind := range []string{"AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"} {
+					texts = append(texts, authz.Text{Origin: fmt.Sprintf("%s:%d", file, n), Data: []byte("{apiVersion: security.istio.io/v1, kind: " + kind + ", metadata: {name: p, namespace: istio-system}, spec: " + document + "}")})
+				}
+			}
+		}
+	}
+	errorsOf := func(problems []authz.Problem) (errs []string) {
+		for _, p := range problems {
+			if p.Severity == authz.SeverityError {
+				errs = append(errs, p.Error())
+			}
+		}
+		slices.Sort(errs)
+		return errs
+	}
+	for _, text := range texts {
+		_, problems := authz.Parse(text.Origin, text.Data)
+		if diff := cmp.Diff(errorsOf(problems), errorsOf(authz.Lint([]authz.Text{text}, authz.Options{}))); diff != "" {
+			t.Errorf("%s (-Parse +Lint):\n%s", text.Data, diff)
+		}
+	}
+	authz.Lint(texts, authz.Options{})
 }
