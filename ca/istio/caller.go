@@ -36,6 +36,8 @@ type caller struct {
 	until     time.Time // when the proof ends
 	tokenAt   time.Time // when the token was verified that it goes back to
 	requester []byte    // serial of the client certificate, if that was the proof
+
+	leave func() // gives its place back; more than one call is one
 }
 
 type callerKey struct{}
@@ -61,9 +63,16 @@ func (d *Door) admit(ctx context.Context, info *tap.Info) (context.Context, erro
 		d.metrics.busy.Inc()
 		return ctx, errBusy
 	}
-	// The stream's context ends with the stream, so the place is given back then.
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), callTime)
-	context.AfterFunc(ctx, func() { cancel(); d.places.leave(c.workload.PodUID) })
+	// The handler gives the place back, or, where its message does not come, the end
+	// of the stream.
+	stop := context.AfterFunc(ctx, func() { cancel(); d.places.leave(c.workload.PodUID) })
+	c.leave = func() {
+		if stop() {
+			cancel()
+			d.places.leave(c.workload.PodUID)
+		}
+	}
 	return ctx, nil
 }
 

@@ -268,3 +268,17 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestPEM: the encoding is that of encoding/pem, whatever the length.
+func TestPEM(t *testing.T) {
+	t.Parallel()
+	for n := range 300 {
+		der := make([]byte, n)
+		for i := range der {
+			der[i] = byte(i*7 + n)
+		}
+		if got, want := istio.EncodePEM(der), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})); got != want {
+			t.Fatalf("%d bytes:\n%s\nwant\n%s", n, got, want)
+		}
+	}
+}

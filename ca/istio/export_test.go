@@ -43,3 +43,6 @@ func (d *Door) InFlight() int {
 	defer d.places.mu.Unlock()
 	return d.places.all
 }
+
+// EncodePEM is how leaves are encoded.
+var EncodePEM = encodePEM

@@ -3,8 +3,9 @@ package istio
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
+	"encoding/base64"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
@@ -22,6 +23,7 @@ func (d *Door) CreateCertificate(ctx context.Context, m *pb.IstioCertificateRequ
 	if !ok {
 		return nil, errCaller
 	}
+	defer c.leave()
 	// The message may have been slow to come.
 	w, err := d.alive(c.workload)
 	if now := time.Now(); err == nil && !now.Before(c.until) {
@@ -88,10 +90,40 @@ func (d *Door) refuse(ctx context.Context, o ca.Order, err error) error {
 // chain is istiod's form of a certificate: leaf and each intermediate as an element
 // of its own (ztunnel requires that), the roots together as the last one.
 func (d *Door) chain(certs []*x509.Certificate) []string {
-	out := make([]string, 0, len(certs)+1)
-	for _, c := range certs {
-		out = append(out, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})))
-	}
 	trust, _ := d.cfg.Authority.Trust()
-	return append(out, string(trust.PEM()))
+	rest := d.rest.Load()
+	if rest == nil || rest.trust != trust.Sequence() || !slices.Equal(rest.certs, certs[1:]) {
+		rest = &restOfChain{trust: trust.Sequence(), certs: certs[1:]}
+		for _, c := range certs[1:] {
+			rest.pem = append(rest.pem, encodePEM(c.Raw))
+		}
+		rest.pem = append(rest.pem, string(trust.PEM()))
+		d.rest.Store(rest)
+	}
+	out := make([]string, 0, 1+len(rest.pem))
+	return append(append(out, encodePEM(certs[0].Raw)), rest.pem...)
+}
+
+// restOfChain is what goes out behind every leaf of an issuer, encoded once.
+type restOfChain struct {
+	trust uint64
+	certs []*x509.Certificate
+	pem   []string
+}
+
+// encodePEM is pem.EncodeToMemory for a certificate, in a quarter of its time and
+// memory: at this door it is done for each leaf.
+func encodePEM(der []byte) string {
+	const begin, end = "-----BEGIN CERTIFICATE-----\n", "-----END CERTIFICATE-----\n"
+	const line = 48 // bytes, which make 64 characters
+	n := base64.StdEncoding.EncodedLen(len(der))
+	b := make([]byte, 0, len(begin)+n+n/64+1+len(end))
+	b = append(b, begin...)
+	for len(der) > 0 {
+		m := min(line, len(der))
+		b = base64.StdEncoding.AppendEncode(b, der[:m])
+		b = append(b, '\n')
+		der = der[m:]
+	}
+	return string(append(b, end...))
 }
