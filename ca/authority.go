@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 
@@ -42,7 +43,7 @@ type Authority struct {
 	id       spiffeid.ID // its own SPIFFE ID
 	store    *storage.Bolt
 	log      *storage.FileLog
-	keys     *keyFolder
+	keys     *keys.Ring
 	logKey   crypto.Signer
 	clock    *clock
 	agents   *agents
@@ -186,14 +187,14 @@ func create(ctx context.Context, cfg Config, dir string) (err error) {
 		return err
 	}
 	for _, d := range []string{filepath.Join(tmp, keysName), tmp} {
-		if err := syncFolder(d); err != nil {
+		if err := keys.SyncFolder(d); err != nil {
 			return err
 		}
 	}
 	if err := os.Rename(tmp, dir); err != nil {
 		return err
 	}
-	return syncFolder(cfg.DataDir)
+	return keys.SyncFolder(cfg.DataDir)
 }
 
 // assemble opens the storage below dir and nothing that is stored in it. mustExist
@@ -203,7 +204,9 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	keys, err := openKeyFolder(filepath.Join(dir, keysName))
+	keyConfig := cfg.Keys
+	keyConfig.Folder, keyConfig.Logger = filepath.Join(dir, keysName), cfg.Log
+	ring, err := keys.Open(keyConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -227,7 +230,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	if mustExist {
 		reg = cfg.Metrics
 	}
-	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: keys,
+	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
@@ -236,7 +239,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 // found makes keys, root and first intermediate, and commits them as the first
 // journal.
 func (a *Authority) found(ctx context.Context) error {
-	logURI, logKey, err := a.keys.create("log")
+	logURI, logKey, err := a.keys.Create(keys.Log)
 	if err != nil {
 		return err
 	}
@@ -260,11 +263,11 @@ func (a *Authority) found(ctx context.Context) error {
 
 // newAuthority makes a key and has parent certify it; a nil parent makes a root.
 func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, journalEntry, error) {
-	kind, ttl, state := capb.IssuanceRecord_KIND_INTERMEDIATE, a.cfg.IntermediateTTL, "intermediate"
+	kind, ttl, state := capb.IssuanceRecord_KIND_INTERMEDIATE, a.cfg.IntermediateTTL, kindIntermediate
 	if parent == nil {
-		kind, ttl, state = capb.IssuanceRecord_KIND_ROOT, a.cfg.RootTTL, "root"
+		kind, ttl, state = capb.IssuanceRecord_KIND_ROOT, a.cfg.RootTTL, kindRoot
 	}
-	uri, key, err := a.keys.create(state)
+	uri, key, err := a.keys.Create(state)
 	if err != nil {
 		return nil, journalEntry{}, err
 	}
@@ -278,7 +281,7 @@ func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, 
 	}
 	if err != nil {
 		// The key certifies nothing; it must not stay behind as if it did.
-		return nil, journalEntry{}, errors.Join(err, a.keys.remove(uri))
+		return nil, journalEntry{}, errors.Join(err, a.keys.Remove(state, uri))
 	}
 	c := out[0].chain[0]
 	iss := &issuer{cert: c, key: key}
@@ -361,7 +364,7 @@ func (a *Authority) load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("journal: the log's public key: %w", err)
 	}
-	if a.logKey, err = a.keys.open(j.LogKey, logPub); err != nil {
+	if a.logKey, err = a.keys.Open(keys.Log, j.LogKey, logPub); err != nil {
 		return err
 	}
 	var roots []*x509.Certificate
@@ -376,7 +379,7 @@ func (a *Authority) load(ctx context.Context) error {
 		if e.State != stateActive {
 			continue
 		}
-		key, err := a.keys.open(e.Key, c.PublicKey)
+		key, err := a.keys.Open(e.Kind, e.Key, c.PublicKey)
 		if err != nil {
 			return err
 		}
@@ -425,7 +428,7 @@ func (a *Authority) Ready() error {
 	if c := a.intermediate.Load().cert; !now.Before(c.NotAfter) {
 		return fmt.Errorf("the intermediate expired at %s", c.NotAfter.Format(time.RFC3339))
 	}
-	return errors.Join(a.log.Err(), a.store.Err())
+	return errors.Join(a.log.Err(), a.store.Err(), a.keys.Err())
 }
 
 // Run does the authority's background work until ctx ends: it signs the log's
@@ -438,6 +441,9 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
+	g.Go(func() error {
+		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
+	})
 	g.Go(func() error {
 		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(time.Now()); return nil })
 	})
@@ -548,13 +554,13 @@ func (a *Authority) renewIntermediate(ctx context.Context) error {
 		return fmt.Errorf("renewing the intermediate: %w", err)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("renewing the intermediate: %w", err), a.keys.remove(entry.Key))
+		return errors.Join(fmt.Errorf("renewing the intermediate: %w", err), a.keys.Remove(kindIntermediate, entry.Key))
 	}
 	a.journal, a.journalRevision = next, revision
 	a.intermediate.Store(iss)
 	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
 	for _, uri := range gone {
-		if err := a.keys.remove(uri); err != nil {
+		if err := a.keys.Remove(kindIntermediate, uri); err != nil {
 			a.cfg.Log.Warn("an expired key stays behind", "err", err)
 		}
 	}
@@ -657,4 +663,6 @@ func (a *Authority) Close() error {
 	return errors.Join(a.signHead(context.Background()), a.closeStorage())
 }
 
-func (a *Authority) closeStorage() error { return errors.Join(a.log.Close(), a.store.Close()) }
+func (a *Authority) closeStorage() error {
+	return errors.Join(a.log.Close(), a.store.Close(), a.keys.Close())
+}

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/storage"
 
 	"go.step.sm/crypto/kms/softkms"
@@ -391,6 +392,8 @@ type RestoreConfig struct {
 	// KeysDir holds the key files that the journal names; they are copied. It may be
 	// empty if the journal names none.
 	KeysDir string
+	// PassphraseFile is what those files are encrypted with, if they are.
+	PassphraseFile string
 	// Instance is the new one; 0 takes the lowest that was never used.
 	Instance uint8
 }
@@ -450,14 +453,14 @@ func restore(ctx context.Context, cfg RestoreConfig) (out Restored, err error) {
 		return out, err
 	}
 	for _, d := range []string{filepath.Join(tmp, keysName), filepath.Join(tmp, retiredName), tmp} {
-		if err := syncFolder(d); err != nil {
+		if err := keys.SyncFolder(d); err != nil {
 			return out, err
 		}
 	}
 	if err := os.Rename(tmp, dir); err != nil {
 		return out, err
 	}
-	return out, syncFolder(cfg.DataDir)
+	return out, keys.SyncFolder(cfg.DataDir)
 }
 
 // renew makes a new instance of what was unpacked in dir.
@@ -478,7 +481,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 	if out.Instance, err = newInstance(cfg.Instance, j, entries); err != nil {
 		return err
 	}
-	keys, err := takeKeys(j, cfg.KeysDir, filepath.Join(dir, keysName))
+	ring, err := takeKeys(j, cfg, filepath.Join(dir, keysName))
 	if err != nil {
 		return err
 	}
@@ -505,7 +508,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 	ops := []storage.Op{{Key: retiredKey(j.Instance), Value: r}, {Key: lossKey, Delete: true}}
 	j.Instance, j.Sequence = out.Instance, j.Sequence+sequenceLeap
 	out.TrustSequence = j.Sequence
-	uri, logKey, err := keys.create("log")
+	uri, logKey, err := ring.Create(keys.Log)
 	if err != nil {
 		return err
 	}
@@ -564,15 +567,15 @@ func newInstance(wanted uint8, j journal, entries []storage.Entry) (uint8, error
 
 // takeKeys copies the key files that a journal names, and checks that each is the
 // key of its certificate.
-func takeKeys(j journal, from, to string) (*keyFolder, error) {
+func takeKeys(j journal, cfg RestoreConfig, to string) (*keys.Ring, error) {
 	if err := os.Mkdir(to, 0o700); err != nil {
 		return nil, err
 	}
-	source, err := openKeyFolder(from)
+	source, err := keys.Open(keys.Config{Folder: cfg.KeysDir, PassphraseFile: cfg.PassphraseFile})
 	if err != nil {
 		return nil, err
 	}
-	keys, err := openKeyFolder(to)
+	ring, err := keys.Open(keys.Config{Folder: to, PassphraseFile: cfg.PassphraseFile})
 	if err != nil {
 		return nil, err
 	}
@@ -580,31 +583,19 @@ func takeKeys(j journal, from, to string) (*keyFolder, error) {
 		if !strings.HasPrefix(e.Key, softkms.Scheme+":") {
 			continue // in a device, where it stays
 		}
-		if from == "" {
+		if cfg.KeysDir == "" {
 			return nil, fmt.Errorf("a backup has no keys, and the %s needs %s: say where the key files are", e.Kind, e.Key)
 		}
 		c, err := x509.ParseCertificate(e.Certificate)
 		if err != nil {
 			return nil, err
 		}
-		if _, err := source.open(e.Key, c.PublicKey); err != nil {
+		if err := ring.Copy(source, e.Key, c.PublicKey); err != nil {
 			if e.State != stateActive {
 				continue // it signs nothing anymore
 			}
 			return nil, fmt.Errorf("the key of the %s: %w", e.Kind, err)
 		}
-		path, err := source.path(e.Key)
-		if err != nil {
-			return nil, err
-		}
-		content, err := os.ReadFile(path)
-		if err == nil {
-			err = writeDurably(filepath.Join(to, filepath.Base(path)), content)
-		}
-		clear(content)
-		if err != nil {
-			return nil, err
-		}
 	}
-	return keys, nil
+	return ring, nil
 }

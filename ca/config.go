@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 	"github.com/signet-mesh/signet/storage"
@@ -44,6 +45,9 @@ type Config struct {
 	// RootTTL is the life of a new root; 0 means a year. IntermediateTTL is that
 	// of an intermediate, renewed at half of it; 0 means 7 days.
 	RootTTL, IntermediateTTL time.Duration
+	// Keys says where the authority's keys are made and how they are opened; the
+	// zero value means files in DataDir. Its Folder and Logger are not used.
+	Keys keys.Config
 	// SVID says how long leaves live.
 	SVID SVIDConfig
 	// Pods is the authority's own view of the pods that are alive. Required.
@@ -161,6 +165,9 @@ func (c Config) check() error {
 	}
 	if c.RootTTL < 2*c.IntermediateTTL {
 		bad("authority.rootTTL %v: must be at least twice authority.intermediateTTL (%v)", c.RootTTL, c.IntermediateTTL)
+	}
+	if err := c.Keys.Check(); err != nil {
+		bad("%w", err)
 	}
 	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
 		bad("%w", err)

@@ -42,9 +42,13 @@ type standalone struct {
 	caAddr string
 	http   map[string]string // metrics and health by program
 	procs  map[string]*process
+	// What a test may change before the programs start.
+	ca     string   // another program in the place of signet-ca
+	caYAML string   // more of signet-ca's configuration
+	caEnv  []string // more of its environment
 }
 
-func newStandalone(tb testing.TB, bin string, workloads int, policies string) *standalone {
+func newStandalone(tb testing.TB, bin string, workloads int, policies string, edits ...func(*standalone)) *standalone {
 	tb.Helper()
 	s := &standalone{tb: tb, bin: bin, dir: tb.TempDir(), caAddr: freeAddr(tb), http: map[string]string{"signet-ca": freeAddr(tb), "signet-agent": freeAddr(tb)}, procs: map[string]*process{}}
 	var err error
@@ -56,6 +60,10 @@ func newStandalone(tb testing.TB, bin string, workloads int, policies string) *s
 			tb.Fatal(err)
 		}
 	}
+	s.ca = filepath.Join(bin, "signet-ca")
+	for _, edit := range edits {
+		edit(s)
+	}
 	s.write("policies/policies.yaml", policies)
 	s.write("agent-token", s.token("signet-ca", "signet-system", "signet-agent", "uid-agent", "node-a"))
 	var list strings.Builder
@@ -64,8 +72,8 @@ func newStandalone(tb testing.TB, bin string, workloads int, policies string) *s
 		fmt.Fprintf(&list, "- {namespace: default, serviceAccount: w%d, pod: uid-w%d, podUID: uid-w%d, node: node-a, labels: {app: w%d}}\n", i, i, i, i)
 	}
 	tokens := fmt.Sprintf("tokens: {issuer: %q, jwksFile: %s/issuer/jwks.json}\n", s.issuer.URL(), s.dir)
-	s.write("signet-ca.yaml", fmt.Sprintf("dataDir: %s/ca\nlisten: %s\npublish: {rootFile: %s/root.pem}\nhttp: {listen: %q}\n%sworkloads:\n%s",
-		s.dir, s.caAddr, s.dir, s.http["signet-ca"], tokens, list.String()))
+	s.write("signet-ca.yaml", fmt.Sprintf("dataDir: %s/ca\nlisten: %s\npublish: {rootFile: %s/root.pem}\nhttp: {listen: %q}\n%s%sworkloads:\n%s",
+		s.dir, s.caAddr, s.dir, s.http["signet-ca"], s.caYAML, tokens, list.String()))
 	s.write("signet-agent.yaml", fmt.Sprintf("node: node-a\nsocket: %s/sock/agent.sock\nstateDir: \"\"\nca: {addresses: [%q], rootFile: %s/root.pem, tokenFile: %s/agent-token}\nhttp: {listen: %q}\npolicies: {dir: %s/policies}\n%s",
 		s.dir, s.caAddr, s.dir, s.dir, s.http["signet-agent"], s.dir, tokens))
 	s.start("signet-ca")
@@ -112,7 +120,14 @@ func (b *lockedBuffer) String() string { b.mu.Lock(); defer b.mu.Unlock(); retur
 // start starts a program and waits until it is ready.
 func (s *standalone) start(program string) {
 	s.tb.Helper()
-	p := &process{cmd: exec.Command(filepath.Join(s.bin, program), "serve", "--config", filepath.Join(s.dir, program+".yaml")), done: make(chan struct{})}
+	path := filepath.Join(s.bin, program)
+	if program == "signet-ca" {
+		path = s.ca
+	}
+	p := &process{cmd: exec.Command(path, "serve", "--config", filepath.Join(s.dir, program+".yaml")), done: make(chan struct{})}
+	if program == "signet-ca" {
+		p.cmd.Env = append(os.Environ(), s.caEnv...)
+	}
 	p.cmd.Stderr = &p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)

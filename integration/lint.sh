@@ -44,6 +44,7 @@ generated() {
 check 'gofmt' formatted
 check 'go vet' go vet ./...
 check 'staticcheck' "$tools/staticcheck" ./...
+check 'go vet (pkcs11)' go vet -tags pkcs11 ./cmd/ca
 check 'go mod tidy' go mod tidy -diff
 for module in tools etcd kubernetes istio; do
 	check "go mod tidy ($module)" go -C integration/$module mod tidy -diff

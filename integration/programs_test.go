@@ -36,8 +36,14 @@ func programs(t testing.TB) string {
 	return built.dir
 }
 
+// removeAtEnd removes a folder when all tests have run.
+func removeAtEnd(dir string) { leftovers.Store(dir, nil) }
+
+var leftovers sync.Map
+
 func TestMain(m *testing.M) {
 	code := m.Run()
+	leftovers.Range(func(dir, _ any) bool { _ = os.RemoveAll(dir.(string)); return true })
 	if built.dir != "" {
 		_ = os.RemoveAll(built.dir)
 	}

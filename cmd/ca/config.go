@@ -38,11 +38,9 @@ type config struct {
 		// not written.
 		RootFile string `yaml:"rootFile"`
 	} `yaml:"publish"`
-	Authority struct {
-		RootTTL         time.Duration `yaml:"rootTTL"`
-		IntermediateTTL time.Duration `yaml:"intermediateTTL"`
-	} `yaml:"authority"`
-	SVID struct {
+	// Authority says where the authority's own certificates and keys come from.
+	Authority authorityConfig `yaml:"authority"`
+	SVID      struct {
 		TTL      time.Duration `yaml:"ttl"`
 		AgentTTL time.Duration `yaml:"agentTTL"`
 		MinTTL   time.Duration `yaml:"minTTL"`
@@ -114,7 +112,7 @@ func defaults() config {
 	c.Instance = 1
 	c.DataDir = "/var/lib/signet-ca"
 	c.Listen = ":8443"
-	c.Authority.RootTTL, c.Authority.IntermediateTTL = 365*24*time.Hour, 7*24*time.Hour
+	c.Authority = defaultAuthority()
 	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MinTTL, c.SVID.MaxTTL, c.SVID.Backdate = time.Hour, time.Hour, time.Minute, 24*time.Hour, time.Minute
 	c.SVID.AcceptedKeys = []string{ca.KeyP256, ca.KeyP384, ca.KeyP521, ca.KeyEd25519, ca.KeyRSA}
 	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
@@ -222,12 +220,13 @@ func (c config) authority() (ca.Config, error) {
 	if err != nil {
 		return ca.Config{}, fmt.Errorf("trustDomain: %w", err)
 	}
-	return ca.Config{
+	cfg := ca.Config{
 		TrustDomain: td, Instance: c.Instance, DataDir: c.DataDir, DNSNames: c.DNSNames,
-		RootTTL: c.Authority.RootTTL, IntermediateTTL: c.Authority.IntermediateTTL,
 		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate, AcceptedKeys: c.SVID.AcceptedKeys},
 		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval, LogRetention: c.IssuanceLog.Retention,
-	}, nil
+	}
+	c.Authority.apply(&cfg)
+	return cfg, nil
 }
 
 func (c config) print(w io.Writer) error { return run.PrintConfig(w, c) }

@@ -5,7 +5,7 @@
 //	go run ./integration/fetch envoy    Envoy; prints only its path
 //	go run ./integration/fetch tools    buf, staticcheck and the protoc plugins; prints only their folder
 //
-// The rest are etcd, kube-apiserver, and Istio's compiler and admission.
+// The rest are SoftHSM, etcd, kube-apiserver, and Istio's compiler and admission.
 //
 // What is missing is downloaded or built into the user's cache folder, see
 // package parts. Run it at the root of the repository.
@@ -40,9 +40,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	etcd := func() (parts.Part, error) { return parts.BuildEtcd(ctx, ".", stderr) }
 	apiServer := func() (parts.Part, error) { return parts.BuildAPIServer(ctx, ".", stderr) }
 	istio := func() (parts.Part, error) { return parts.BuildIstio(ctx, ".", stderr) }
+	softHSM := func() (parts.Part, error) {
+		s, err := parts.FetchSoftHSM(ctx, stderr)
+		return s.Part, err
+	}
 	switch {
 	case len(args) == 0:
-		for _, fetch := range []func() (parts.Part, error){envoy, tools, etcd, apiServer, istio} {
+		for _, fetch := range []func() (parts.Part, error){envoy, softHSM, tools, etcd, apiServer, istio} {
 			part, err := fetch()
 			if err != nil {
 				return err
