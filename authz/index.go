@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"google.golang.org/protobuf/types/known/structpb"
 )
 
 // An index narrows down which rules can match a request at all. It never decides:
@@ -620,8 +622,9 @@ func (q *search) branch(g *branch) {
 			return
 		}
 		value := descend(v.Claims, g.path)
-		if s := value.GetStringValue(); s != "" {
-			q.text(g, bytesOf(s))
+		// Also an empty text: "ISSUER/" is a principal with an empty subject.
+		if s, ok := value.GetKind().(*structpb.Value_StringValue); ok {
+			q.text(g, bytesOf(s.StringValue))
 		}
 		for _, e := range value.GetListValue().GetValues() {
 			q.text(g, bytesOf(e.GetStringValue()))
