@@ -49,7 +49,7 @@ func prepareKubeCA(tb testing.TB, bin string, c *kubetest.Cluster, more string) 
 // kubeCAWith is prepareKubeCA with a kubeconfig.
 func kubeCAWith(tb testing.TB, bin string, c *kubetest.Cluster, kubeconfig, more string) *kubeCA {
 	tb.Helper()
-	k := &kubeCA{cluster: c, standalone: &standalone{tb: tb, bin: bin, dir: tb.TempDir(), caAddr: freeAddr(tb),
+	k := &kubeCA{cluster: c, standalone: &standalone{tb: tb, bin: bin, dir: tb.TempDir(), ca: filepath.Join(bin, "signet-ca"), caAddr: freeAddr(tb),
 		http: map[string]string{"signet-ca": freeAddr(tb)}, procs: map[string]*process{}}}
 	if err := os.Mkdir(filepath.Join(k.dir, "ca"), 0o700); err != nil {
 		tb.Fatal(err)

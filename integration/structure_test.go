@@ -46,6 +46,7 @@ var allowed = map[string]string{
 	"integration/fetch":          "integration/parts",
 	"integration/bench":          "",
 	"integration/testrun":        "",
+	"integration/mutants":        "",
 }
 
 // binaries are the programs, and what they must not be able to do.

@@ -307,4 +307,3 @@ func (*policyQueue) Transformer() cache.TransformFunc {
 		return obj, nil
 	}
 }
-

@@ -228,7 +228,7 @@ func (v *view) expire(ctx context.Context) error {
 		}
 		v.mu.Lock()
 		now := time.Now()
-		next := now.Add(time.Hour)
+		next := now.Add(time.Minute) // also if the wall clock is set
 		var over []string
 		for k, ends := range v.ending {
 			if !now.Before(ends) {

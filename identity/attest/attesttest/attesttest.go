@@ -81,7 +81,7 @@ func (i *Issuer) Token(w identity.Workload, audience string, edits ...Edit) stri
 	// No t.Helper: it may not be called from within a fuzz target.
 	claims, err := i.Issuer.Claims(devissuer.Claims{
 		Audience:  []string{audience},
-		Namespace: w.Namespace, ServiceAccount: w.ServiceAccount,
+		Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, ServiceAccountUID: w.ServiceAccountUID,
 		Pod: w.Pod, PodUID: w.PodUID, Node: w.Node, NodeUID: w.NodeUID,
 	}, time.Now())
 	if err != nil {

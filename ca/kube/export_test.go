@@ -1,0 +1,52 @@
+package kube
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/signet-mesh/signet/identity"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/tools/cache"
+)
+
+// Feed is what the reflectors of a Cluster write into.
+type Feed struct{ Pods, Nodes, Accounts cache.ReflectorStore }
+
+// Fed is a Cluster without an API server: a test writes into its feed, answers its
+// TokenReviews and tells it the issuer's keys.
+func Fed(api reviewer, fetch func(context.Context) (issuer string, jwks []byte, err error), want string) (*Cluster, Feed) {
+	c := &Cluster{log: slog.New(slog.DiscardHandler), view: newView()}
+	var err error
+	if c.metrics, err = newMetrics(nil, c.view); err != nil {
+		panic(err)
+	}
+	c.reviews = newReviews(api, c.metrics)
+	c.view.gone = c.reviews.forget
+	c.keys = newKeys(fetch, want, c.log, c.metrics)
+	return c, Feed{podStore{c.view}, uidStore{c.view.nodeUIDs()}, uidStore{c.view.accountUIDs()}}
+}
+
+// RunFed is Run without the watches and duties.
+func (c *Cluster) RunFed(ctx context.Context) error {
+	var g errgroup.Group
+	g.Go(func() error { return c.view.expire(ctx) })
+	g.Go(func() error { return c.keys.run(ctx) })
+	return g.Wait()
+}
+
+// Keys is the source of keys alone.
+func (c *Cluster) Keys() *keys { return c.keys }
+
+// Remembered is how many TokenReviews are remembered.
+func (c *Cluster) Remembered() int {
+	c.reviews.mu.Lock()
+	defer c.reviews.mu.Unlock()
+	return len(c.reviews.good)
+}
+
+const MaxReviews = maxReviews
+
+// Review asks as an Attestor does.
+func (c *Cluster) Review(ctx context.Context, audience, token string, w identity.Workload) error {
+	return c.reviews.check(ctx, audience, token, w)
+}
