@@ -1,10 +1,14 @@
 package authz
 
 import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"math/big"
 	"slices"
 	"strings"
 )
@@ -135,4 +139,52 @@ func privateJWKS(text string) bool {
 		return false
 	}
 	return slices.ContainsFunc(append(set.Keys, set.key), func(k key) bool { return k.Kty == "oct" || k.D != nil })
+}
+
+// usableJWKS reports whether Envoy can use at least one key of a key set. Without
+// one it refuses the whole filter, whatever Istio's admission said.
+func usableJWKS(text string) bool {
+	var set struct {
+		Keys []map[string]any `json:"keys"`
+	}
+	if json.Unmarshal([]byte(text), &set) != nil {
+		return false
+	}
+	return slices.ContainsFunc(set.Keys, usableJWK)
+}
+
+func usableJWK(key map[string]any) bool {
+	text := func(field string) string { s, _ := key[field].(string); return s }
+	// Padding may be there.
+	octets := func(field string) []byte {
+		b, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(text(field), "="))
+		if err != nil {
+			return nil
+		}
+		return b
+	}
+	number := func(field string) *big.Int { return new(big.Int).SetBytes(octets(field)) }
+	// An algorithm, where one is given, must be of the key's type.
+	alg, given := key["alg"]
+	of := func(prefixes ...string) bool {
+		s, _ := alg.(string)
+		return !given || slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(s, p) })
+	}
+	switch text("kty") {
+	case "RSA":
+		n, e := number("n"), number("e")
+		return of("RS", "PS") && n.BitLen() > 33 && n.Bit(0) == 1 && e.BitLen() > 1 && e.BitLen() <= 33 && e.Bit(0) == 1
+	case "EC":
+		curve, known := map[string]elliptic.Curve{"P-256": elliptic.P256(), "P-384": elliptic.P384(), "P-521": elliptic.P521()}[text("crv")]
+		if !known || !of("ES") {
+			return false
+		}
+		_, err := (&ecdsa.PublicKey{Curve: curve, X: number("x"), Y: number("y")}).ECDH()
+		return err == nil
+	case "OKP":
+		return text("crv") == "Ed25519" && of("EdDSA") && len(octets("x")) == ed25519.PublicKeySize
+	case "oct":
+		return len(octets("k")) > 0 && of("HS")
+	}
+	return false
 }

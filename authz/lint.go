@@ -238,6 +238,26 @@ func (r *report) loadable(p *security.AuthorizationPolicy) {
 	}
 }
 
+// loadableTokens is loadable for the places of tokens and their keys.
+func (r *report) loadableTokens(p *security.RequestAuthentication) {
+	header := func(path, value string) {
+		if strings.ContainsAny(value, "\x00\r\n") {
+			r.danger("header-refused", path, "correct the value", "Envoy refuses a header with such a name or prefix, which Istio's admission accepts, and with it the whole configuration")
+		}
+	}
+	for i, j := range p.GetJwtRules() {
+		path := fmt.Sprintf("spec.jwtRules[%d]", i)
+		if text := j.GetJwks(); text != "" && !usableJWKS(text) {
+			r.danger("jwks-refused", path+".jwks", "write a key set with a public key", "Envoy refuses a key set without one key that it can use, which Istio's admission accepts, and with it the whole configuration")
+		}
+		header(path+".outputPayloadToHeader", j.GetOutputPayloadToHeader())
+		for n, h := range j.GetFromHeaders() {
+			header(fmt.Sprintf("%s.fromHeaders[%d].name", path, n), h.GetName())
+			header(fmt.Sprintf("%s.fromHeaders[%d].prefix", path, n), h.GetPrefix())
+		}
+	}
+}
+
 // nested reports whether what follows the claims' key is a sequence of names in
 // brackets; else Istio takes all of it for one name.
 func nested(key string) bool {

@@ -158,8 +158,11 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 
 // advise says what the author of a resource that is accepted should know.
 func (r *report) advise(message proto.Message, res *resource, spec tree, metadata map[string]any) {
-	if m, ok := message.(*security.AuthorizationPolicy); ok {
+	switch m := message.(type) {
+	case *security.AuthorizationPolicy:
 		r.loadable(m)
+	case *security.RequestAuthentication:
+		r.loadableTokens(m)
 	}
 	if r.lint == nil {
 		return
