@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
+	"sync/atomic"
 
 	"google.golang.org/protobuf/types/known/structpb"
 )
@@ -55,13 +55,14 @@ type posting struct {
 	below *index
 }
 
-// demand is a value that leads to a rule.
+// demand is a value that leads to a rule: one of those that it demands of an
+// attribute.
 type demand struct {
-	kind  demandKind
-	text  string // of a text, a namespace, an account's name
-	space string // of an account: the namespace
-	port  uint16
-	block netip.Prefix
+	dimension int32 // of the indexer
+	kind      demandKind
+	// text is the value; of an account it is its name, and space its namespace.
+	// Of a port it is two bytes, of a block how it is written.
+	text, space string
 }
 
 type demandKind uint8
@@ -77,151 +78,11 @@ const (
 	demandsBlock
 )
 
-// demands are what a rule demands of one attribute: one of the values.
+// demands are the values that a rule demands of one attribute, in the indexer's
+// list.
 type demands struct {
-	dimension
-	path   []string
-	values []demand
-}
-
-// demandsOf lists the attributes of which the rule demands values.
-func demandsOf(r *rule) []demands {
-	var out []demands
-	for i := range r.when {
-		if d, ok := r.when[i].demands(); ok {
-			out = append(out, d)
-		}
-	}
-	for _, alternatives := range [][]conditions{r.from, r.to} {
-		if len(alternatives) == 0 {
-			continue
-		}
-		for i := range alternatives[0] {
-			d, ok := alternatives[0][i].demands()
-			for _, other := range alternatives[1:] {
-				if !ok {
-					break
-				}
-				ok = false
-				for k := range other {
-					if more, does := other[k].demands(); does && more.dimension == d.dimension {
-						d.values = append(d.values, more.values...)
-						ok = true
-						break
-					}
-				}
-			}
-			if ok {
-				out = append(out, d)
-			}
-		}
-	}
-	return out
-}
-
-// demands are the values of the condition, if it leads anywhere.
-func (c *condition) demands() (d demands, ok bool) {
-	if c.not {
-		return d, false
-	}
-	d.reads = c.reads
-	switch c.reads {
-	case readsPort:
-		for _, p := range c.values.(ports) {
-			d.values = append(d.values, demand{kind: demandsPort, port: p})
-		}
-		return d, true
-	case readsMethod, readsPath, readsHost, readsPrincipal, readsSNI:
-		return d, c.values.(*patterns).demands(&d)
-	case readsHeader:
-		h := c.values.(*headerTest)
-		switch d.name = h.name; h.name {
-		case ":method", ":path", ":authority", "host":
-			return d, false
-		}
-		return d, h.demands(&d)
-	case readsClaim:
-		t := c.values.(*claimTest)
-		d.name, d.path = strings.Join(t.path, "\x00"), t.path
-		return d, t.demands(&d)
-	case readsIdentity:
-		return c.values.(identityTest).demands()
-	case readsNamespace:
-		n := c.values.(*namespaces)
-		d.reads = readsPrincipal
-		for _, v := range n.plain {
-			d.values = append(d.values, demand{kind: demandsNamespace, text: v})
-		}
-		return d, len(n.globs) == 0
-	case readsAccount:
-		d.reads = readsPrincipal
-		for _, a := range c.values.(accounts) {
-			d.values = append(d.values, demand{kind: demandsAccount, space: a.namespace, text: a.name})
-		}
-		return d, true
-	case readsTrustDomain:
-		d.reads = readsPrincipal
-		for _, t := range c.values.(trustDomains) {
-			d.values = append(d.values, demand{kind: demandsPrefix, text: t.first})
-		}
-		return d, true
-	case readsSourceIP, readsDestinationIP, readsRemoteIP:
-		n := c.values.(*nets)
-		for _, s := range n.list {
-			d.values = append(d.values, demand{kind: demandsBlock, block: s.block})
-		}
-		return d, len(n.zoned) == 0
-	}
-	return d, false
-}
-
-// demands adds the values, if they all lead somewhere.
-func (p *patterns) demands(d *demands) bool {
-	for i := range p.list {
-		v := &p.list[i]
-		switch v.shape {
-		case exactly:
-			d.values = append(d.values, demand{kind: demandsText, text: v.text})
-		case prefixed:
-			d.values = append(d.values, demand{kind: demandsPrefix, text: v.text})
-		case suffixed:
-			d.values = append(d.values, demand{kind: demandsSuffix, text: v.text})
-		case templated:
-			d.values = append(d.values, demand{kind: demandsTemplate, text: v.text})
-		default:
-			return false
-		}
-	}
-	if p.set == nil {
-		return true
-	}
-	for v := range p.set.exact {
-		d.values = append(d.values, demand{kind: demandsText, text: v})
-	}
-	p.set.prefix.each("", func(v string) { d.values = append(d.values, demand{kind: demandsPrefix, text: v}) })
-	p.set.suffix.each("", func(v string) { d.values = append(d.values, demand{kind: demandsSuffix, text: reversed(v)}) })
-	return true
-}
-
-// demands is about the subjects, or the issuers where a subject can be any.
-func (t identityTest) demands() (d demands, ok bool) {
-	d.reads, d.path = readsClaim, []string{"sub"}
-	d.name = "sub"
-	for i := range t {
-		if ok = t[i].subject.demands(&d); !ok {
-			break
-		}
-	}
-	if ok {
-		return d, true
-	}
-	d.path, d.name, d.values = []string{"iss"}, "iss", nil
-	for i := range t {
-		if !t[i].issuer.demands(&d) {
-			return d, false
-		}
-	}
-	return d, true
+	dimension  int32
+	start, end int32
 }
 
 const (
@@ -231,72 +92,240 @@ const (
 	crowded = 16
 )
 
+// indexer makes an index of rules.
+type indexer struct {
+	// dimensions are the attributes, and what they are called here.
+	dimensions []dimension
+	paths      [][]string // of claims
+	known      map[dimension]int32
+	values     []demand
+	// demands are those of each rule; rule n has those from of[n] to of[n+1].
+	demands []demands
+	of      []int32
+}
+
 // newIndex indexes all of the rules.
 func newIndex(rules []*rule) *index {
-	b := &indexer{demands: make([][]demands, len(rules))}
 	all := make([]int32, len(rules))
-	for i, r := range rules {
+	for i := range rules {
 		all[i] = int32(i)
-		if len(rules) > few {
-			b.demands[i] = demandsOf(r)
-		}
 	}
+	if len(rules) <= few {
+		return &index{always: all}
+	}
+	b := &indexer{
+		known:  make(map[dimension]int32),
+		values: make([]demand, 0, 2*len(rules)), demands: make([]demands, 0, 2*len(rules)), of: make([]int32, 0, len(rules)+1),
+	}
+	for _, r := range rules {
+		b.of = append(b.of, int32(len(b.demands)))
+		b.rule(r)
+	}
+	b.of = append(b.of, int32(len(b.demands)))
 	return b.index(all, nil)
 }
 
-type indexer struct{ demands [][]demands }
+func (b *indexer) dimension(reads attribute, name string, path []string) int32 {
+	d := dimension{reads, name}
+	n, ok := b.known[d]
+	if !ok {
+		n = int32(len(b.dimensions))
+		b.dimensions, b.paths = append(b.dimensions, d), append(b.paths, path)
+		b.known[d] = n
+	}
+	return n
+}
 
-type counted struct {
-	dimension
-	demand
+// rule lists the attributes of which the rule demands values.
+func (b *indexer) rule(r *rule) {
+	for i := range r.when {
+		start := int32(len(b.values))
+		if d, ok := b.condition(&r.when[i]); ok {
+			b.demands = append(b.demands, demands{d, start, int32(len(b.values))})
+		} else {
+			b.values = b.values[:start]
+		}
+	}
+	for _, alternatives := range [2][]conditions{r.from, r.to} {
+		if len(alternatives) == 0 {
+			continue
+		}
+		for i := range alternatives[0] {
+			start := int32(len(b.values))
+			d, ok := b.condition(&alternatives[0][i])
+			for _, other := range alternatives[1:] {
+				found := false
+				for k := 0; ok && !found && k < len(other); k++ {
+					before := len(b.values)
+					more, does := b.condition(&other[k])
+					if found = does && more == d; !found {
+						b.values = b.values[:before]
+					}
+				}
+				ok = ok && found
+			}
+			if ok {
+				b.demands = append(b.demands, demands{d, start, int32(len(b.values))})
+			} else {
+				b.values = b.values[:start]
+			}
+		}
+	}
+}
+
+// condition adds the values of a condition and tells of what they are; ok is
+// false if it leads nowhere, and then some may have been added.
+func (b *indexer) condition(c *condition) (d int32, ok bool) {
+	if c.not {
+		return 0, false
+	}
+	switch c.reads {
+	case readsPort:
+		d = b.dimension(readsPort, "", nil)
+		for _, p := range c.values.(ports) {
+			b.add(d, demandsPort, string([]byte{byte(p >> 8), byte(p)}))
+		}
+		return d, true
+	case readsMethod, readsPath, readsHost, readsPrincipal, readsSNI:
+		d = b.dimension(c.reads, "", nil)
+		return d, b.patterns(d, c.values.(*patterns))
+	case readsHeader:
+		h := c.values.(*headerTest)
+		switch h.name {
+		case ":method", ":path", ":authority", "host":
+			return 0, false
+		}
+		d = b.dimension(readsHeader, h.name, nil)
+		return d, b.patterns(d, h.patterns)
+	case readsClaim:
+		t := c.values.(*claimTest)
+		d = b.dimension(readsClaim, strings.Join(t.path, "\x00"), t.path)
+		return d, b.patterns(d, t.patterns)
+	case readsIdentity:
+		// By the subjects, or by the issuers where a subject can be any.
+		t, before := c.values.(identityTest), len(b.values)
+		d, ok = b.dimension(readsClaim, "sub", []string{"sub"}), true
+		for i := 0; ok && i < len(t); i++ {
+			ok = b.patterns(d, &t[i].subject)
+		}
+		if ok {
+			return d, true
+		}
+		b.values = b.values[:before]
+		d, ok = b.dimension(readsClaim, "iss", []string{"iss"}), true
+		for i := 0; ok && i < len(t); i++ {
+			ok = b.patterns(d, &t[i].issuer)
+		}
+		return d, ok
+	case readsNamespace:
+		n := c.values.(*namespaces)
+		d = b.dimension(readsPrincipal, "", nil)
+		for _, v := range n.plain {
+			b.add(d, demandsNamespace, v)
+		}
+		return d, len(n.globs) == 0
+	case readsAccount:
+		d = b.dimension(readsPrincipal, "", nil)
+		for _, a := range c.values.(accounts) {
+			b.values = append(b.values, demand{d, demandsAccount, a.name, a.namespace})
+		}
+		return d, true
+	case readsTrustDomain:
+		d = b.dimension(readsPrincipal, "", nil)
+		for _, t := range c.values.(trustDomains) {
+			b.add(d, demandsPrefix, t.first)
+		}
+		return d, true
+	case readsSourceIP, readsDestinationIP, readsRemoteIP:
+		n := c.values.(*nets)
+		d = b.dimension(c.reads, "", nil)
+		for _, s := range n.list {
+			b.add(d, demandsBlock, s.block.String())
+		}
+		return d, len(n.zoned) == 0
+	}
+	return 0, false
+}
+
+func (b *indexer) add(d int32, kind demandKind, text string) {
+	b.values = append(b.values, demand{d, kind, text, ""})
+}
+
+// patterns adds the values, if they all lead somewhere.
+func (b *indexer) patterns(d int32, p *patterns) bool {
+	for i := range p.list {
+		v := &p.list[i]
+		switch v.shape {
+		case exactly:
+			b.add(d, demandsText, v.text)
+		case prefixed:
+			b.add(d, demandsPrefix, v.text)
+		case suffixed:
+			b.add(d, demandsSuffix, v.text)
+		case templated:
+			b.add(d, demandsTemplate, v.text)
+		default:
+			return false
+		}
+	}
+	if p.set != nil {
+		for v := range p.set.exact {
+			b.add(d, demandsText, v)
+		}
+		p.set.prefix.each("", func(v string) { b.add(d, demandsPrefix, v) })
+		p.set.suffix.each("", func(v string) { b.add(d, demandsSuffix, reversed(v)) })
+	}
+	return true
 }
 
 // index indexes some of the rules by other dimensions than those.
-func (b *indexer) index(list []int32, without []dimension) *index {
+func (b *indexer) index(list []int32, without []int32) *index {
 	x := &index{}
 	if len(list) <= few {
 		x.always = list
 		return x
 	}
-	shared := make(map[counted]int32, 2*len(list))
+	shared := make(map[demand]int32, 2*len(list))
 	for _, n := range list {
-		for _, d := range b.demands[n] {
+		for _, d := range b.demands[b.of[n]:b.of[n+1]] {
 			if slices.Contains(without, d.dimension) {
 				continue
 			}
-			for _, v := range d.values {
-				shared[counted{d.dimension, v}]++
+			for _, v := range b.values[d.start:d.end] {
+				shared[v]++
 			}
 		}
 	}
+	nest(shared)
 	for _, n := range list {
-		var best *demands
-		cost := len(list)
-		for i := range b.demands[n] {
-			d := &b.demands[n][i]
+		best, cost, rank := demands{dimension: -1}, int32(len(list)), attribute(0)
+		for _, d := range b.demands[b.of[n]:b.of[n+1]] {
 			if slices.Contains(without, d.dimension) {
 				continue
 			}
-			c := len(d.values) / 64 // one with fewer values takes less space
-			for _, v := range d.values {
-				c = max(c, int(shared[counted{d.dimension, v}]))
+			c := (d.end - d.start) / 64 // one with fewer values takes less space
+			for _, v := range b.values[d.start:d.end] {
+				c = max(c, shared[v])
 			}
-			if c < cost || best != nil && c == cost && d.reads > best.reads && d.reads <= readsPrincipal {
-				best, cost = d, c
+			// Of equal ones the names of the peer are preferred, then the path.
+			reads := b.dimensions[d.dimension].reads
+			if c < cost || best.dimension >= 0 && c == cost && reads > rank && reads <= readsPrincipal {
+				best, cost, rank = d, c, reads
 			}
 		}
-		if best == nil {
+		if best.dimension < 0 {
 			x.always = append(x.always, n)
 			continue
 		}
-		x.branch(best).add(n, best.values)
+		x.branch(b.dimensions[best.dimension], b.paths[best.dimension]).add(n, b.values[best.start:best.end])
 	}
 	for _, g := range x.branches {
+		without := append(slices.Clone(without), b.known[g.dimension])
 		g.postings(func(p *posting) {
 			if len(p.rules) <= crowded {
 				return
 			}
-			if below := b.index(p.rules, append(slices.Clone(without), g.dimension)); len(below.branches) > 0 {
+			if below := b.index(p.rules, without); len(below.branches) > 0 {
 				p.rules, p.below = nil, below
 			}
 		})
@@ -304,13 +333,68 @@ func (b *indexer) index(list []int32, without []dimension) *index {
 	return x
 }
 
-func (x *index) branch(d *demands) *branch {
+// nest adds up what shares a value with what shares others that a request which
+// has it may have too: prefixes of each other, or suffixes.
+func nest(shared map[demand]int32) {
+	var nested []demand
+	for v := range shared {
+		switch v.kind {
+		case demandsPrefix:
+			nested = append(nested, v)
+		case demandsSuffix:
+			// Turned around, suffixes are prefixes.
+			nested = append(nested, demand{v.dimension, v.kind, reversed(v.text), v.text})
+		}
+	}
+	if len(nested) < 2 {
+		return
+	}
+	slices.SortFunc(nested, func(a, b demand) int {
+		return cmp.Or(cmp.Compare(a.dimension, b.dimension), cmp.Compare(a.kind, b.kind), cmp.Compare(a.text, b.text))
+	})
+	of := func(v demand) demand {
+		if v.kind == demandsSuffix {
+			return demand{v.dimension, v.kind, v.space, ""}
+		}
+		return v
+	}
+	// above is the longest other value that each begins with; over and under are
+	// how many rules share those above and, at most, those below.
+	above := make([]int, len(nested))
+	over, under := make([]int32, len(nested)), make([]int32, len(nested))
+	var open []int
+	for i, v := range nested {
+		for len(open) > 0 {
+			o := nested[open[len(open)-1]]
+			if o.dimension == v.dimension && o.kind == v.kind && strings.HasPrefix(v.text, o.text) {
+				break
+			}
+			open = open[:len(open)-1]
+		}
+		above[i] = -1
+		if len(open) > 0 {
+			above[i] = open[len(open)-1]
+			over[i] = over[above[i]] + shared[of(nested[above[i]])]
+		}
+		open = append(open, i)
+	}
+	for i := len(nested) - 1; i >= 0; i-- {
+		if a := above[i]; a >= 0 {
+			under[a] = max(under[a], under[i]+shared[of(nested[i])])
+		}
+	}
+	for i, v := range nested {
+		shared[of(v)] += over[i] + under[i]
+	}
+}
+
+func (x *index) branch(d dimension, path []string) *branch {
 	for _, g := range x.branches {
-		if g.dimension == d.dimension {
+		if g.dimension == d {
 			return g
 		}
 	}
-	g := &branch{dimension: d.dimension, path: d.path}
+	g := &branch{dimension: d, path: path}
 	x.branches = append(x.branches, g)
 	return g
 }
@@ -342,13 +426,14 @@ func (g *branch) posting(v demand) *posting {
 		g.accounts[v.space] = names
 		return p
 	case demandsPort:
-		return of(&g.ports, v.port)
+		return of(&g.ports, uint16(v.text[0])<<8|uint16(v.text[1]))
 	case demandsBlock:
-		lengths := &g.lengths[family(v.block.Addr())]
-		if at, known := slices.BinarySearch(*lengths, v.block.Bits()); !known {
-			*lengths = slices.Insert(*lengths, at, v.block.Bits())
+		block := netip.MustParsePrefix(v.text) // it was written by one
+		lengths := &g.lengths[family(block.Addr())]
+		if at, known := slices.BinarySearch(*lengths, block.Bits()); !known {
+			*lengths = slices.Insert(*lengths, at, block.Bits())
 		}
-		return of(&g.blocks, v.block)
+		return of(&g.blocks, block)
 	}
 	at := g.in(v)
 	if *at == nil {
@@ -478,45 +563,163 @@ func (t *trie) postings(yield func(*posting)) {
 }
 
 // ruleset is the rules of one action, in the order in which Envoy would report
-// them.
+// them: a table, and what changed since that was made, so that a change of one
+// policy of many costs little.
 type ruleset struct {
 	language
-	rules []*rule
-	index *index
+	// policies are those whose rules these are, by serial.
+	policies []*policy
+	base     *table
+	// gone are the rules of the base that are no more, a bit each; nil for none.
+	gone  []uint64
+	fewer int
+	// extra are the rules that came since, nil for none; the i-th comes before
+	// the at[i]-th of the base.
+	extra *table
+	at    []int32
 
 	// tcp is what the rules come to for bare connections, made when the first one
 	// comes.
-	once sync.Once
-	tcp  *ruleset
+	tcp atomic.Pointer[ruleset]
 }
 
-func newRuleset(rules []*rule, l language) *ruleset {
+// table is sorted rules and their index.
+type table struct {
+	rules []*rule
+	index *index
+}
+
+func newTable(rules []*rule) *table {
 	slices.SortFunc(rules, func(a, b *rule) int { return cmp.Compare(a.order, b.order) })
-	return &ruleset{language: l, rules: rules, index: newIndex(rules)}
+	return &table{rules, newIndex(rules)}
+}
+
+// at is where the rule of a name is in the table, or would be.
+func (t *table) at(order string) (i int, there bool) {
+	return slices.BinarySearchFunc(t.rules, order, func(r *rule, order string) int { return cmp.Compare(r.order, order) })
+}
+
+func newRuleset(policies []*policy, l language) *ruleset {
+	n := 0
+	for _, p := range policies {
+		n += len(p.rules)
+	}
+	rules := make([]*rule, 0, n)
+	for _, p := range policies {
+		rules = append(rules, p.rules...)
+	}
+	return &ruleset{language: l, policies: policies, base: newTable(rules)}
+}
+
+// enough is how much may change since a table was made.
+func (t *table) enough() int { return max(64, len(t.rules)/16) }
+
+// follow is the ruleset of other policies, made from s if they are mostly its
+// own.
+func (s *ruleset) follow(policies []*policy) *ruleset {
+	var added, removed []*rule
+	for i, k := 0, 0; i < len(policies) || k < len(s.policies); {
+		switch {
+		case k == len(s.policies) || i < len(policies) && policies[i].serial < s.policies[k].serial:
+			added = append(added, policies[i].rules...)
+			i++
+		case i == len(policies) || policies[i].serial > s.policies[k].serial:
+			removed = append(removed, s.policies[k].rules...)
+			k++
+		default:
+			i++
+			k++
+		}
+	}
+	next := s.change(added, removed)
+	if next == nil {
+		return newRuleset(policies, s.language)
+	}
+	next.policies = policies
+	if tcp := s.tcp.Load(); tcp != nil {
+		// Only what is named counts of the removed.
+		if tcp = tcp.change(s.forTCP(added), removed); tcp != nil {
+			next.tcp.Store(tcp)
+		}
+	}
+	return next
+}
+
+// change is s with other rules, or nil if too much has changed.
+func (s *ruleset) change(added, removed []*rule) *ruleset {
+	next := &ruleset{language: s.language, base: s.base, gone: slices.Clone(s.gone), fewer: s.fewer}
+	names := make(map[string]bool, len(removed))
+	for _, r := range removed {
+		names[r.order] = true
+	}
+	var extra []*rule
+	if s.extra != nil {
+		for _, r := range s.extra.rules {
+			if names[r.order] {
+				delete(names, r.order)
+			} else {
+				extra = append(extra, r)
+			}
+		}
+	}
+	extra = append(extra, added...)
+	if next.fewer += len(names); next.fewer+len(extra) > s.base.enough() {
+		return nil
+	}
+	for name := range names {
+		i, there := s.base.at(name)
+		if !there { // a rule that bare connections do not have
+			next.fewer--
+			continue
+		}
+		if next.gone == nil {
+			next.gone = make([]uint64, len(s.base.rules)/64+1)
+		}
+		next.gone[i/64] |= 1 << (i % 64)
+	}
+	if len(extra) > 0 {
+		next.extra = newTable(extra)
+		next.at = make([]int32, len(extra))
+		for i, r := range next.extra.rules {
+			at, _ := s.base.at(r.order)
+			next.at[i] = int32(at)
+		}
+	}
+	return next
+}
+
+// forTCP are the rules as bare connections have them.
+func (s *ruleset) forTCP(rules []*rule) (out []*rule) {
+	for _, r := range rules {
+		if r.http {
+			r = newRule(r.Rule, s.language, true)
+		}
+		if r != nil {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // connections is the ruleset for bare connections.
 func (s *ruleset) connections() *ruleset {
-	s.once.Do(func() {
-		var rules []*rule
-		for _, r := range s.rules {
-			if r.http {
-				r = newRule(r.Rule, s.language, true)
-			}
-			if r != nil {
-				rules = append(rules, r)
-			}
-		}
-		s.tcp = newRuleset(rules, s.language)
-	})
-	return s.tcp
+	if tcp := s.tcp.Load(); tcp != nil {
+		return tcp
+	}
+	var rules []*rule
+	for _, p := range s.policies {
+		rules = append(rules, s.forTCP(p.rules)...)
+	}
+	s.tcp.CompareAndSwap(nil, &ruleset{language: s.language, base: newTable(rules)})
+	return s.tcp.Load()
 }
 
-// search is the state of going through a ruleset: the first rule found that
+// search is the state of going through a table: the first rule found that
 // certainly matches and the first that may, as indexes into rules, or their
 // number.
 type search struct {
 	rules          []*rule
+	gone           []uint64
 	view           *view
 	certain, doubt int32
 }
@@ -530,14 +733,32 @@ func (s *ruleset) find(v *view) match {
 	if !v.HTTP {
 		s = s.connections()
 	}
-	n := int32(len(s.rules))
-	q := search{s.rules, v, n, n}
-	q.index(s.index)
+	n := int32(len(s.base.rules))
+	q := search{s.base.rules, s.gone, v, n, n}
+	q.index(s.base.index)
+	var certain, doubt *rule
+	if q.certain < n {
+		certain = s.base.rules[q.certain]
+	}
+	if q.doubt < n {
+		doubt = s.base.rules[q.doubt]
+	}
+	if s.extra != nil {
+		m := int32(len(s.extra.rules))
+		e := search{s.extra.rules, nil, v, m, m}
+		e.index(s.extra.index)
+		if e.certain < m && s.at[e.certain] <= q.certain {
+			certain = s.extra.rules[e.certain]
+		}
+		if e.doubt < m && s.at[e.doubt] <= q.doubt {
+			doubt = s.extra.rules[e.doubt]
+		}
+	}
 	switch {
-	case q.certain < n:
-		return match{s.rules[q.certain].Rule, true}
-	case q.doubt < n:
-		return match{s.rules[q.doubt].Rule, false}
+	case certain != nil:
+		return match{certain.Rule, true}
+	case doubt != nil:
+		return match{doubt.Rule, false}
 	}
 	return match{}
 }
@@ -547,6 +768,9 @@ func (q *search) try(list []int32) {
 	for _, i := range list {
 		if i >= q.certain {
 			return
+		}
+		if q.gone != nil && q.gone[i/64]&(1<<(i%64)) != 0 {
+			continue
 		}
 		switch q.rules[i].match(q.view) {
 		case yes:

@@ -1,7 +1,9 @@
 package authz
 
 import (
+	"cmp"
 	"iter"
+	"slices"
 
 	security "istio.io/api/security/v1beta1"
 )
@@ -58,6 +60,9 @@ type Rule struct {
 
 	policy string // NAMESPACE/NAME
 	detail string // of Reason, for texts
+	// order is the name that Envoy sorts policies by, so it says which of several
+	// matching rules is reported.
+	order string
 }
 
 // decision names the rule. A nil rule stands for no resource.
@@ -87,9 +92,31 @@ type Program struct {
 	// Rulesets are nil where no policy of that kind selects the workload.
 	audit, deny, allow      *ruleset
 	shadowDeny, shadowAllow *ruleset
-	// rules are all of the rules, and the ALLOW policies without rules, in the
-	// order of Rules.
-	rules []*Rule
+	// layers are all rulesets, in the order of Rules.
+	layers []ranked
+}
+
+// layer is policies that are looked at together.
+type layer struct {
+	action   Action
+	provider string
+	dryRun   bool
+}
+
+type ranked struct {
+	layer
+	rules *ruleset
+}
+
+// compare is the order of Rules.
+func (l layer) compare(o layer) int {
+	dry := func(l layer) int {
+		if l.dryRun {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(cmp.Compare(o.action, l.action), cmp.Compare(l.provider, o.provider), cmp.Compare(dry(l), dry(o)))
 }
 
 type provider struct {
@@ -226,7 +253,19 @@ func (p *Program) Rules() iter.Seq[Rule] {
 		if p == nil {
 			return
 		}
-		for _, list := range [][]*Rule{p.refused, p.rules} {
+		lists := [][]*Rule{p.refused}
+		for _, l := range p.layers {
+			var list []*Rule
+			for _, pol := range l.rules.policies {
+				list = append(list, pol.listed...)
+				if len(pol.listed) == 0 && l.action == ActionAllow {
+					list = append(list, pol.whole)
+				}
+			}
+			slices.SortFunc(list, func(a, b *Rule) int { return cmp.Compare(a.order, b.order) })
+			lists = append(lists, list)
+		}
+		for _, list := range lists {
 			for _, r := range list {
 				if !yield(*r) {
 					return

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	security "istio.io/api/security/v1beta1"
@@ -41,7 +42,7 @@ func (r Resource) Loadable() bool { return !r.r.unloadable }
 func (r Resource) String() string { return r.r.id() }
 
 // resource is what a Resource points to. Once Parse has returned it, nobody
-// writes to it.
+// writes to it, but for compiled.
 type resource struct {
 	key
 	origin  string
@@ -71,6 +72,9 @@ type resource struct {
 	unloadable bool
 	// ruleLines are the lines of the resource's rules.
 	ruleLines []int
+
+	// compiled is what a compiler has made of the resource last.
+	compiled atomic.Pointer[policy]
 }
 
 // key names a resource.

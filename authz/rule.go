@@ -2,7 +2,6 @@ package authz
 
 import (
 	"bytes"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -15,9 +14,6 @@ import (
 // is immutable and shared by programs.
 type rule struct {
 	*Rule
-	// order is the name that Envoy sorts policies by, so it says which of
-	// several matching rules is reported.
-	order string
 	// from and to are alternatives; none of them is no condition.
 	from, to []conditions
 	when     conditions
@@ -82,7 +78,7 @@ type builder struct {
 // if it can never match.
 func newRule(meta *Rule, l language, tcp bool) *rule {
 	b := &builder{language: l, namespace: meta.Namespace, tcp: tcp, strict: meta.Action == ActionAllow}
-	r := &rule{Rule: meta, order: meta.order()}
+	r := &rule{Rule: meta}
 	for _, f := range meta.Spec.GetFrom() {
 		r.from = append(r.from, b.source(f.GetSource()))
 	}
@@ -102,11 +98,6 @@ func newRule(meta *Rule, l language, tcp bool) *rule {
 	}
 	r.http = b.http
 	return r
-}
-
-// order is the name that Envoy sorts policies by.
-func (r *Rule) order() string {
-	return fmt.Sprintf("ns[%s]-policy[%s]-rule[%d]", r.Namespace, r.Name, max(r.Index, 0))
 }
 
 // fail is what Istio's generator does about what it cannot generate.

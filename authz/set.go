@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"cmp"
 	"fmt"
 	"iter"
 	"maps"
@@ -68,42 +69,59 @@ func (s Set) Update(resources []Resource) (Set, []Problem) {
 	next := Set{entries: make(map[key]entry, len(resources))}
 	var problems []Problem
 
-	present := make(map[key][]*resource, len(resources))
-	broken := make(map[string][]*resource) // by origin
+	var twice map[key][]*resource                 // those that exist more than once
+	var broken map[string][]*resource             // by origin
+	texts := make([]*resource, 0, len(resources)) // the others, the first of each key
 	for _, r := range resources {
 		switch {
 		case r.r == nil:
 		case r.r.reason == ReasonUnreadable:
+			if broken == nil {
+				broken = make(map[string][]*resource)
+			}
 			broken[r.r.origin] = append(broken[r.r.origin], r.r)
 		default:
-			present[r.r.key] = append(present[r.r.key], r.r)
+			if first, ok := next.entries[r.r.key]; ok {
+				if twice == nil {
+					twice = make(map[key][]*resource)
+				}
+				if twice[r.r.key] == nil {
+					twice[r.r.key] = []*resource{first.res}
+				}
+				twice[r.r.key] = append(twice[r.r.key], r.r)
+				continue
+			}
+			next.entries[r.r.key] = entry{StateGood, r.r, r.r.origin}
+			texts = append(texts, r.r)
 		}
 	}
-	for _, k := range sortedKeys(present) {
-		texts := present[k]
-		now := texts[0]
-		if len(texts) > 1 {
-			now = duplicate(texts)
+	for _, now := range texts {
+		if copies := twice[now.key]; copies != nil {
+			now = duplicate(copies)
 			problems = append(problems, Problem{
-				Origin: now.origin, Line: now.line, Resource: k.id(), Reason: ReasonDuplicate,
+				Origin: now.origin, Line: now.line, Resource: now.id(), Reason: ReasonDuplicate,
 				Message: now.detail, Fix: "keep one of them",
 			})
 		}
-		before, known := s.entries[k]
-		switch {
-		case now.reason == "":
-			next.entries[k] = entry{StateGood, now, now.origin}
-		case known && before.state != StateRefused:
-			next.entries[k] = entry{StateStale, before.res, now.origin}
+		if now.reason == "" {
+			continue
+		}
+		before, known := s.entries[now.key]
+		if known && before.state != StateRefused {
+			next.entries[now.key] = entry{StateStale, before.res, now.origin}
 			problems = append(problems, stale(now.origin, now.line, before.res))
-		default:
-			next.entries[k] = entry{StateRefused, now, now.origin}
+		} else {
+			next.entries[now.key] = entry{StateRefused, now, now.origin}
 		}
 	}
+	slices.SortStableFunc(problems, func(a, b Problem) int { return cmp.Compare(a.Resource, b.Resource) })
 
+	if len(broken) == 0 {
+		return next, problems
+	}
 	missing := make(map[string][]key) // by origin
 	for k, e := range s.entries {
-		if _, ok := present[k]; !ok && broken[e.origin] != nil {
+		if _, ok := next.entries[k]; !ok && broken[e.origin] != nil {
 			missing[e.origin] = append(missing[e.origin], k)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -91,12 +92,7 @@ func (v EnvoyVersion) language() language {
 // to be swapped as a whole. A nil Snapshot stands for policies that were never
 // loaded; it denies everything with [ReasonNoPolicies].
 type Snapshot struct {
-	options Options
-	// policies are what the resources were compiled to.
-	policies map[*resource]*policy
-	// serial is the number of the last policy that was compiled.
-	serial uint64
-
+	*compiler
 	spaces map[string]*space
 	// others is the space of the namespaces without policies of their own.
 	others *space
@@ -104,6 +100,7 @@ type Snapshot struct {
 
 // policy is a compiled resource.
 type policy struct {
+	by *compiler
 	// serial tells policies apart, in this snapshot and in those that follow it.
 	serial   uint64
 	key      key
@@ -128,25 +125,25 @@ type policy struct {
 
 // Compile turns a set into a snapshot. It does not fail: what it reports are
 // warnings about policies that are enforced as they are written.
-func Compile(s Set, o Options) (*Snapshot, []Problem) { return (&Snapshot{options: o}).Update(s) }
+func Compile(s Set, o Options) (*Snapshot, []Problem) {
+	c := &compiler{options: o, domains: newDomains(o), language: o.Envoy.language()}
+	return (&Snapshot{compiler: c}).Update(s)
+}
 
 // Update compiles a set with the options of s, which must not be nil, and keeps
 // of s what the change leaves as it was: the policies whose resources are the
 // same, and the programs in which only those are. s goes on as it is.
 func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
+	if s.compiler == nil { // nobody compiled it
+		return Compile(set, Options{})
+	}
 	root := s.options.root()
-	c := &compiler{domains: newDomains(s.options), language: s.options.Envoy.language(), serial: s.serial}
-	next := &Snapshot{options: s.options, policies: make(map[*resource]*policy, len(s.policies)+1)}
+	next := &Snapshot{compiler: s.compiler}
 	var mesh []*policy
 	own := make(map[string][]*policy, len(s.spaces))
 	var problems []Problem
 	for r := range set.resources {
-		p := s.policies[r]
-		if p == nil {
-			p = c.policy(r)
-			p.root = p.key.namespace == root
-		}
-		next.policies[r] = p
+		p := s.policy(r)
 		problems = append(problems, p.problems...)
 		switch {
 		case p.key.kind == KindPeerAuthentication && p.key.namespace == root && len(p.selector) > 0:
@@ -161,7 +158,6 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 			own[p.key.namespace] = append(own[p.key.namespace], p)
 		}
 	}
-	next.serial = c.serial
 	slices.SortStableFunc(problems, func(a, b Problem) int {
 		return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Line, b.Line))
 	})
@@ -177,15 +173,29 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 	return next, problems
 }
 
+// compiler is shared by a snapshot and those that follow it.
 type compiler struct {
 	language
+	options Options
 	domains domains
-	serial  uint64
+	// serial is the number of the last policy that was compiled.
+	serial atomic.Uint64
 }
 
+// policy is what the resource comes to. It is kept with the resource, so that the
+// next snapshot of the same compiler has it.
 func (c *compiler) policy(r *resource) *policy {
-	c.serial++
-	p := &policy{serial: c.serial, key: r.key, created: r.created, selector: r.selector, targets: r.targets, reason: r.reason, peer: r.peer}
+	if done := r.compiled.Load(); done != nil && done.by == c {
+		return done
+	}
+	p := c.compile(r)
+	p.by, p.root = c, p.key.namespace == c.options.root()
+	r.compiled.Store(p)
+	return p
+}
+
+func (c *compiler) compile(r *resource) *policy {
+	p := &policy{serial: c.serial.Add(1), key: r.key, created: r.created, selector: r.selector, targets: r.targets, reason: r.reason, peer: r.peer}
 	p.whole = &Rule{
 		Kind: r.kind, Namespace: r.namespace, Name: r.name, Index: -1, DryRun: r.dryRun,
 		Origin: r.origin, Line: r.line, Reason: r.reason, detail: r.detail,
@@ -197,6 +207,7 @@ func (c *compiler) policy(r *resource) *policy {
 	}
 	if r.name != "" {
 		p.whole.policy = r.key.policy()
+		p.whole.order = order(r.key, 0)
 	}
 	if r.reason != "" {
 		p.whole.Action = ActionDeny
@@ -222,6 +233,7 @@ func (c *compiler) policy(r *resource) *policy {
 		meta := new(Rule)
 		*meta = *p.whole
 		meta.Index, meta.Line = i, r.ruleLines[i]
+		meta.order = order(r.key, i)
 		var foreign []string
 		meta.Spec, foreign = c.domains.expand(spec)
 		for _, v := range foreign {
@@ -239,6 +251,11 @@ func (c *compiler) policy(r *resource) *policy {
 	return p
 }
 
+// order is the name that Envoy sorts the policies of a filter by.
+func order(k key, rule int) string {
+	return "ns[" + k.namespace + "]-policy[" + k.name + "]-rule[" + strconv.Itoa(rule) + "]"
+}
+
 // space is the policies that can select a workload of one namespace.
 type space struct {
 	options  *Options
@@ -252,8 +269,9 @@ type space struct {
 	classes map[string]*Program
 	// programs are the programs by the policies that are in them, guarded by mu.
 	programs map[string]*Program
-	// inherited are the programs of the snapshot before, guarded by mu.
-	inherited map[string]*Program
+	// inherited are the programs of the snapshot before, guarded by mu, and
+	// ancestors those by the values of the labels, if the labels are the same.
+	inherited, ancestors map[string]*Program
 }
 
 // maxClasses bounds what a space remembers. Beyond it begins anew, so that
@@ -276,12 +294,15 @@ func (s *Snapshot) space(policies []*policy, before *space) *space {
 		}
 	}
 	sp := &space{
-		options: &s.options, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
+		options: &s.compiler.options, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
 		classes: make(map[string]*Program), programs: make(map[string]*Program),
 	}
 	if before != nil {
 		before.mu.RLock()
 		sp.inherited = maps.Clone(before.programs)
+		if slices.Equal(sp.labels, before.labels) {
+			sp.ancestors = maps.Clone(before.classes)
+		}
 		before.mu.RUnlock()
 	}
 	return sp
@@ -292,7 +313,7 @@ func (s *Snapshot) space(policies []*policy, before *space) *space {
 // for a class of workloads is a look-up. It returns nil, which denies, only for
 // a nil or zero Snapshot.
 func (s *Snapshot) For(w identity.Workload) *Program {
-	if s == nil {
+	if s == nil || s.compiler == nil {
 		return nil
 	}
 	sp := s.others
@@ -347,7 +368,7 @@ func (s *space) program(labels map[string]string, root bool) *Program {
 	}
 	if p = s.programs[string(members)]; p == nil {
 		if p = s.inherited[string(members)]; p == nil {
-			p = newProgram(chosen, s.options)
+			p = newProgram(chosen, s.options, s.ancestors[string(class)])
 		}
 		s.programs[string(members)] = p
 	}
@@ -355,13 +376,13 @@ func (s *space) program(labels map[string]string, root bool) *Program {
 	return p
 }
 
-func newProgram(policies []*policy, o *Options) *Program {
+// newProgram is the program of the policies, which are sorted by serial. What it
+// has in common with before, which may be nil, is taken from there.
+func newProgram(policies []*policy, o *Options, before *Program) *Program {
 	p := &Program{language: o.Envoy.language(), compiled: true}
 	var peers []*policy
-	rules := make(map[layer][]*rule)
-	listed := make(map[layer][]*Rule)
+	layers := make(map[layer][]*policy)
 	for _, pol := range policies {
-		at := layer{pol.whole.Action, pol.whole.Provider, pol.whole.DryRun}
 		switch {
 		case pol.reason != "":
 			p.refused = append(p.refused, pol.whole)
@@ -370,10 +391,8 @@ func newProgram(policies []*policy, o *Options) *Program {
 		case pol.key.kind == KindRequestAuthentication:
 			p.tokens = append(p.tokens, pol.tokens...)
 		default:
-			rules[at] = append(rules[at], pol.rules...)
-			if listed[at] = append(listed[at], pol.listed...); len(pol.listed) == 0 && pol.whole.Action == ActionAllow {
-				listed[at] = append(listed[at], pol.whole)
-			}
+			at := layer{pol.whole.Action, pol.whole.Provider, pol.whole.DryRun}
+			layers[at] = append(layers[at], pol)
 		}
 	}
 	slices.SortFunc(p.refused, func(a, b *Rule) int {
@@ -383,44 +402,42 @@ func newProgram(policies []*policy, o *Options) *Program {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Index, b.Index))
 	})
 	p.peer = compose(peers, o.root())
-	for _, at := range slices.SortedFunc(maps.Keys(rules), layer.compare) {
-		set := newRuleset(rules[at], p.language)
+	for _, at := range slices.SortedFunc(maps.Keys(layers), layer.compare) {
+		var rules *ruleset
+		if was := before.layer(at); was == nil {
+			rules = newRuleset(layers[at], p.language)
+		} else if rules = was; !slices.Equal(was.policies, layers[at]) {
+			rules = was.follow(layers[at])
+		}
+		p.layers = append(p.layers, ranked{at, rules})
 		switch {
 		case at.action == ActionCustom:
-			p.custom = append(p.custom, provider{at.provider, set})
+			p.custom = append(p.custom, provider{at.provider, rules})
 		case at.action == ActionAudit:
-			p.audit = set
+			p.audit = rules
 		case at.action == ActionDeny && at.dryRun:
-			p.shadowDeny = set
+			p.shadowDeny = rules
 		case at.action == ActionDeny:
-			p.deny = set
+			p.deny = rules
 		case at.dryRun:
-			p.shadowAllow = set
+			p.shadowAllow = rules
 		default:
-			p.allow = set
+			p.allow = rules
 		}
-		list := listed[at]
-		slices.SortFunc(list, func(a, b *Rule) int { return cmp.Compare(a.order(), b.order()) })
-		p.rules = append(p.rules, list...)
 	}
 	p.several = len(p.custom) > 1 && !o.MultipleProviders
 	return p
 }
 
-// layer is policies that are looked at together.
-type layer struct {
-	action   Action
-	provider string
-	dryRun   bool
-}
-
-// compare is the order of Rules.
-func (l layer) compare(o layer) int {
-	dry := func(l layer) int {
-		if l.dryRun {
-			return 1
-		}
-		return 0
+// layer is the ruleset of a layer, or nil.
+func (p *Program) layer(at layer) *ruleset {
+	if p == nil {
+		return nil
 	}
-	return cmp.Or(cmp.Compare(o.action, l.action), cmp.Compare(l.provider, o.provider), cmp.Compare(dry(l), dry(o)))
+	for _, l := range p.layers {
+		if l.layer == at {
+			return l.rules
+		}
+	}
+	return nil
 }
