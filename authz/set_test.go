@@ -3,6 +3,7 @@ package authz_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -32,7 +33,7 @@ type folder map[string]string
 
 // parse reads all of the folder.
 func (f folder) parse() (rs []authz.Resource) {
-	for _, name := range sortedCells(f) {
+	for _, name := range slices.Sorted(maps.Keys(f)) {
 		r, _ := authz.Parse(name, []byte(f[name]))
 		rs = append(rs, r...)
 	}

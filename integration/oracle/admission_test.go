@@ -33,7 +33,7 @@ func TestAdmissionRefusesWhatIstioRefuses(t *testing.T) {
 			}
 		})
 	}
-	t.Logf("%d resources: Istio accepted %d and refused %d", len(cases), accepted, len(cases)-accepted)
+	t.Logf("note: admission: %d resources: Istio accepted %d and refused %d", len(cases), accepted, len(cases)-accepted)
 	if len(cases) < 150 || accepted < 40 || len(cases)-accepted < 80 {
 		t.Errorf("%d resources, %d accepted: too few of one kind to show agreement", len(cases), accepted)
 	}

@@ -243,7 +243,7 @@ func (t *tally) compare(tb testing.TB, p pair, l logged, rec *recorder) {
 }
 
 func (t *tally) report(tb testing.TB) {
-	tb.Logf("%d pairs compared; ends %v; deviations %v; refused before any filter %v", t.compared, t.ends, t.deviations, t.unreached)
+	tb.Logf("note: Istio and Envoy: %d pairs compared; ends %v; deviations %v; refused before any filter %v", t.compared, t.ends, t.deviations, t.unreached)
 	if t.failures > 5 {
 		tb.Errorf("%d differences in all", t.failures)
 	}

@@ -1,6 +1,7 @@
 // Command testrun runs `go test -json` with its arguments and prints what a
 // person or a CI wants of it: a line for each package, everything of the tests
-// that failed, each skip with its reason, and at the end
+// that failed, each skip with its reason, the lines that a test logs with "note: "
+// in front, and at the end
 //
 //	N passed, N failed, N skipped
 //
@@ -129,6 +130,7 @@ func (r *report) add(e event) {
 	switch e.Action {
 	case "pass":
 		r.passed++
+		r.notes(r.output[key])
 	case "skip":
 		r.skipped++
 		r.skips = append(r.skips, fmt.Sprintf("%s %s: %s", e.Package, e.Test, reason(r.output[key])))
@@ -138,6 +140,16 @@ func (r *report) add(e event) {
 		fmt.Fprintf(r.w, "--- FAIL: %s %s\n%s", e.Package, e.Test, strings.Join(r.output[key], ""))
 	}
 	delete(r.output, key)
+}
+
+// notes prints what a test that passed wants to be read: tables of what it saw.
+func (r *report) notes(output []string) {
+	for _, o := range output {
+		// t.Log says FILE:LINE first.
+		if _, note, ok := strings.Cut(o, ": note: "); ok {
+			fmt.Fprintf(r.w, "note\t%s\n", strings.TrimRight(note, "\n"))
+		}
+	}
 }
 
 func (r *report) endPackage(e event) {

@@ -36,6 +36,7 @@ func TestReport(t *testing.T) {
 		{"a build that fails is a failure", pass + build, false, "p.go:1: undefined: x\n1 passed, 1 failed, 0 skipped", "1 failed"},
 		{"a panic outside of a test is a failure", panics, false, "panic: oops\n0 passed, 1 failed, 0 skipped", "1 failed"},
 		{"nothing at all is a failure", none, false, "0 passed, 0 failed, 0 skipped", "no test ran"},
+		{"a note of a test that passed is shown", `{"Action":"output","Package":"p","Test":"TestA","Output":"    a_test.go:7: note: 12 pairs\n"}` + "\n" + pass + ok, true, "note\t12 pairs\n1 passed", ""},
 		{"other lines are shown", "warning\n" + pass + ok, false, "warning\n1 passed", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
