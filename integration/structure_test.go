@@ -54,8 +54,10 @@ var binaries = map[string]struct {
 	never []string // prefixes of import paths
 }{
 	"cmd/ca": {},
-	// An agent that is taken over has nothing in it that could sign.
-	"cmd/agent":  {never: []string{module + "ca", "go.step.sm/crypto/kms"}},
+	// An agent that is taken over has nothing in it that could sign. Of client-go it
+	// has the bare protocol: no client for pods, secrets or nodes.
+	"cmd/agent":  {never: []string{module + "ca", module + "ca/kube", "go.step.sm/crypto/kms",
+		"k8s.io/api/", "k8s.io/client-go/kubernetes", "k8s.io/client-go/informers", "k8s.io/client-go/listers", "istio.io/client-go"}},
 	"cmd/signet": {never: []string{module + "ca"}},
 }
 

@@ -115,6 +115,7 @@ func NewCluster(cfg ClusterConfig) (*Cluster, error) {
 	}
 	c.status.changed = make(chan struct{})
 	c.status.err = errNotSynced
+	c.away.Store(true)
 	for _, t := range policyTypes {
 		c.feeds = append(c.feeds, &feed{
 			kind: t.kind, resource: t.resource, client: client.Resource(policyGroup.WithResource(t.resource)),
@@ -239,7 +240,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 // nothing changes; zero: not before.
 func (c *Cluster) adopt(ctx context.Context) (again time.Duration) {
 	texts := map[string][]byte{}
-	complete := true
+	complete, answered := true, false
 	var errs []error
 	for _, f := range c.feeds {
 		of, synced, err := f.state()
@@ -248,12 +249,14 @@ func (c *Cluster) adopt(ctx context.Context) (again time.Duration) {
 		} else if !synced {
 			errs = append(errs, fmt.Errorf("listing %s: %w", f.resource, errNotSynced))
 		}
+		answered = answered || synced && err == nil || err != nil && !unreachable([]error{err})
 		complete = complete && synced
 		for key, text := range of {
 			texts[f.kind+" "+key] = text
 		}
 	}
-	if away := unreachable(errs); away != c.away.Value() {
+	away := unreachable(errs)
+	if (away || answered) && away != c.away.Value() {
 		c.away.Store(away)
 	}
 	if !complete {
@@ -433,8 +436,8 @@ func (c *Cluster) Export() (saved []byte, changed <-chan struct{}) {
 	return withHeader(good, body), changed
 }
 
-// Away reports whether the API server does not answer, and has a channel that is
-// closed when that may have changed. A refusal is an answer.
+// Away reports whether the API server does not answer, or has not answered yet, and
+// has a channel that is closed when that may have changed. A refusal is an answer.
 func (c *Cluster) Away() (away bool, changed <-chan struct{}) { return c.away.Load() }
 
 // unreachable reports whether any of the errors says that nobody answered, or that

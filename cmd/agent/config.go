@@ -34,7 +34,15 @@ type config struct {
 		// TokenFile holds the agent's own token.
 		TokenFile string `yaml:"tokenFile"`
 	} `yaml:"ca"`
-	// Tokens says how proxies' tokens are verified.
+	// Kubernetes says where policies come from, instead of Policies.Dir.
+	Kubernetes struct {
+		Enabled bool `yaml:"enabled"`
+		// Kubeconfig says where the API server is and with which credentials; empty:
+		// those of the pod.
+		Kubeconfig string `yaml:"kubeconfig"`
+	} `yaml:"kubernetes"`
+	// Tokens says how proxies' tokens are verified. Without JWKSFile the authority
+	// hands over the keys.
 	Tokens struct {
 		Issuer      string        `yaml:"issuer"`
 		JWKSFile    string        `yaml:"jwksFile"`
@@ -70,10 +78,14 @@ func defaults() config {
 	return c
 }
 
-func loadConfig(path string) (config, error) {
+// loadConfig reads the file. node, if not empty, is the node instead of what it says.
+func loadConfig(path, node string) (config, error) {
 	c := defaults()
 	if err := run.LoadConfig(path, &c); err != nil {
 		return config{}, err
+	}
+	if node != "" {
+		c.Node = node
 	}
 	bad := func(format string, args ...any) (config, error) {
 		return config{}, fmt.Errorf("reading configuration %s: "+format, append([]any{path}, args...)...)
@@ -83,10 +95,16 @@ func loadConfig(path string) (config, error) {
 		return bad("socket %q: must be an absolute path", c.Socket)
 	case c.StateDir != "" && !filepath.IsAbs(c.StateDir):
 		return bad("stateDir %q: must be an absolute path, or empty to save nothing", c.StateDir)
-	case c.Tokens.Issuer == "" || c.Tokens.JWKSFile == "":
-		return bad("tokens.issuer and tokens.jwksFile are required")
-	case c.Policies.Dir == "":
-		return bad("policies.dir: is required")
+	case c.Tokens.JWKSFile != "" && c.Tokens.Issuer == "":
+		return bad("tokens.jwksFile is set, but not tokens.issuer: say whose keys they are")
+	case c.Kubernetes.Enabled && c.Policies.Dir != "":
+		return bad("both kubernetes.enabled and policies.dir are set: policies come from the API server or from a folder, not from both; remove one")
+	case c.Kubernetes.Enabled && c.Tokens.JWKSFile != "":
+		return bad("both kubernetes.enabled and tokens.jwksFile are set: the authority hands over the API server's keys; remove one")
+	case !c.Kubernetes.Enabled && c.Kubernetes.Kubeconfig != "":
+		return bad("kubernetes.kubeconfig is set, but not kubernetes.enabled: set it too, or remove it")
+	case !c.Kubernetes.Enabled && c.Policies.Dir == "":
+		return bad("policies.dir is required where kubernetes.enabled is not set")
 	}
 	return c, nil
 }

@@ -13,9 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
-	"github.com/signet-mesh/signet/authz/source"
 	"github.com/signet-mesh/signet/ca/caclient"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/cmd/internal/version"
@@ -50,13 +48,13 @@ func main() {
 
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root := &cobra.Command{Use: "signet-agent", Short: "The node agent of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
-	var path string
+	var path, node string
 	serve := &cobra.Command{Use: "serve", Short: "Serve the node's proxies until interrupted", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, stderr) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, node, stderr) }}
 	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
 	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			c, err := loadConfig(path)
+			c, err := loadConfig(path, node)
 			if err != nil {
 				return err
 			}
@@ -64,6 +62,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		}}
 	for _, c := range []*cobra.Command{serve, show} {
 		c.Flags().StringVar(&path, "config", "/etc/signet/agent.yaml", "configuration `FILE`")
+		c.Flags().StringVar(&node, "node", "", "`NAME` of the node, instead of what the configuration says")
 	}
 	config.AddCommand(show)
 	root.AddCommand(serve, config)
@@ -73,8 +72,8 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	return root.ExecuteContext(ctx)
 }
 
-func serve(ctx context.Context, path string, stderr io.Writer) error {
-	c, err := loadConfig(path)
+func serve(ctx context.Context, path, node string, stderr io.Writer) error {
+	c, err := loadConfig(path, node)
 	if err != nil {
 		return err
 	}
@@ -112,25 +111,19 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 	pods := &identity.Pods{}
 	pods.Replace(saved.state.Pods)
 
-	// Policies before the socket: a check must never meet an agent without them.
-	policies, err := source.OpenFolder(source.Config{
-		Dir:     c.Policies.Dir,
-		Options: authz.Options{TrustDomain: td, TrustDomainAliases: c.Policies.TrustDomainAliases, RootNamespace: c.Policies.RootNamespace},
-		Log:     log, Metrics: reg,
-	})
+	// Policies before the socket: a check must never meet an agent without them,
+	// except that it denies.
+	world, err := c.world(saved, td, log, reg)
 	if err != nil {
 		return err
 	}
-
-	keys, err := attest.OpenKeys(attest.KeysConfig{File: c.Tokens.JWKSFile, Log: log})
+	attestor, err := attest.New(attest.Config{Issuer: c.Tokens.Issuer, Audience: c.Tokens.Audience, Keys: world.keys, Pods: pods, Node: c.Node,
+		AnyServiceAccount: true, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Outage: world.outage, Metrics: reg})
 	if err != nil {
 		return err
 	}
-	attestor, err := attest.New(attest.Config{Issuer: c.Tokens.Issuer, Audience: c.Tokens.Audience, Keys: keys, Pods: pods, Node: c.Node,
-		AnyServiceAccount: true, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Metrics: reg})
-	if err != nil {
-		return err
-	}
+	saved.load(savedTokens, attestor.Load)
+	world.exports[savedTokens] = attestor.Export
 	gate, err := attest.NewGate(attest.GateConfig{Attestor: attestor, Pods: pods, Log: log, Metrics: reg})
 	if err != nil {
 		return err
@@ -143,6 +136,7 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 		Addresses: c.CA.Addresses, TrustDomain: td, Node: c.Node,
 		RootFile: c.CA.RootFile, RootHash: c.CA.RootHash, TokenFile: c.CA.TokenFile,
 		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust, SavedLogHeads: saved.state.Extra[extraLogHeads],
+		UnknownKeys:  world.unknownKeys,
 		Acknowledged: func(current uint64) (uint64, <-chan struct{}) { return streams.Acknowledged(current) },
 		Version:      version.Current().String(), Log: log, Metrics: reg,
 	})
@@ -164,7 +158,7 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 	if streams, err = sds.New(sds.Config{Source: secrets, Log: log, Metrics: reg}); err != nil {
 		return err
 	}
-	checks, err := extauthz.New(extauthz.Config{Snapshot: policies.Snapshot, Log: log, Metrics: reg})
+	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Log: log, Metrics: reg})
 	if err != nil {
 		return err
 	}
@@ -198,18 +192,18 @@ func serve(ctx context.Context, path string, stderr io.Writer) error {
 		return nil
 	})
 	health.Add("svids", svids.Health)
-	health.Add("policies", policies.Ready)
-	health.Add("token keys", keys.Err)
+	health.Add("policies", world.policies.Ready)
+	health.Add("token keys", world.keysErr)
 	return run.InOrder(ctx,
 		func(cause error) {
 			health.End()
 			log.Info("shutting down", "reason", cause)
 		},
-		[]run.Job{
-			client.Run, svids.Run, policies.Run,
+		append(world.loops(client),
+			client.Run, svids.Run, world.policies.Run,
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
-			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node) },
-		},
+			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
+		),
 		[]run.Job{
 			func(ctx context.Context) error { return run.ServeGRPC(ctx, server, listener, drain) },
 			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },

@@ -82,8 +82,30 @@ func (s *saved) credential() *caclient.Credential {
 	return &caclient.Credential{SVID: s.state.Agent, RenewAt: s.state.AgentRenewAt, TokenBy: s.state.TokenBy}
 }
 
+// Names of what else is saved, in State.Extra. Each has a format of its own, with a
+// version.
+const (
+	savedPolicies = "policies"
+	savedKeys     = "token-keys"
+	savedTokens   = "tokens" // hashes of those that were accepted
+)
+
+// export is something to be saved, and a channel that is closed when it changes.
+type export func() (saved []byte, changed <-chan struct{})
+
+// load hands what was saved under a name to take. The agent can do without it.
+func (s *saved) load(name string, take func([]byte) error) {
+	b := s.state.Extra[name]
+	if b == nil {
+		return
+	}
+	if err := take(b); err != nil {
+		s.log.Warn("a part of the saved state is not used", "part", name, "err", err)
+	}
+}
+
 // keep saves the state after each change, until ctx ends, and once more then.
-func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder.Holder, pods *identity.Pods, node string) error {
+func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder.Holder, pods *identity.Pods, node string, exports map[string]export) error {
 	if s.file == nil {
 		<-ctx.Done()
 		return nil
@@ -99,6 +121,24 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		if cred != nil {
 			state.Agent, state.AgentRenewAt, state.TokenBy = cred.SVID, cred.RenewAt, cred.TokenBy
 		}
+		// Whichever of the exports changes first.
+		extraChanged, done := make(chan struct{}, 1), make(chan struct{})
+		for name, export := range exports {
+			b, changed := export()
+			if b != nil {
+				state.Extra[name] = b
+			}
+			go func() {
+				select {
+				case <-changed:
+					select {
+					case extraChanged <- struct{}{}:
+					default:
+					}
+				case <-done:
+				}
+			}()
+		}
 		err := s.file.Save(state)
 		switch {
 		case err != nil && !failing:
@@ -108,6 +148,7 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		}
 		failing = err != nil
 		if ctx.Err() != nil {
+			close(done)
 			return nil
 		}
 		var again <-chan time.Time
@@ -116,6 +157,7 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		}
 		select {
 		case <-ctx.Done():
+			close(done)
 			continue // once more, with what the last loops left
 		case <-again:
 		case <-trustChanged:
@@ -131,8 +173,11 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 			case <-credChanged:
 			case <-podsChanged:
 			case <-svidsChanged:
+			case <-extraChanged:
 			}
+		case <-extraChanged:
 		}
+		close(done)
 		select {
 		case <-ctx.Done():
 		case <-time.After(settle):
