@@ -203,7 +203,12 @@ func freeAddr(tb testing.TB) string {
 // dial connects to the agent's socket.
 func (s *standalone) dial() *grpc.ClientConn {
 	s.tb.Helper()
-	conn, err := grpc.NewClient("unix://"+s.dir+"/sock/agent.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	return s.dialAt(s.dir + "/sock/agent.sock")
+}
+
+func (s *standalone) dialAt(socket string) *grpc.ClientConn {
+	s.tb.Helper()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		s.tb.Fatal(err)
 	}

@@ -56,7 +56,7 @@ var binaries = map[string]struct {
 	"cmd/ca": {},
 	// An agent that is taken over has nothing in it that could sign. Of client-go it
 	// has the bare protocol: no client for pods, secrets or nodes.
-	"cmd/agent":  {never: []string{module + "ca", module + "ca/kube", "go.step.sm/crypto/kms",
+	"cmd/agent": {never: []string{module + "ca", module + "ca/kube", "go.step.sm/crypto/kms",
 		"k8s.io/api/", "k8s.io/client-go/kubernetes", "k8s.io/client-go/informers", "k8s.io/client-go/listers", "istio.io/client-go"}},
 	"cmd/signet": {never: []string{module + "ca"}},
 }
