@@ -120,6 +120,13 @@ func (b *lockedBuffer) String() string { b.mu.Lock(); defer b.mu.Unlock(); retur
 // start starts a program and waits until it is ready.
 func (s *standalone) start(program string) {
 	s.tb.Helper()
+	s.launch(program)
+	s.waitReady(program)
+}
+
+// launch starts a program.
+func (s *standalone) launch(program string) {
+	s.tb.Helper()
 	path := filepath.Join(s.bin, program)
 	if program == "signet-ca" {
 		path = s.ca
@@ -146,6 +153,12 @@ func (s *standalone) start(program string) {
 	}
 	s.procs[program] = p
 	s.tb.Cleanup(func() { s.stop(program, syscall.SIGTERM) })
+}
+
+// waitReady waits until a program that runs is ready.
+func (s *standalone) waitReady(program string) {
+	s.tb.Helper()
+	p := s.procs[program]
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		resp, err := http.Get("http://" + s.http[program] + "/readyz")

@@ -71,6 +71,14 @@ func prepareKubeNode(tb testing.TB, c *kubetest.Cluster, moreCA, moreAgent strin
 	if err := os.Chmod(state, 0o700); err != nil {
 		tb.Fatal(err)
 	}
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			for name, p := range n.procs {
+				log := p.log.String()
+				tb.Logf("end of the log of %s:\n%s", name, log[max(0, len(log)-6000):])
+			}
+		}
+	})
 	c.Node(tb, "node-a")
 	c.Node(tb, "node-b")
 	n.agentPod = n.kubeCA.agentPod("node-a")

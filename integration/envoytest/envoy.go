@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -85,13 +86,21 @@ func Start(tb testing.TB, file string, args ...string) *Envoy {
 	e.cmd.Stdout, e.cmd.Stderr = &e.log, &e.log
 	// Should the test binary be killed, no cleanup runs; the kernel then ends Envoy.
 	e.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := e.cmd.Start(); err != nil {
-		tb.Fatalf("starting Envoy: %v", err)
-	}
+	started := make(chan error)
 	go func() {
-		e.err = e.cmd.Wait()
+		// The kernel means the thread that starts the child, so that thread has to
+		// live as long: others may end before, with a goroutine that locked them.
+		runtime.LockOSThread()
+		err := e.cmd.Start()
+		started <- err
+		if err == nil {
+			e.err = e.cmd.Wait()
+		}
 		close(e.ended)
 	}()
+	if err := <-started; err != nil {
+		tb.Fatalf("starting Envoy: %v", err)
+	}
 	tb.Cleanup(func() {
 		e.Stop()
 		if tb.Failed() {

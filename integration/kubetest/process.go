@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -54,15 +55,22 @@ func (p *Process) launch() error {
 	cmd.Stdout, cmd.Stderr = &p.log, &p.log
 	// Should the test binary be killed, no cleanup runs; the kernel then ends it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("starting %s: %w", p.name, err)
-	}
-	ended := make(chan struct{})
-	p.cmd, p.ended = cmd, ended
+	started, ended := make(chan error), make(chan struct{})
 	go func() {
-		_ = cmd.Wait() // how it ended is in its log
+		// The kernel means the thread that starts the child, so that thread has to
+		// live as long: others may end before, with a goroutine that locked them.
+		runtime.LockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // how it ended is in its log
+		}
 		close(ended)
 	}()
+	if err := <-started; err != nil {
+		return fmt.Errorf("starting %s: %w", p.name, err)
+	}
+	p.cmd, p.ended = cmd, ended
 	return nil
 }
 
