@@ -128,7 +128,7 @@ func (s *standalone) start(program string) {
 func (s *standalone) launch(program string) {
 	s.tb.Helper()
 	path := filepath.Join(s.bin, program)
-	if program == "signet-ca" {
+	if program == "signet-ca" && s.ca != "" {
 		path = s.ca
 	}
 	p := &process{cmd: exec.Command(path, "serve", "--config", filepath.Join(s.dir, program+".yaml")), done: make(chan struct{})}

@@ -113,8 +113,20 @@ func (c *istioCA) certificate(cert *tls.Certificate, token, impersonate string) 
 	if err != nil {
 		c.tb.Fatal(err)
 	}
+	return istioClient{c.tb, c.addr, root}.certificate(cert, token, impersonate)
+}
+
+// istioClient asks at an address for certificates, as Istio's own clients do.
+type istioClient struct {
+	tb   testing.TB
+	addr string
+	root []byte // PEM
+}
+
+func (c istioClient) certificate(cert *tls.Certificate, token, impersonate string, md ...string) (*tls.Certificate, error) {
+	c.tb.Helper()
 	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(root)
+	pool.AppendCertsFromPEM(c.root)
 	cfg := &tls.Config{RootCAs: pool, ServerName: "istiod.istio-system.svc"}
 	if cert != nil {
 		cfg.Certificates = []tls.Certificate{*cert}
@@ -134,20 +146,22 @@ func (c *istioCA) certificate(cert *tls.Certificate, token, impersonate string) 
 	}
 	ctx, cancel := context.WithTimeout(c.tb.Context(), 20*time.Second)
 	defer cancel()
-	ctx = metadata.AppendToOutgoingContext(ctx, "ClusterID", "Kubernetes")
+	if len(md) == 0 {
+		md = []string{"ClusterID", "Kubernetes"}
+	}
 	if token != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+		md = append(md, "authorization", "Bearer "+token)
 	}
 	req := &pb.IstioCertificateRequest{Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), ValidityDuration: 86400}
 	if impersonate != "" {
 		req.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(impersonate)}}
 	}
-	resp, err := pb.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, req)
+	resp, err := pb.NewIstioCertificateServiceClient(conn).CreateCertificate(metadata.AppendToOutgoingContext(ctx, md...), req)
 	if err != nil {
 		return nil, err
 	}
 	chain := resp.GetCertChain()
-	if len(chain) < 2 || chain[len(chain)-1] != string(root) {
+	if len(chain) < 2 || chain[len(chain)-1] != string(c.root) {
 		return nil, errors.New("the last element is not the root")
 	}
 	out := &tls.Certificate{PrivateKey: key}

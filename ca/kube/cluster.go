@@ -181,6 +181,9 @@ type Duties struct {
 	// Trust is the state of trust to publish, and a channel that is closed when it
 	// changes, as of ca.Authority.
 	Trust func() (*identity.Trust, <-chan struct{})
+	// RootCerts is what Istio's clients verify the authority under: the ConfigMap
+	// istio-ca-root-cert of each namespace. nil leaves those to istiod.
+	RootCerts func() (*identity.Trust, <-chan struct{})
 	// CheckPolicy says what keeps a policy from being enforced as it is written;
 	// empty if nothing does. The object is JSON, without status and managed fields.
 	CheckPolicy func(object []byte) []PolicyProblem
@@ -196,12 +199,15 @@ func (c *Cluster) Run(ctx context.Context, d Duties) error {
 	g.Go(func() error { return c.watch(ctx) })
 	g.Go(func() error { return c.view.expire(ctx) })
 	g.Go(func() error { return c.keys.run(ctx) })
-	if d.Trust != nil || d.CheckPolicy != nil {
+	if d.Trust != nil || d.RootCerts != nil || d.CheckPolicy != nil {
 		g.Go(func() error {
 			return c.lead(ctx, func(ctx context.Context) {
 				var g errgroup.Group
 				if d.Trust != nil {
 					g.Go(func() error { return c.publishTrust(ctx, d.Trust) })
+				}
+				if d.RootCerts != nil {
+					g.Go(func() error { return c.publishRootCerts(ctx, d.RootCerts) })
 				}
 				if d.CheckPolicy != nil {
 					g.Go(func() error { return c.reportPolicies(ctx, d.CheckPolicy) })

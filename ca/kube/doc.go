@@ -46,7 +46,8 @@
 // # Duties
 //
 // One replica holds the Lease signet-ca and does what needs only one: it keeps the
-// ConfigMap signet-trust as it must be, whoever edits or deletes it; and it tells
+// ConfigMap signet-trust as it must be, whoever edits or deletes it, and where
+// Istio's clients are served also istio-ca-root-cert in each namespace; and it tells
 // the authors of policies that cannot be enforced, by a condition in the policy's
 // status and one Event for each version of it.
 //
@@ -58,6 +59,7 @@
 // credentials can read the names of pods, nodes and service accounts, have tokens
 // reviewed, and replace the ConfigMap that new agents pin their root from, so that
 // those would trust another authority. One who can edit that ConfigMap can do the
-// latter until it is put right, which takes a moment. One who can write policies
+// latter until it is put right, which takes a moment; the same holds for Istio's
+// clients and istio-ca-root-cert. One who can write policies
 // can choose the text of a condition and an Event on them, within bounds.
 package kube

@@ -7,12 +7,13 @@ import (
 )
 
 type metrics struct {
-	failures *prometheus.CounterVec
-	keys     *prometheus.CounterVec
-	reviews  *prometheus.CounterVec
-	repairs  prometheus.Counter
-	policies *prometheus.CounterVec
-	leading  prometheus.Gauge
+	failures  *prometheus.CounterVec
+	keys      *prometheus.CounterVec
+	reviews   *prometheus.CounterVec
+	repairs   prometheus.Counter
+	rootCerts prometheus.Counter
+	policies  *prometheus.CounterVec
+	leading   prometheus.Gauge
 }
 
 func newMetrics(r prometheus.Registerer, v *view) (*metrics, error) {
@@ -30,6 +31,8 @@ func newMetrics(r prometheus.Registerer, v *view) (*metrics, error) {
 		policies: vec("signet_kube_policy_reports_total", "Conditions written to policies, by status: False (not enforced as written), True (enforced again).", "status", "False", "True"),
 		repairs: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_kube_trust_writes_total",
 			Help: "Writes of the ConfigMap with the trust bundle: first publication, rotation, and repair of foreign edits."}),
+		rootCerts: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_kube_istio_root_writes_total",
+			Help: "Writes of the ConfigMaps istio-ca-root-cert, repairs of foreign edits included."}),
 		leading: prometheus.NewGauge(prometheus.GaugeOpts{Name: "signet_kube_leader", Help: "1 while this replica holds the Lease."}),
 	}
 	pods := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_kube_pods", Help: "Pods that count as alive."},
@@ -44,7 +47,7 @@ func newMetrics(r prometheus.Registerer, v *view) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.failures, m.keys, m.reviews, m.policies, m.repairs, m.leading, pods, away} {
+	for _, c := range []prometheus.Collector{m.failures, m.keys, m.reviews, m.policies, m.repairs, m.rootCerts, m.leading, pods, away} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}

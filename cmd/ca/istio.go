@@ -43,10 +43,15 @@ type istioConfig struct {
 	// AnyPodOf are nodes all of whose pods are believed on their tokens alone.
 	// Standalone only.
 	AnyPodOf []string `yaml:"anyPodOf"`
+	// PublishRoot keeps the ConfigMap istio-ca-root-cert in every namespace. Kubernetes
+	// only.
+	PublishRoot bool `yaml:"publishRoot"`
 	// Istiod is the serving certificate that is made for istiod itself.
 	Istiod struct {
 		// Folder gets tls.crt, tls.key and ca.crt. Empty: not made.
-		Folder         string   `yaml:"folder"`
+		Folder string `yaml:"folder"`
+		// Secret, in Namespace, gets them instead. Kubernetes only.
+		Secret         string   `yaml:"secret"`
 		Namespace      string   `yaml:"namespace"`
 		ServiceAccount string   `yaml:"serviceAccount"`
 		DNSNames       []string `yaml:"dnsNames"`
@@ -76,6 +81,12 @@ func (c *istioConfig) complete(all config) error {
 		return errors.New("istio.anyPodOf: is for machines without Kubernetes; here the API server says which pods there are")
 	case len(c.AnyPodOf) > 0 && c.Listen == "":
 		return errors.New("istio.anyPodOf: is of no use without istio.listen")
+	case (c.PublishRoot || c.Istiod.Secret != "") && !all.Kubernetes.Enabled:
+		return errors.New("istio.publishRoot and istio.istiod.secret: need kubernetes.enabled")
+	case c.Istiod.Secret != "" && c.Istiod.Folder != "":
+		return errors.New("both istio.istiod.folder and istio.istiod.secret are set; choose one")
+	case (c.PublishRoot || c.Istiod.Secret != "" || c.Istiod.Folder != "") && c.Listen == "":
+		return errors.New("istio.publishRoot and istio.istiod: are of no use without istio.listen")
 	case c.Listen == "":
 		return nil
 	}
@@ -137,8 +148,15 @@ func (c istioConfig) open(ctx context.Context, p istioParts) (*istioDoor, error)
 			return nil, err
 		}
 	}
-	if i := c.Istiod; i.Folder != "" {
+	if i := c.Istiod; i.Folder != "" || i.Secret != "" {
 		cfg.Istiod = &istio.Istiod{Namespace: i.Namespace, ServiceAccount: i.ServiceAccount, DNSNames: i.DNSNames, Deliver: istio.Folder(i.Folder)}
+		if i.Secret != "" {
+			cfg.Istiod.Deliver = func(ctx context.Context, files map[string][]byte) error {
+				ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+				defer cancel()
+				return p.world.putSecret(ctx, i.Namespace, i.Secret, files)
+			}
+		}
 	}
 	if len(c.AnyPodOf) > 0 {
 		p.log.Warn("ISTIO.ANYPODOF IS SET: whoever can sign tokens is every pod of these nodes, no pod is looked up; never use this beside a cluster", "nodes", c.AnyPodOf)

@@ -27,6 +27,8 @@ type world struct {
 	ready func() error
 	// synced waits for that. Nobody must be served before.
 	synced func(context.Context) error
+	// putSecret makes a Secret for TLS hold these files; nil without Kubernetes.
+	putSecret func(ctx context.Context, namespace, name string, files map[string][]byte) error
 	// loops is the work that keeps it known.
 	loops func(*ca.Authority) []run.Job
 }
@@ -68,7 +70,7 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 	if err != nil {
 		return world{}, err
 	}
-	w := world{pods: k.Pods(), tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced}
+	w := world{pods: k.Pods(), tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced, putSecret: k.PutTLSSecret}
 	w.attestor = func(a attest.Config, reviewed bool) (ca.Attestor, error) {
 		at, err := k.Attestor(a, reviewed)
 		if err != nil {
@@ -86,7 +88,11 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 	}
 	w.loops = func(a *ca.Authority) []run.Job {
 		return []run.Job{func(ctx context.Context) error {
-			return k.Run(ctx, kube.Duties{Trust: a.Trust, CheckPolicy: checkPolicy})
+			d := kube.Duties{Trust: a.Trust, CheckPolicy: checkPolicy}
+			if c.Istio.PublishRoot {
+				d.RootCerts = a.Trust
+			}
+			return k.Run(ctx, d)
 		}}
 	}
 	return w, nil
