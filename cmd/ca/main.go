@@ -49,8 +49,9 @@ func main() {
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root := &cobra.Command{Use: "signet-ca", Short: "The certificate authority of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
 	var path string
+	var acceptLoss uint64
 	serve := &cobra.Command{Use: "serve", Short: "Serve node agents until interrupted", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, stderr) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, acceptLoss, stderr) }}
 	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
 	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
@@ -63,15 +64,17 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	for _, c := range []*cobra.Command{serve, show} {
 		c.Flags().StringVar(&path, "config", "/etc/signet/ca.yaml", "configuration `FILE`")
 	}
+	serve.Flags().Uint64Var(&acceptLoss, "accept-log-loss", 0, "accept that the issuance log lost the signed head at this `RECORD`, which the alarm names; it is recorded, and has no effect on any other loss")
 	config.AddCommand(show)
 	root.AddCommand(serve, config)
+	root.AddCommand(newStoreCommands()...)
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	return root.ExecuteContext(ctx)
 }
 
-func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
+func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer) (err error) {
 	c, err := loadConfig(path)
 	if err != nil {
 		return err
@@ -94,6 +97,7 @@ func serve(ctx context.Context, path string, stderr io.Writer) (err error) {
 	}
 	cfg.Pods, cfg.Agents, cfg.Workloads, cfg.TokenKeys = world.pods, world.agents, world.workloads, world.tokenKeys
 
+	cfg.AcceptLogLoss = acceptLoss
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
 	authority, err := ca.Open(ctx, cfg)
 	if err != nil {

@@ -53,6 +53,7 @@ func newRootCommand() *cobra.Command {
 	}
 	root.AddCommand(
 		newAuthzCommand(),
+		newCACommand(),
 		newEnvoyCommand(),
 		demo.Command(),
 		newDevCommand(),
