@@ -146,3 +146,32 @@ func TestLintRefusesWhatParseRefuses(t *testing.T) {
 	}
 	authz.Lint(texts, authz.Options{})
 }
+
+// FuzzLint: whatever is linted, nothing panics, and errors are Parse's.
+func FuzzLint(f *testing.F) {
+	files, err := filepath.Glob("testdata/lint/*.txtar")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range files {
+		a, err := txtar.ParseFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(a.Files[0].Data)
+	}
+	f.Add([]byte(head + "metadata: {name: p}\nspec: {<<: {rules: [&r {<<: [*r]}]}}\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		_, problems := authz.Parse("f", data)
+		findings := authz.Lint([]authz.Text{{Origin: "f", Data: data}}, authz.Options{})
+		refused := func(p authz.Problem) bool { return p.Severity == authz.SeverityError }
+		if got, want := slices.ContainsFunc(findings, refused), slices.ContainsFunc(problems, refused); got != want {
+			t.Errorf("Lint refuses: %v, Parse: %v", got, want)
+		}
+		for _, p := range findings {
+			if p.Fix == "" || strings.ContainsAny(p.Error(), "\r\n") {
+				t.Errorf("finding %q", p)
+			}
+		}
+	})
+}

@@ -222,7 +222,7 @@ func (p *parser) object(value any, at source, member bool) {
 	}
 	metadata, _ := object["metadata"].(map[string]any)
 	if at.repeated(len(object), "") || at.repeated(len(metadata), "metadata") {
-		p.unreadable(at.line("metadata"), "document has the same key more than once in itself or in its metadata", "write each key once, without merges (<<)")
+		p.unreadable(at.line("metadata"), "document has the same key more than once in itself or in its metadata", "write each key once")
 		return
 	}
 	apiVersion, ok1 := object["apiVersion"].(string)
@@ -299,7 +299,7 @@ func (s source) in(path string) (at source, exact bool) {
 			step, path = path, ""
 		}
 		path = strings.TrimPrefix(path, ".")
-		next := child(n, step)
+		next := child(n, step, maxDepth)
 		if next == nil {
 			exact = false
 			break
@@ -311,26 +311,67 @@ func (s source) in(path string) (at source, exact bool) {
 
 // repeated reports whether the object at a path, which has n fields, has keys
 // that are different in YAML and equal in JSON, as 80 and "80" are, or equal in
-// both: one of the values would silently go. So do merges, which hide such keys.
+// both: one of the values would silently go. Keys that a merge (<<) brings in count
+// like those that are written out.
 func (s source) repeated(n int, path string) bool {
 	at, exact := s.in(path)
-	node := at.node
-	if !exact || node.Kind != yamlv3.MappingNode {
+	if !exact || at.node.Kind != yamlv3.MappingNode {
 		return false
 	}
-	for i := 0; i < len(node.Content); i += 2 {
-		if node.Content[i].ShortTag() == "!!merge" {
-			return true
+	return size(at.node, maxDepth) != n
+}
+
+// size is the number of keys of a mapping, with those of the mappings that are
+// merged into it.
+func size(n *yamlv3.Node, depth int) (keys int) {
+	if depth == 0 {
+		return 0
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].ShortTag() != "!!merge" {
+			keys++
+			continue
+		}
+		for _, m := range merged(n.Content[i+1]) {
+			keys += size(m, depth-1)
 		}
 	}
-	return len(node.Content) != 2*n
+	return keys
+}
+
+// merged are the mappings that a merge brings in: one, or a list of them.
+func merged(n *yamlv3.Node) []*yamlv3.Node {
+	n = deref(n)
+	switch {
+	case n == nil:
+	case n.Kind == yamlv3.MappingNode:
+		return []*yamlv3.Node{n}
+	case n.Kind == yamlv3.SequenceNode:
+		var all []*yamlv3.Node
+		for _, e := range n.Content {
+			if e = deref(e); e != nil && e.Kind == yamlv3.MappingNode {
+				all = append(all, e)
+			}
+		}
+		return all
+	}
+	return nil
 }
 
 // child is the value of a key, or the element with an index, or nil.
-func child(n *yamlv3.Node, step string) *yamlv3.Node {
-	switch n.Kind {
-	case yamlv3.MappingNode:
+func child(n *yamlv3.Node, step string, depth int) *yamlv3.Node {
+	switch {
+	case depth == 0:
+	case n.Kind == yamlv3.MappingNode:
 		for i := 0; i+1 < len(n.Content); i += 2 {
+			if n.Content[i].ShortTag() == "!!merge" {
+				for _, m := range merged(n.Content[i+1]) {
+					if v := child(m, step, depth-1); v != nil {
+						return v
+					}
+				}
+				continue
+			}
 			if n.Content[i].Value == step {
 				v := deref(n.Content[i+1])
 				if v != nil && (v.Kind == yamlv3.MappingNode || v.Kind == yamlv3.SequenceNode) && v.Line > n.Content[i].Line {
@@ -342,7 +383,7 @@ func child(n *yamlv3.Node, step string) *yamlv3.Node {
 				return v
 			}
 		}
-	case yamlv3.SequenceNode:
+	case n.Kind == yamlv3.SequenceNode:
 		if i, err := strconv.Atoi(step); err == nil && i >= 0 && i < len(n.Content) {
 			return deref(n.Content[i])
 		}

@@ -217,7 +217,7 @@ func (r *report) conformString(v string, s *schema, path string) {
 // sameSize refuses an object with repeated keys.
 func (r *report) sameSize(n int, path string) {
 	if r.at.repeated(n, path) {
-		r.invalid(path, "write each key out, and once", "has a merge (<<) or the same key more than once")
+		r.invalid(path, "write each key once", "has the same key more than once")
 	}
 }
 
