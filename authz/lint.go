@@ -61,6 +61,8 @@ type linted struct {
 	tokens     bool
 	tokenField string
 	tokenLine  int
+	// provider is whom a CUSTOM policy asks.
+	provider string
 }
 
 // about names what a resource selects, for comparing.
@@ -99,12 +101,34 @@ func (l *lint) together() (problems []Problem) {
 				warn(r, r.line, "", "token-optional", "add an AuthorizationPolicy that demands requestPrincipals", "refuses bad tokens, but a request without a token passes, and no AuthorizationPolicy here demands one")
 			}
 		case KindAuthorizationPolicy:
+			for _, o := range l.resources {
+				if r.provider != "" && o.provider != "" && o.provider != r.provider && o.key.compare(r.key) < 0 && l.meet(o, r) {
+					warn(r, r.line, "spec.provider.name", "several-providers", "use one provider for a workload", "%s asks another provider, and may select the same workloads: Istio by default denies what such policies match", o.id())
+					break
+				}
+			}
 			if r.tokens && !verified[r.namespace] && !verified[l.root] && !(r.namespace == l.root && anyTrue(verified)) {
 				warn(r, r.tokenLine, r.tokenField, "token-unverified", "add a RequestAuthentication", "reads what a token says, and no RequestAuthentication here verifies one: it never matches, its not-form always")
 			}
 		}
 	}
 	return problems
+}
+
+// meet reports whether two policies can select the same workload: no label that
+// both ask for has two values.
+func (l *lint) meet(a, b linted) bool {
+	if a.namespace != b.namespace && a.namespace != l.root && b.namespace != l.root {
+		return false
+	}
+	for _, x := range a.selector {
+		for _, y := range b.selector {
+			if x.name == y.name && x.value != y.value {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 func anyTrue(m map[string]bool) bool {
@@ -123,6 +147,7 @@ func (r *report) remember(res *resource, message any) {
 	case *security.RequestAuthentication:
 		e.tokens = len(m.GetJwtRules()) > 0
 	case *security.AuthorizationPolicy:
+		e.provider = m.GetProvider().GetName()
 		for i, rule := range m.GetRules() {
 			for _, c := range clauses(rule, fmt.Sprintf("spec.rules[%d]", i)) {
 				if !e.tokens && c.token {

@@ -1,6 +1,7 @@
 package authz_test
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -79,8 +80,8 @@ func TestLint(t *testing.T) {
 			}
 		})
 	}
-	for _, m := range regexp.MustCompile(`(?:warn|danger)\((?:r, [^"]*)?"([a-z0-9-]+)"|r\.line, "", "([a-z-]+)"|r\.tokenField, "([a-z-]+)"`).FindAllSubmatch(lintSource(t), -1) {
-		if code := string(m[1]) + string(m[2]) + string(m[3]); !cases[code] {
+	for _, m := range regexp.MustCompile(`(?:warn|danger)\((?:r, [^"]*)?"([a-z0-9-]+)"|r\.line, "", "([a-z-]+)"|r\.tokenField, "([a-z-]+)"|spec\.provider\.name", "([a-z-]+)"`).FindAllSubmatch(lintSource(t), -1) {
+		if code := string(bytes.Join(m[1:], nil)); !cases[code] {
 			t.Errorf("no case for %s", code)
 		}
 	}
