@@ -7,7 +7,7 @@ STAMP   := github.com/signet-mesh/signet/cmd/internal/version
 BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X $(STAMP).release=$(VERSION) -X $(STAMP).commit=$(COMMIT)'
 TOOLS    = $$(go run ./integration/fetch tools)
 
-.PHONY: help build build-pkcs11 tools demo example-istio-ca test bench soak lint generate image clean
+.PHONY: help build build-pkcs11 tools demo example-istio-ca test bench soak fuzz lint generate image clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -35,9 +35,15 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
+	go run ./integration/fuzz -time 10m ./...
+
+FUZZTIME ?= 10s
+FUZZ     ?= ./...
+fuzz: ## run the fuzz targets of $FUZZ (all), each for $FUZZTIME (10s)
+	@go run ./integration/fuzz -time $(FUZZTIME) $(FUZZ)
 
 lint: ## check format, code, modules, wire format, structure and links
 	@bash integration/lint.sh

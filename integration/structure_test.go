@@ -44,6 +44,7 @@ var allowed = map[string]string{
 	"integration/parts":          "",
 	"integration/envoytest":      "integration/parts",
 	"integration/kubetest":       "integration/parts",
+	"integration/fuzz":           "",
 	"integration/fetch":          "integration/parts",
 	"integration/bench":          "",
 	"integration/testrun":        "",
