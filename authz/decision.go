@@ -249,7 +249,8 @@ func (d Decision) Text() string {
 
 // describe writes what the rule demands.
 func (r *Rule) describe(b *strings.Builder) {
-	if r == nil || r.Spec == nil {
+	spec := r.spec()
+	if spec == nil {
 		return
 	}
 	start := b.Len()
@@ -269,7 +270,7 @@ func (r *Rule) describe(b *strings.Builder) {
 			b.WriteString(" " + clip(v))
 		}
 	}
-	for i, from := range r.Spec.GetFrom() {
+	for i, from := range spec.GetFrom() {
 		sep := " and "
 		if i > 0 {
 			sep = " or "
@@ -293,7 +294,7 @@ func (r *Rule) describe(b *strings.Builder) {
 			}
 		}
 	}
-	for i, to := range r.Spec.GetTo() {
+	for i, to := range spec.GetTo() {
 		sep := "; "
 		if i > 0 {
 			sep = " or "
@@ -314,7 +315,7 @@ func (r *Rule) describe(b *strings.Builder) {
 			}
 		}
 	}
-	for i, w := range r.Spec.GetWhen() {
+	for i, w := range spec.GetWhen() {
 		sep := " and "
 		if i == 0 {
 			sep = "; when "

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/protobuf/types/known/structpb"
+	security "istio.io/api/security/v1beta1"
 )
 
 // An index narrows down which rules can match a request at all. It never decides:
@@ -618,10 +619,11 @@ func (t *table) enough() int { return max(64, len(t.rules)/16) }
 // own.
 func (s *ruleset) follow(policies []*policy) *ruleset {
 	var added, removed []*rule
+	var came []*policy
 	for i, k := 0, 0; i < len(policies) || k < len(s.policies); {
 		switch {
 		case k == len(s.policies) || i < len(policies) && policies[i].serial < s.policies[k].serial:
-			added = append(added, policies[i].rules...)
+			added, came = append(added, policies[i].rules...), append(came, policies[i])
 			i++
 		case i == len(policies) || policies[i].serial > s.policies[k].serial:
 			removed = append(removed, s.policies[k].rules...)
@@ -638,7 +640,7 @@ func (s *ruleset) follow(policies []*policy) *ruleset {
 	next.policies = policies
 	if tcp := s.tcp.Load(); tcp != nil {
 		// Only what is named counts of the removed.
-		if tcp = tcp.change(s.forTCP(added), removed); tcp != nil {
+		if tcp = tcp.change(forTCP(came, s.language), removed); tcp != nil {
 			next.tcp.Store(tcp)
 		}
 	}
@@ -688,14 +690,20 @@ func (s *ruleset) change(added, removed []*rule) *ruleset {
 	return next
 }
 
-// forTCP are the rules as bare connections have them.
-func (s *ruleset) forTCP(rules []*rule) (out []*rule) {
-	for _, r := range rules {
-		if r.http {
-			r = newRule(r.Rule, s.language, true)
-		}
-		if r != nil {
-			out = append(out, r)
+// forTCP are the rules of the policies as bare connections have them.
+func forTCP(policies []*policy, l language) (out []*rule) {
+	for _, p := range policies {
+		var specs []*security.Rule
+		for _, r := range p.rules {
+			if r.http {
+				if specs == nil {
+					specs = p.specs()
+				}
+				r = newRule(r.Rule, specs[r.Index], l, true)
+			}
+			if r != nil {
+				out = append(out, r)
+			}
 		}
 	}
 	return out
@@ -706,11 +714,7 @@ func (s *ruleset) connections() *ruleset {
 	if tcp := s.tcp.Load(); tcp != nil {
 		return tcp
 	}
-	var rules []*rule
-	for _, p := range s.policies {
-		rules = append(rules, s.forTCP(p.rules)...)
-	}
-	s.tcp.CompareAndSwap(nil, &ruleset{language: s.language, base: newTable(rules)})
+	s.tcp.CompareAndSwap(nil, &ruleset{language: s.language, base: newTable(forTCP(s.policies, s.language))})
 	return s.tcp.Load()
 }
 

@@ -96,8 +96,7 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	var message proto.Message
 	switch k.kind {
 	case KindAuthorizationPolicy:
-		res.policy = &security.AuthorizationPolicy{}
-		message = res.policy
+		message = &security.AuthorizationPolicy{}
 	case KindPeerAuthentication:
 		res.peer = &security.PeerAuthentication{}
 		message = res.peer
@@ -150,7 +149,13 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 	res.unloadable = r.unloadable
 	if r.reason != "" {
 		res.reason, res.detail = r.reason, r.first
-		res.policy, res.peer, res.token, res.ruleLines = nil, nil, nil, nil
+		res.peer, res.token, res.ruleLines = nil, nil, nil
+	} else if m, ok := message.(*security.AuthorizationPolicy); ok {
+		var err error
+		if res.policy, err = proto.Marshal(m); err != nil {
+			r.invalid("spec", "report this", "cannot be kept: %v", err)
+			res.reason, res.detail = r.reason, r.first
+		}
 	}
 	p.resources = append(p.resources, Resource{res})
 	p.problems = append(append(p.problems, r.problems...), r.warnings...)

@@ -63,6 +63,18 @@ type Rule struct {
 	// order is the name that Envoy sorts policies by, so it says which of several
 	// matching rules is reported.
 	order string
+	of    *policy
+}
+
+// spec is the rule's specification, or nil.
+func (r *Rule) spec() *security.Rule {
+	switch {
+	case r == nil:
+		return nil
+	case r.Spec != nil || r.of == nil:
+		return r.Spec
+	}
+	return r.of.specs()[r.Index]
 }
 
 // decision names the rule. A nil rule stands for no resource.
@@ -257,7 +269,12 @@ func (p *Program) Rules() iter.Seq[Rule] {
 		for _, l := range p.layers {
 			var list []*Rule
 			for _, pol := range l.rules.policies {
-				list = append(list, pol.listed...)
+				specs := pol.specs()
+				for i, r := range pol.listed {
+					full := *r
+					full.Spec = specs[i]
+					list = append(list, &full)
+				}
 				if len(pol.listed) == 0 && l.action == ActionAllow {
 					list = append(list, pol.whole)
 				}

@@ -64,8 +64,10 @@ type resource struct {
 	reason Reason
 	detail string
 
-	// Exactly one of the three is set in a usable resource.
-	policy *security.AuthorizationPolicy
+	// Exactly one of the three is set in a usable resource; an AuthorizationPolicy is
+	// kept in its wire form, which takes a fraction of the space, and is empty if
+	// its specification is.
+	policy []byte
 	peer   *security.PeerAuthentication
 	token  *security.RequestAuthentication
 	// unloadable says that Envoy cannot load what Istio makes of the resource.

@@ -76,16 +76,16 @@ type builder struct {
 
 // newRule compiles a rule for requests or for bare connections. It returns nil
 // if it can never match.
-func newRule(meta *Rule, l language, tcp bool) *rule {
+func newRule(meta *Rule, spec *security.Rule, l language, tcp bool) *rule {
 	b := &builder{language: l, namespace: meta.Namespace, tcp: tcp, strict: meta.Action == ActionAllow}
 	r := &rule{Rule: meta}
-	for _, f := range meta.Spec.GetFrom() {
+	for _, f := range spec.GetFrom() {
 		r.from = append(r.from, b.source(f.GetSource()))
 	}
-	for _, t := range meta.Spec.GetTo() {
+	for _, t := range spec.GetTo() {
 		r.to = append(r.to, b.operation(t.GetOperation()))
 	}
-	for _, w := range meta.Spec.GetWhen() {
+	for _, w := range spec.GetWhen() {
 		r.when = b.when(r.when, w)
 	}
 	if b.failed {

@@ -10,9 +10,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 	security "istio.io/api/security/v1beta1"
 
 	"github.com/signet-mesh/signet/identity"
@@ -100,23 +100,18 @@ type Snapshot struct {
 
 // policy is a compiled resource.
 type policy struct {
+	*resource
 	by *compiler
 	// serial tells policies apart, in this snapshot and in those that follow it.
-	serial   uint64
-	key      key
-	created  time.Time
-	selector []label
-	targets  []target
+	serial uint64
 	// root says that the policy is of the root namespace.
 	root bool
-	// whole names the resource where no rule does.
+	// whole names the resource where no rule does. Its Reason is why it is refused
+	// whatever it says, or empty.
 	whole *Rule
-	// One of four: refused for a reason, a PeerAuthentication, the rules of a
-	// RequestAuthentication, or those of an AuthorizationPolicy.
-	reason Reason
-	peer   *security.PeerAuthentication
+	// The rules of a RequestAuthentication, or those of an AuthorizationPolicy:
+	// listed are all, rules those that can match a request.
 	tokens []tokenRule
-	// listed are all rules, rules those that can match a request.
 	listed []*Rule
 	rules  []*rule
 	// problems are what compiling found.
@@ -152,7 +147,7 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 				Message: "a PeerAuthentication with a selector in the root namespace selects nothing",
 				Fix:     "move it to the namespace of the workload, or remove the selector",
 			})
-		case p.key.namespace == root, p.reason == ReasonUnreadable:
+		case p.key.namespace == root, p.whole.Reason == ReasonUnreadable:
 			mesh = append(mesh, p)
 		default:
 			own[p.key.namespace] = append(own[p.key.namespace], p)
@@ -189,13 +184,13 @@ func (c *compiler) policy(r *resource) *policy {
 		return done
 	}
 	p := c.compile(r)
-	p.by, p.root = c, p.key.namespace == c.options.root()
+	p.root = p.key.namespace == c.options.root()
 	r.compiled.Store(p)
 	return p
 }
 
 func (c *compiler) compile(r *resource) *policy {
-	p := &policy{serial: c.serial.Add(1), key: r.key, created: r.created, selector: r.selector, targets: r.targets, reason: r.reason, peer: r.peer}
+	p := &policy{resource: r, by: c, serial: c.serial.Add(1)}
 	p.whole = &Rule{
 		Kind: r.kind, Namespace: r.namespace, Name: r.name, Index: -1, DryRun: r.dryRun,
 		Origin: r.origin, Line: r.line, Reason: r.reason, detail: r.detail,
@@ -220,22 +215,30 @@ func (c *compiler) compile(r *resource) *policy {
 			Namespace: r.namespace, Name: r.name, Index: i, Origin: r.origin, Line: by.Line, Spec: spec,
 		}, &by))
 	}
-	switch r.policy.GetAction() {
+	if r.kind != KindAuthorizationPolicy {
+		return p
+	}
+	spec, err := r.spec()
+	if err != nil { // never, but a policy that is not enforced must not open anything
+		p.whole.Reason, p.whole.detail, p.whole.Action = ReasonInvalid, err.Error(), ActionDeny
+		return p
+	}
+	switch spec.GetAction() {
 	case security.AuthorizationPolicy_DENY:
 		p.whole.Action = ActionDeny
 	case security.AuthorizationPolicy_AUDIT:
 		p.whole.Action = ActionAudit
 	case security.AuthorizationPolicy_CUSTOM:
 		p.whole.Action = ActionCustom
-		p.whole.Provider = r.policy.GetProvider().GetName()
+		p.whole.Provider = spec.GetProvider().GetName()
 	}
-	for i, spec := range r.policy.GetRules() {
+	for i, rule := range spec.GetRules() {
 		meta := new(Rule)
 		*meta = *p.whole
 		meta.Index, meta.Line = i, r.ruleLines[i]
 		meta.order = order(r.key, i)
-		var foreign []string
-		meta.Spec, foreign = c.domains.expand(spec)
+		meta.of = p
+		rule, foreign := c.domains.expand(rule)
 		for _, v := range foreign {
 			p.problems = append(p.problems, Problem{
 				Origin: r.origin, Line: meta.Line, Resource: r.id(), Field: fmt.Sprintf("spec.rules[%d]", i), Severity: SeverityWarning,
@@ -244,11 +247,29 @@ func (c *compiler) compile(r *resource) *policy {
 			})
 		}
 		p.listed = append(p.listed, meta)
-		if compiled := newRule(meta, c.language, false); compiled != nil {
+		if compiled := newRule(meta, rule, c.language, false); compiled != nil {
 			p.rules = append(p.rules, compiled)
 		}
 	}
 	return p
+}
+
+// spec is the AuthorizationPolicy.
+func (r *resource) spec() (*security.AuthorizationPolicy, error) {
+	m := &security.AuthorizationPolicy{}
+	err := proto.Unmarshal(r.policy, m)
+	return m, err
+}
+
+// specs are the rules of the policy with the aliases of trust domains written
+// out.
+func (p *policy) specs() []*security.Rule {
+	spec, _ := p.spec() // compiling has read it
+	rules := spec.GetRules()
+	for i := range rules {
+		rules[i], _ = p.by.domains.expand(rules[i])
+	}
+	return rules
 }
 
 // order is the name that Envoy sorts the policies of a filter by.
@@ -384,11 +405,11 @@ func newProgram(policies []*policy, o *Options, before *Program) *Program {
 	layers := make(map[layer][]*policy)
 	for _, pol := range policies {
 		switch {
-		case pol.reason != "":
+		case pol.whole.Reason != "":
 			p.refused = append(p.refused, pol.whole)
-		case pol.peer != nil:
+		case pol.kind == KindPeerAuthentication:
 			peers = append(peers, pol)
-		case pol.key.kind == KindRequestAuthentication:
+		case pol.kind == KindRequestAuthentication:
 			p.tokens = append(p.tokens, pol.tokens...)
 		default:
 			at := layer{pol.whole.Action, pol.whole.Provider, pol.whole.DryRun}

@@ -32,14 +32,14 @@ func targetsOf(ref *typev1beta1.PolicyTargetReference, refs []*typev1beta1.Polic
 // gateway honour those for that gateway, and selectors; a waypoint honours no
 // selectors, nor here what is attached to Services, of which nothing is known.
 func (p *policy) selects(labels map[string]string, local bool) bool {
-	if p.key.kind == KindPeerAuthentication {
+	if p.kind == KindPeerAuthentication {
 		return selects(p.selector, labels)
 	}
 	gateway, ok := labels[gatewayLabel]
 	waypoint := ok && labels[managedLabel] == managedInMesh
 	if len(p.targets) == 0 {
 		// What cannot be enforced denies a waypoint too.
-		return (!waypoint || p.reason != "") && selects(p.selector, labels)
+		return (!waypoint || p.whole.Reason != "") && selects(p.selector, labels)
 	}
 	for _, t := range p.targets {
 		switch {
