@@ -60,7 +60,7 @@ type Cluster struct {
 	wake    chan struct{} // holds one element if there is something to look at
 	running atomic.Bool
 	export  identity.Watched[[]byte]
-	away    identity.Watched[bool]
+	contact identity.Watched[Contact]
 
 	// Owned by NewCluster and then by Run.
 	synced   bool                  // a complete state of the cluster was adopted
@@ -115,7 +115,6 @@ func NewCluster(cfg ClusterConfig) (*Cluster, error) {
 	}
 	c.status.changed = make(chan struct{})
 	c.status.err = errNotSynced
-	c.away.Store(true)
 	for _, t := range policyTypes {
 		c.feeds = append(c.feeds, &feed{
 			kind: t.kind, resource: t.resource, client: client.Resource(policyGroup.WithResource(t.resource)),
@@ -255,9 +254,11 @@ func (c *Cluster) adopt(ctx context.Context) (again time.Duration) {
 			texts[f.kind+" "+key] = text
 		}
 	}
-	away := unreachable(errs)
-	if (away || answered) && away != c.away.Value() {
-		c.away.Store(away)
+	switch contact := c.contact.Value(); {
+	case unreachable(errs) && contact != ContactAway:
+		c.contact.Store(ContactAway)
+	case !unreachable(errs) && answered && contact != ContactAnswers:
+		c.contact.Store(ContactAnswers)
 	}
 	if !complete {
 		// A part of the policies is not what the cluster says: what is missing may be
@@ -436,9 +437,21 @@ func (c *Cluster) Export() (saved []byte, changed <-chan struct{}) {
 	return withHeader(good, body), changed
 }
 
-// Away reports whether the API server does not answer, or has not answered yet, and
-// has a channel that is closed when that may have changed. A refusal is an answer.
-func (c *Cluster) Away() (away bool, changed <-chan struct{}) { return c.away.Load() }
+// Contact says how it stands with the API server, and has a channel that is closed
+// when that may have changed.
+func (c *Cluster) Contact() (contact Contact, changed <-chan struct{}) { return c.contact.Load() }
+
+// Contact is whether an API server answers.
+type Contact uint8
+
+const (
+	// ContactNone: it was asked and has not answered yet.
+	ContactNone Contact = iota
+	// ContactAnswers: it answers, be it that it refuses.
+	ContactAnswers
+	// ContactAway: it cannot be reached, or says that it cannot do its work.
+	ContactAway
+)
 
 // unreachable reports whether any of the errors says that nobody answered, or that
 // the API server cannot do its work.

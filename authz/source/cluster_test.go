@@ -176,7 +176,7 @@ func TestClusterIsFollowed(t *testing.T) {
 	if got := c.decide("shop", "/"); got != authz.ReasonNoPolicies || c.Snapshot() != nil {
 		t.Errorf("without the types: %s", got)
 	}
-	if away, _ := c.Away(); away {
+	if contact, _ := c.Contact(); contact != source.ContactAnswers {
 		t.Error("an API server that says that there is no such type is not away")
 	}
 	if age := c.age(); !(age > 1e300) {
@@ -244,7 +244,7 @@ func TestClusterIsFollowed(t *testing.T) {
 	}
 	again.notReady("stay in force")
 	kubetest.Poll(t, "the API server to be noticed as away", func() error {
-		if away, _ := again.Away(); !away {
+		if contact, _ := again.Contact(); contact != source.ContactAway {
 			return errors.New("it is not away")
 		}
 		return nil
@@ -258,8 +258,8 @@ func TestClusterIsFollowed(t *testing.T) {
 	}
 	k.APIServer.Start(t)
 	again.ready()
-	if away, _ := again.Away(); away || again.age() != 0 {
-		t.Errorf("away %t, age %v after the API server is back", away, again.age())
+	if contact, _ := again.Contact(); contact != source.ContactAnswers || again.age() != 0 {
+		t.Errorf("contact %d, age %v after the API server is back", contact, again.age())
 	}
 	if got := again.decide("shop", "/private"); got != authz.ReasonNoAllowRule {
 		t.Errorf("back again: /private is decided by %s", got)
@@ -523,7 +523,7 @@ subjects: [{kind: ServiceAccount, namespace: shop, name: reader}]
 	if got := c.decide("shop", "/public"); got != authz.ReasonNoPolicies {
 		t.Errorf("/public is decided by %s", got)
 	}
-	if away, _ := c.Away(); away {
+	if contact, _ := c.Contact(); contact != source.ContactAnswers {
 		t.Error("an API server that forbids is not away")
 	}
 	k.ApplyYAML(t, `

@@ -88,6 +88,7 @@ const (
 	savedPolicies = "policies"
 	savedKeys     = "token-keys"
 	savedTokens   = "tokens" // hashes of those that were accepted
+	savedOutage   = "outage" // of the API server
 )
 
 // export is something to be saved, and a channel that is closed when it changes.

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"sync/atomic"
-	"time"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/source"
@@ -19,14 +17,6 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
-
-// outageGrace is how long after the API server is back tokens may still be those
-// from before: kubelet looks at a pod's volumes every one to two minutes.
-const outageGrace = 5 * time.Minute
-
-// outageStart is how long after a start the first answer may take, if the API server
-// was not away.
-const outageStart = 10 * time.Second
 
 // world is where policies and the keys of tokens come from: the API server and the
 // authority, or files.
@@ -70,10 +60,12 @@ func (c config) world(saved *saved, td spiffeid.TrustDomain, log *slog.Logger, r
 		return world{}, err
 	}
 	o := newOutage()
+	saved.load(savedOutage, o.load)
 	loops := w.loops
 	w.policies, w.outage, w.exports[savedPolicies] = cluster, o.on, cluster.Export
+	w.exports[savedOutage] = o.export
 	w.loops = func(client *caclient.Client) []run.Job {
-		return append(loops(client), func(ctx context.Context) error { return o.watch(ctx, cluster.Away) })
+		return append(loops(client), func(ctx context.Context) error { return o.watch(ctx, cluster.Contact) })
 	}
 	return w, nil
 }
@@ -129,43 +121,4 @@ func credentials(kubeconfig string) (*rest.Config, error) {
 	}
 	c.UserAgent = "signet-agent"
 	return c, nil
-}
-
-// outage knows whether kubelet cannot replace tokens, by whether the API server
-// answers this agent. Until the first answer it may be that nobody can.
-type outage struct {
-	// over is when the outage is over, in nanoseconds since 1970, or away.
-	over atomic.Int64
-}
-
-const away = 1<<63 - 1
-
-func newOutage() *outage {
-	o := &outage{}
-	o.over.Store(away)
-	return o
-}
-
-func (o *outage) on() bool { return time.Now().UnixNano() < o.over.Load() }
-
-// watch ends when ctx does. An API server that answers at once was not away.
-func (o *outage) watch(ctx context.Context, isAway func() (bool, <-chan struct{})) error {
-	start, first := time.Now(), true
-	for {
-		is, changed := isAway()
-		switch {
-		case is:
-			o.over.Store(away)
-		case first && time.Since(start) < outageStart:
-			o.over.Store(0)
-		default:
-			o.over.Store(time.Now().Add(outageGrace).UnixNano())
-		}
-		first = first && is
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-changed:
-		}
-	}
 }
