@@ -61,35 +61,36 @@ type tokens []tokenRule
 
 // check refuses a request with a bad token. Whether a token is good was found by
 // the proxy, which hands on its claims; a token without them was not.
-func (ts tokens) check(v *view) (d Decision, ok bool) {
+// It returns in whose name and why, or an empty reason.
+func (ts tokens) check(v *view) (*Rule, Reason) {
 	if !v.HTTP || v.Known&FieldClaims == 0 || v.preflight() {
-		return Decision{}, true
+		return nil, ""
 	}
 	if v.Claims == nil {
 		if v.Known&FieldHeaders == 0 {
-			return Decision{}, true // the caller vouches that no token was verified or refused
+			return nil, "" // the caller vouches that no token was verified or refused
 		}
 		for i := range ts {
 			if ts[i].present(v) {
-				return ts[i].by.decision(false, ReasonTokenRefused), false
+				return ts[i].by, ReasonTokenRefused
 			}
 		}
-		return Decision{}, true
+		return nil, ""
 	}
 	fields := v.Claims.GetFields()
 	iss, ok := fields["iss"].GetKind().(*structpb.Value_StringValue)
 	if !ok && fields["iss"] != nil {
-		return ts[0].by.decision(false, ReasonTokenForeign), false
+		return ts[0].by, ReasonTokenForeign
 	}
 	if _, ok := fields["sub"].GetKind().(*structpb.Value_StringValue); !ok && fields["sub"] != nil {
-		return ts[0].by.decision(false, ReasonTokenForeign), false
+		return ts[0].by, ReasonTokenForeign
 	}
 	for i := range ts {
 		if (ts[i].issuer == "" || iss != nil && iss.StringValue == ts[i].issuer) && ts[i].audience(fields["aud"]) {
-			return Decision{}, true
+			return nil, ""
 		}
 	}
-	return ts[0].by.decision(false, ReasonTokenForeign), false
+	return ts[0].by, ReasonTokenForeign
 }
 
 // audience reports whether the rule takes one of the audiences.

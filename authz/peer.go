@@ -124,19 +124,18 @@ func modeOf(m *security.PeerAuthentication_MutualTLS) (mode Mode, set bool) {
 	return 0, false
 }
 
-// check denies a plaintext peer where mutual TLS is required. ok is true if
-// PeerAuthentication has nothing against the request.
-func (p *peerModes) check(r *Request) (d Decision, ok bool) {
+// check denies a plaintext peer where mutual TLS is required, in whose name and
+// why. The reason is empty if PeerAuthentication has nothing against the request.
+func (p *peerModes) check(r *Request) (*Rule, Reason) {
 	m, sure := p.worst, p.uniform
 	if r.Known&FieldDestinationPort != 0 {
 		m, sure = p.at(r.DestinationPort), true
 	}
 	if m.mode != ModeStrict || r.Known&FieldPeer != 0 && r.Authenticated {
-		return Decision{}, true
+		return nil, ""
 	}
-	reason := ReasonPlaintext
 	if !sure || r.Known&FieldPeer == 0 {
-		reason = ReasonPlaintextUnknown
+		return m.by, ReasonPlaintextUnknown
 	}
-	return m.by.decision(false, reason), false
+	return m.by, ReasonPlaintext
 }

@@ -77,12 +77,13 @@ func (r *Rule) spec() *security.Rule {
 	return r.of.specs()[r.Index]
 }
 
-// decision names the rule. A nil rule stands for no resource.
-func (r *Rule) decision(allowed bool, reason Reason) Decision {
-	if r == nil {
-		return Decision{Allowed: allowed, Rule: -1, Reason: reason}
+// decide makes d a decision in the name of the rule; a nil rule stands for no
+// resource.
+func (d *Decision) decide(r *Rule, allowed bool, reason Reason) {
+	d.Allowed, d.Reason, d.Rule = allowed, reason, -1
+	if r != nil {
+		d.Kind, d.Policy, d.Rule, d.why = r.Kind, r.policy, r.Index, r
 	}
-	return Decision{Allowed: allowed, Kind: r.Kind, Policy: r.policy, Rule: r.Index, Reason: reason, why: r}
 }
 
 // Program decides for one class of workloads. It is immutable and safe for
@@ -141,110 +142,111 @@ type provider struct {
 // cannot be enforced denies, whatever the request. It does not allocate, but for
 // an authority longer than 256 bytes with upper-case letters in it; it keeps
 // nothing of r and is safe for concurrent use.
-func (p *Program) Decide(r *Request) Decision { return p.decide(r, 0) }
+func (p *Program) Decide(r *Request) (d Decision) {
+	p.decide(&d, r, 0)
+	return d
+}
 
 // After decides what follows once the provider that d asks for has allowed the
 // request: another provider must be asked, or the request is allowed or denied.
 // d must be a decision of p about r; one that does not ask is returned as it is.
-func (p *Program) After(d Decision, r *Request) Decision {
+func (p *Program) After(d Decision, r *Request) (next Decision) {
 	if !d.Ask {
 		return d
 	}
-	return p.decide(r, d.stage+1)
+	p.decide(&next, r, d.stage+1)
+	return next
 }
 
-// decide answers once that many providers have allowed.
-func (p *Program) decide(r *Request, asked int) Decision {
+// decide answers once that many providers have allowed. d is zero.
+func (p *Program) decide(d *Decision, r *Request, asked int) {
 	if p == nil || !p.compiled {
-		return Decision{Rule: -1, Reason: ReasonNoPolicies}
+		d.decide(nil, false, ReasonNoPolicies)
+		return
 	}
 	if len(p.refused) > 0 {
-		return p.refused[0].decision(false, p.refused[0].Reason)
+		d.decide(p.refused[0], false, p.refused[0].Reason)
+		return
 	}
-	if d, ok := p.peer.check(r); !ok {
-		return d
+	if by, reason := p.peer.check(r); reason != "" {
+		d.decide(by, false, reason)
+		return
 	}
 	v := newView(r, p.language)
 	for _, c := range v.host {
 		if 'A' <= c && c <= 'Z' {
-			return p.folded(&v, asked)
+			p.folded(d, &v, asked)
+			return
 		}
 	}
-	return p.policies(&v, asked)
+	p.policies(d, &v, asked)
 }
 
 // folded is policies for a host with upper-case letters.
 //
 //go:noinline
-func (p *Program) folded(v *view, asked int) Decision {
+func (p *Program) folded(d *Decision, v *view, asked int) {
 	var buf [256]byte
 	v.host = lower(v.host, buf[:])
-	return p.policies(v, asked)
+	p.policies(d, v, asked)
 }
 
 // policies decides by what comes after PeerAuthentication.
-func (p *Program) policies(v *view, asked int) Decision {
+func (p *Program) policies(d *Decision, v *view, asked int) {
 	for i := asked; i < len(p.custom); i++ {
 		m := p.custom[i].rules.find(v)
 		if m.rule == nil {
 			continue
 		}
 		if p.several {
-			return m.rule.decision(false, ReasonProviders)
+			d.decide(m.rule, false, ReasonProviders)
+			return
 		}
-		d := m.rule.decision(false, ReasonAskRule)
+		d.decide(m.rule, false, ReasonAskRule)
 		if !m.certain {
 			d.Reason = ReasonAskUnknown
 		}
 		d.Ask, d.Provider, d.stage = true, p.custom[i].name, i
-		return d
+		return
 	}
 	if len(p.tokens) > 0 {
-		if d, ok := p.tokens.check(v); !ok {
-			return d
+		if by, reason := p.tokens.check(v); reason != "" {
+			d.decide(by, false, reason)
+			return
 		}
 	}
-	audit := p.audit.find(v)
-	d, shadows := p.denied(v)
-	if d.Reason == "" {
-		d, shadows[1] = p.allowed(v)
+	if p.audit != nil {
+		d.audit = p.audit.find(v)
 	}
-	d.audit, d.shadowDeny, d.shadowAllow = audit, shadows[0], shadows[1]
-	return d
-}
-
-// denied is what DENY policies say; the reason is empty if they deny nothing.
-func (p *Program) denied(v *view) (d Decision, shadows [2]shadow) {
 	if p.shadowDeny != nil {
-		shadows[0] = shadow{p.shadowDeny.find(v), true}
+		d.shadowDeny = shadow{p.shadowDeny.find(v), true}
 	}
-	switch m := p.deny.find(v); {
-	case m.rule == nil:
-	case m.certain:
-		d = m.rule.decision(false, ReasonDenyRule)
-	default:
-		d = m.rule.decision(false, ReasonDenyUnknown)
+	if p.deny != nil {
+		if m := p.deny.find(v); m.rule != nil {
+			reason := ReasonDenyRule
+			if !m.certain {
+				reason = ReasonDenyUnknown
+			}
+			d.decide(m.rule, false, reason)
+			return
+		}
 	}
-	return d, shadows
-}
-
-// allowed is what ALLOW policies say.
-func (p *Program) allowed(v *view) (d Decision, dry shadow) {
 	if p.shadowAllow != nil {
-		dry = shadow{p.shadowAllow.find(v), true}
+		d.shadowAllow = shadow{p.shadowAllow.find(v), true}
 	}
 	if p.allow == nil {
-		return Decision{Allowed: true, Rule: -1, Reason: ReasonNoAllowPolicy}, dry
+		d.decide(nil, true, ReasonNoAllowPolicy)
+		return
 	}
 	switch m := p.allow.find(v); {
 	case m.rule == nil:
-		d = Decision{Kind: KindAuthorizationPolicy, Rule: -1, Reason: ReasonNoAllowRule}
+		d.decide(nil, false, ReasonNoAllowRule)
+		d.Kind = KindAuthorizationPolicy
 	case m.certain:
-		d = m.rule.decision(true, ReasonAllowRule)
+		d.decide(m.rule, true, ReasonAllowRule)
 	default:
-		d = m.rule.decision(false, ReasonAllowUnknown)
+		d.decide(m.rule, false, ReasonAllowUnknown)
 	}
-	return d, dry
 }
 
 // PeerMode is PeerAuthentication's mode on a port. Where a resource cannot be
