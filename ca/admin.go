@@ -76,9 +76,9 @@ func (s admin) VerifyLog(ctx context.Context, q *capb.VerifyLogRequest) (resp *c
 
 // read calls f with the authority's book. An operator may know what is wrong.
 func (s admin) read(ctx context.Context, what string, f func(book) error) error {
-	b, done, err := s.a.open(ctx)
+	b, err := s.a.read(ctx)
 	if err == nil {
-		err = errors.Join(f(b), done())
+		err = f(b)
 	}
 	if err != nil && ctx.Err() == nil {
 		s.a.cfg.Log.Error(what+" failed", "err", err)

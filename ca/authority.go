@@ -69,6 +69,8 @@ type Authority struct {
 
 	mu       sync.Mutex
 	failures map[string]error // what Run fails at now, by job; guarded by mu
+	// retiredLogs are those of instances from before a restore; guarded by mu.
+	retiredLogs []bookLog
 }
 
 // Open opens the authority in cfg.DataDir, or makes a new one if the folder holds
@@ -649,7 +651,7 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 		if _, err := os.Stat(dir); err != nil || now.Sub(r.Retired) < a.cfg.LogRetention {
 			continue
 		}
-		if err := os.RemoveAll(dir); err != nil {
+		if err := a.dropRetired(r.Instance); err != nil {
 			return fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err)
 		}
 		a.cfg.Log.Info("the issuance log of a retired instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)

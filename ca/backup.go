@@ -111,12 +111,11 @@ func (a *Authority) backup(ctx context.Context, w io.Writer) error {
 	if err := a.signing(); err != nil {
 		return err // of a log that lost records no backup may take the place of a good one
 	}
-	b, done, err := a.open(ctx)
+	b, err := a.read(ctx)
 	if err != nil {
 		return err
 	}
-	err = a.writeBackup(ctx, b, &backupWriter{w: w, sum: sha256.New()})
-	return errors.Join(err, done())
+	return a.writeBackup(ctx, b, &backupWriter{w: w, sum: sha256.New()})
 }
 
 func (a *Authority) writeBackup(ctx context.Context, b book, out *backupWriter) error {

@@ -78,12 +78,11 @@ func openFolder(dir string) (*Folder, error) {
 }
 
 // Close ends the reading.
-func (f *Folder) Close() error { return f.close(len(f.logs)) }
+func (f *Folder) Close() error { return closeLogs(f.logs) }
 
-// close closes the first n logs.
-func (b book) close(n int) error {
+func closeLogs(logs []bookLog) error {
 	var errs []error
-	for _, l := range b.logs[:n] {
+	for _, l := range logs {
 		errs = append(errs, l.Close())
 	}
 	return errors.Join(errs...)
@@ -128,24 +127,50 @@ func (b *book) addRetired(dir string) error {
 	return nil
 }
 
-// open is the book of an authority that runs; done closes what was opened for it.
-func (a *Authority) open(ctx context.Context) (b book, done func() error, err error) {
+// read is the book of an authority that runs. The logs are the authority's own: it
+// closes them.
+func (a *Authority) read(ctx context.Context) (book, error) {
 	entries, _, err := a.store.List(ctx, "")
 	if err != nil {
-		return book{}, nil, err
+		return book{}, err
 	}
-	if b, err = newBook(entries); err != nil {
-		return book{}, nil, err
-	}
-	err = b.addRetired(filepath.Join(a.cfg.DataDir, folderName))
-	n := len(b.logs)
-	done = func() error { return b.close(n) }
+	b, err := newBook(entries)
 	if err != nil {
-		return book{}, nil, errors.Join(err, done())
+		return book{}, err
 	}
+	a.mu.Lock()
+	b.logs = slices.Clone(a.retiredLogs)
+	a.mu.Unlock()
 	b.logs = append(b.logs, bookLog{a.log, uint32(a.instance), b.journal.LogPublicKey})
 	b.lost = a.losses.now.Load()
-	return b, done, nil
+	return b, nil
+}
+
+// openRetired opens the logs of retired instances, until Close.
+func (a *Authority) openRetired(ctx context.Context) error {
+	entries, _, err := a.store.List(ctx, instancePrefix)
+	if err != nil {
+		return fmt.Errorf("reading retired instances: %w", err)
+	}
+	b := book{entries: entries}
+	err = b.addRetired(filepath.Join(a.cfg.DataDir, folderName))
+	a.retiredLogs = b.logs
+	return err
+}
+
+// dropRetired closes the log of a retired instance and removes it.
+func (a *Authority) dropRetired(instance uint8) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var errs []error
+	a.retiredLogs = slices.DeleteFunc(a.retiredLogs, func(l bookLog) bool {
+		if l.instance != uint32(instance) {
+			return false
+		}
+		errs = append(errs, l.Close())
+		return true
+	})
+	return errors.Join(append(errs, os.RemoveAll(retiredDir(filepath.Join(a.cfg.DataDir, folderName), instance)))...)
 }
 
 // Records yields the records that are asked for, oldest first, those of retired

@@ -111,3 +111,13 @@ func (a *Authority) CertifiedKeys() int { return a.keyUses.len() }
 
 // RenewServing makes a new serving certificate.
 func (a *Authority) RenewServing(ctx context.Context) error { return a.renewServing(ctx) }
+
+// VerifyAll is what an operator's verification of log and state finds.
+func (a *Authority) VerifyAll(ctx context.Context) ([]string, error) {
+	b, err := a.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	v, err := b.Verify(ctx, nil, true)
+	return v.GetProblems(), err
+}

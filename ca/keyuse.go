@@ -152,17 +152,19 @@ func (a *Authority) loadKeyUses(ctx context.Context) error {
 		// What is certified is certified: a conflict is for the log's verification.
 		_ = a.keyUses.claim(hash[:], "", c.NotAfter, now)
 	}
-	b, done, err := a.open(ctx)
+	b, err := a.read(ctx)
 	if err != nil {
 		return err
 	}
 	since := now.Add(-a.cfg.SVID.MaxTTL)
 	for _, l := range b.logs {
 		if l.FileLog.Head().Time.After(since) {
-			err = errors.Join(err, a.claimRecorded(ctx, l.FileLog, since, now))
+			if err := a.claimRecorded(ctx, l.FileLog, since, now); err != nil {
+				return err
+			}
 		}
 	}
-	return errors.Join(err, done())
+	return nil
 }
 
 func (a *Authority) claimRecorded(ctx context.Context, log *storage.FileLog, since, now time.Time) error {

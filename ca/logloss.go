@@ -106,6 +106,9 @@ func (a *Authority) loadLosses(ctx context.Context) error {
 		}
 		l.retired[uint32(r.Instance)] = r
 	}
+	if err := a.openRetired(ctx); err != nil {
+		return err
+	}
 	e, err := a.store.Get(ctx, lossKey)
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil

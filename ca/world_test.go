@@ -90,6 +90,11 @@ func (w *world) open() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.serve(a)
+}
+
+// serve serves an authority that was opened.
+func (w *world) serve(a *ca.Authority) {
 	w.Authority = a
 	w.pipe = bufconn.Listen(1 << 20)
 	w.server = a.NewServer()
