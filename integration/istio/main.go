@@ -1,18 +1,21 @@
 // Command istio answers what Istio itself does with security policies: whether
 // its admission takes a resource, and which Envoy filters its control plane makes
-// for a workload. Tests compare Signet with it.
+// for a workload. Tests compare Signet with it. It also asks an authority for a
+// certificate as Istio's own agent does.
 //
 // It reads one JSON request from each line of standard input and writes one JSON
 // answer to a line of standard output, in the same order:
 //
 //	{"admit": "YAML of one resource"}
 //	{"build": {"resources": "YAML documents", "namespace": "a", …}}
+//	{"agent": {"address": "127.0.0.1:15012", "rootFile": "root.pem", …}}
 //
 // A line that does not begin with "{" is one that Istio's packages log while they
 // are initialized, before anything can be told to them.
 //
 // Nothing here is written after Istio: the CRDs, the webhook, the selection, the
-// composition and the builders are those of the module istio.io/istio.
+// composition, the builders, the agent's secret cache and its client are those of
+// the module istio.io/istio.
 package main
 
 import (
@@ -30,11 +33,13 @@ import (
 type request struct {
 	Admit *string `json:"admit,omitempty"`
 	Build *build  `json:"build,omitempty"`
+	Agent *agent  `json:"agent,omitempty"`
 }
 
 type answer struct {
 	Admission *admission `json:"admission,omitempty"`
 	Filters   *filters   `json:"filters,omitempty"`
+	Secret    *secret    `json:"secret,omitempty"`
 	// Error is set where Istio could not be asked.
 	Error string `json:"error,omitempty"`
 }
@@ -106,5 +111,12 @@ func respond(gate *gate, pilot *pilot, line []byte) (a answer) {
 		}
 		return answer{Filters: f}
 	}
-	return answer{Error: "neither admit nor build"}
+	if req.Agent != nil {
+		s, err := req.Agent.secret()
+		if err != nil {
+			return answer{Error: err.Error()}
+		}
+		return answer{Secret: s}
+	}
+	return answer{Error: "neither admit, build nor agent"}
 }
