@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"runtime"
 	"sync"
 	"time"
 
 	"github.com/signet-mesh/signet/storage"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -61,15 +63,22 @@ func newKeyUses(limit int, forgot func(n int)) *keyUses {
 // claim notes that a key is about to be certified for an identity until notAfter,
 // or refuses with ErrKeyInUse. keyHash is SHA-256 of the SubjectPublicKeyInfo.
 func (u *keyUses) claim(keyHash []byte, identity string, notAfter, now time.Time) error {
-	key, id := maphash.Bytes(u.seed, keyHash), maphash.String(u.seed, identity)
+	if u.claimHashed(maphash.Bytes(u.seed, keyHash), maphash.String(u.seed, identity), notAfter.Unix(), now.Unix()) {
+		return nil
+	}
+	return fmt.Errorf("%w (key hash %x)", ErrKeyInUse, keyHash)
+}
+
+// claimHashed is claim with the hashes of key and identity; times are Unix seconds.
+func (u *keyUses) claimHashed(key, id uint64, notAfter, now int64) bool {
 	s := &u.shards[key%keyShards]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old, ok := s.uses[key]
-	if ok && old.identity != id && old.notAfter > now.Unix() {
-		return fmt.Errorf("%w (key hash %x)", ErrKeyInUse, keyHash)
+	if ok && old.identity != id && old.notAfter > now {
+		return false
 	}
-	use := keyUse{identity: id, notAfter: notAfter.Unix()}
+	use := keyUse{identity: id, notAfter: notAfter}
 	if ok && old.identity == id {
 		use.notAfter = max(use.notAfter, old.notAfter)
 	}
@@ -78,13 +87,13 @@ func (u *keyUses) claim(keyHash []byte, identity string, notAfter, now time.Time
 	}
 	s.uses[key] = use
 	s.most = max(s.most, len(s.uses))
-	return nil
+	return true
 }
 
 // makeRoom drops what has expired, or else what ends in the first eighth of the
 // lives that are left. The shard's mu is held.
-func (u *keyUses) makeRoom(s *keyShard, now time.Time) {
-	s.sweep(now.Unix())
+func (u *keyUses) makeRoom(s *keyShard, now int64) {
+	s.sweep(now)
 	if len(s.uses) < u.limit {
 		return
 	}
@@ -167,36 +176,77 @@ func (a *Authority) loadKeyUses(ctx context.Context) error {
 	return nil
 }
 
+// claimRecorded reads the log on this goroutine and claims the keys on others.
 func (a *Authority) claimRecorded(ctx context.Context, log *storage.FileLog, since, now time.Time) error {
-	for r, err := range log.Scan(ctx, log.Since(since)) {
-		if err != nil {
-			return err
+	g, ctx := errgroup.WithContext(ctx)
+	chunks := make(chan []storage.Record, 4)
+	for range max(2, runtime.GOMAXPROCS(0)) {
+		g.Go(func() error {
+			for chunk := range chunks {
+				for _, r := range chunk {
+					if err := a.claimRecord(r, now.Unix()); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		defer close(chunks)
+		const size = 2048
+		chunk := make([]storage.Record, 0, size)
+		send := func() error {
+			select {
+			case chunks <- chunk:
+				chunk = make([]storage.Record, 0, size)
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 		}
-		keyHash, id, notAfter, err := keyOfRecord(r.Data)
-		if err != nil {
-			return fmt.Errorf("record %d of the issuance log: %w", r.Sequence, err)
+		for r, err := range log.Scan(ctx, log.Since(since)) {
+			if err != nil {
+				return err
+			}
+			if chunk = append(chunk, r); len(chunk) == size {
+				if err := send(); err != nil {
+					return err
+				}
+			}
 		}
-		if notAfter > now.Unix() && len(keyHash) > 0 {
-			_ = a.keyUses.claim(keyHash, id, time.Unix(notAfter, 0), now)
-		}
+		return send()
+	})
+	return g.Wait()
+}
+
+// claimRecord claims the key of a record. One that cannot be claimed was certified
+// twice: that is for verification to find.
+func (a *Authority) claimRecord(r storage.Record, now int64) error {
+	keyHash, id, notAfter, err := keyOfRecord(r.Data)
+	if err != nil {
+		return fmt.Errorf("record %d of the issuance log: %w", r.Sequence, err)
+	}
+	if u := a.keyUses; notAfter > now && len(keyHash) > 0 {
+		u.claimHashed(maphash.Bytes(u.seed, keyHash), maphash.Bytes(u.seed, id), notAfter, now)
 	}
 	return nil
 }
 
 // keyOfRecord reads what is needed of an IssuanceRecord, in a tenth of the time
 // that reading it whole takes: a start reads a million.
-func keyOfRecord(b []byte) (keyHash []byte, id string, notAfter int64, err error) {
+func keyOfRecord(b []byte) (keyHash, id []byte, notAfter int64, err error) {
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
 		if n < 0 {
-			return nil, "", 0, protowire.ParseError(n)
+			return nil, nil, 0, protowire.ParseError(n)
 		}
 		b = b[n:]
 		switch {
 		case number == fieldSpiffeID && kind == protowire.BytesType, number == fieldKeyHash && kind == protowire.BytesType:
 			v, m := protowire.ConsumeBytes(b)
 			if n = m; n >= 0 && number == fieldSpiffeID {
-				id = string(v)
+				id = v
 			} else if n >= 0 {
 				keyHash = v
 			}
@@ -207,7 +257,7 @@ func keyOfRecord(b []byte) (keyHash []byte, id string, notAfter int64, err error
 			n = protowire.ConsumeFieldValue(number, kind, b)
 		}
 		if n < 0 {
-			return nil, "", 0, protowire.ParseError(n)
+			return nil, nil, 0, protowire.ParseError(n)
 		}
 		b = b[n:]
 	}
