@@ -123,7 +123,7 @@ func (g generator) world() *world {
 	policies := 1 + g.IntN(3)
 	if focus {
 		policies = 1
-	} else if g.IntN(40) == 0 {
+	} else if g.IntN(8) == 0 {
 		policies = 20 + g.IntN(20) // so many that they are not gone through
 	}
 	for p := range policies {

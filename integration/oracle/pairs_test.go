@@ -226,6 +226,9 @@ func (t *tally) compare(tb testing.TB, p pair, l logged, rec *recorder) {
 	// The recorder is given the metadata of the filter that conditions read.
 	r.Known |= authz.FieldMetadata
 	got, unknown, reason := signetVerdict(p.program, &r, slices.Contains(p.shot.headers, [2]string{"x-provider", "no"}))
+	if got.End == "allow" && !l.allowing { // the proxy does not say who allowed
+		got.Policy = ""
+	}
 	t.compared++
 	t.ends[want.End]++
 	if want.String() == got.String() {

@@ -90,12 +90,16 @@ func newCheck(s shot) *authv3.CheckRequest {
 			Address: ip, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
 		}}}}
 	}
+	check := &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
+		Source: address(s.source, 40000), Destination: address(s.dst.Addr().String(), uint32(s.dst.Port())),
+	}}
+	if s.method == "" { // a bare connection
+		return check
+	}
 	h := &authv3.AttributeContext_HttpRequest{Method: s.method, Path: s.path, Host: s.authority, HeaderMap: &corev3.HeaderMap{}}
 	for _, hv := range append([][2]string{{":method", s.method}, {":path", s.path}, {":authority", s.authority}}, s.headers...) {
 		h.HeaderMap.Headers = append(h.HeaderMap.Headers, &corev3.HeaderValue{Key: strings.ToLower(hv[0]), RawValue: []byte(hv[1])})
 	}
-	return &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
-		Source: address(s.source, 40000), Destination: address(s.dst.Addr().String(), uint32(s.dst.Port())),
-		Request: &authv3.AttributeContext_Request{Http: h},
-	}}
+	check.Attributes.Request = &authv3.AttributeContext_Request{Http: h}
+	return check
 }
