@@ -11,7 +11,6 @@ import (
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -43,15 +42,6 @@ func BenchmarkRestart(b *testing.B) {
 	b.ReportMetric(took.Seconds()/float64(b.N), "s-to-serving")
 	// What it takes of the processors, also where others use them meanwhile.
 	b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s-to-serving")
-}
-
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // fill appends records as a busy hour leaves them.
