@@ -216,6 +216,100 @@ spec: {action: DENY, rules: [{}]}
 	}
 }
 
+// TestAsEnvoyVersion is what versions of Envoy differ in.
+func TestAsEnvoyVersion(t *testing.T) {
+	t.Parallel()
+	const text = `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: default}
+spec:
+  rules:
+  - to: [{operation: {paths: ["/t/{*}"]}}]
+  - when: [{key: "request.headers[x]", values: [b]}]
+  - when: [{key: "request.headers[x]", values: ["a,b"]}]
+`
+	for _, c := range []struct{ version, request, want string }{
+		{"", "GET /t/a*", "allow allow-rule default/p[0]"},
+		{"1.34.1", "GET /t/a*", "allow allow-rule default/p[0]"},
+		{"1.34", "GET /t/a*", "deny no-allow-rule"},
+		{"1.33.3", "GET /t/a*", "allow allow-rule default/p[0]"},
+		{"1.33.2", "GET /t/a*", "deny no-allow-rule"},
+		{"1.30.9", "GET /t/a*", "deny no-allow-rule"},
+		{"1.40.0", "GET / header=x:a header=x:b", "allow allow-rule default/p[1]"},
+		{"1.37.0", "GET / header=x:a header=x:b", "allow allow-rule default/p[2]"},
+		{"1.37.0", "GET / joined=x:a,b", "allow allow-rule default/p[2]"},
+		{"1.37.0", "GET / header=x:b", "allow allow-rule default/p[1]"},
+		{"1.37.0", "GET / header=x:a header=x:b header=x:c", "deny no-allow-rule"},
+		{"1.37.0", "GET / unclear=x:a", "deny allow-unknown default/p[1]"},
+		{"1.37.0", "GET / unknown=headers", "deny allow-unknown default/p[1]"},
+		{"1.36.5", "GET / header=x:a header=x:b", "allow allow-rule default/p[1]"},
+		{"1.36.4", "GET / header=x:a header=x:b", "allow allow-rule default/p[2]"},
+	} {
+		var o authz.Options
+		if c.version != "" {
+			var err error
+			if o.Envoy, err = authz.ParseEnvoyVersion(c.version); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r := parseRequest(t, c.request)
+		if got := render(compile(t, text, o).For(identity.Workload{Namespace: "default"}).Decide(&r)); got != c.want {
+			t.Errorf("as %s: %s: got %s, want %s", c.version, c.request, got, c.want)
+		}
+	}
+	for _, bad := range []string{"1", "v1.40.0", "1.40.0-dev", "1..0", "1.2.3.4", "-1.2", ""} {
+		if v, err := authz.ParseEnvoyVersion(bad); err == nil {
+			t.Errorf("%q was read as %v", bad, v)
+		}
+	}
+}
+
+// TestAfterAsking goes on once a provider has allowed: to the next one, and then
+// to what other policies say.
+func TestAfterAsking(t *testing.T) {
+	t.Parallel()
+	const text = `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: default}
+spec: {action: CUSTOM, provider: {name: second}, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: b, namespace: default}
+spec: {action: CUSTOM, provider: {name: first}, rules: [{to: [{operation: {methods: [GET]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: c, namespace: default}
+spec: {action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]}
+`
+	p := compile(t, text, authz.Options{MultipleProviders: true}).For(identity.Workload{Namespace: "default"})
+	for request, want := range map[string][]string{
+		"GET /":   {"ask ask-rule default/b[0] first", "ask ask-rule default/a[0] second", "allow no-allow-policy"},
+		"POST /":  {"ask ask-rule default/a[0] second", "allow no-allow-policy"},
+		"POST /x": {"ask ask-rule default/a[0] second", "deny deny-rule default/c[0]"},
+	} {
+		r := parseRequest(t, request)
+		d := p.Decide(&r)
+		var got []string
+		for ; d.Ask; d = p.After(d, &r) {
+			if d.Allowed {
+				t.Errorf("%s: allowed before %s was asked", request, d.Provider)
+			}
+			got = append(got, render(d))
+		}
+		got = append(got, render(d))
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", request, diff)
+		}
+		if again := p.After(d, &r); again != d {
+			t.Errorf("%s: after a decision that asks nobody comes %s", request, render(again))
+		}
+	}
+}
+
 func TestPeerMode(t *testing.T) {
 	t.Parallel()
 	s := compile(t, exportYAML, authz.Options{})

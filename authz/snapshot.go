@@ -42,12 +42,15 @@ func (o Options) root() string { return cmp.Or(o.RootNamespace, "istio-system") 
 // EnvoyVersion is a version of Envoy, of which only what policies decide by
 // matters:
 //
-//   - 1.37.1 and later, and the fixed releases of older lines (1.36.5, 1.35.9 and
+//   - 1.37.1 and later, and the fixed releases of older lines (1.36.5, 1.35.8 and
 //     1.34.13), match each value of a repeated header by itself; earlier ones
 //     match all of them joined by commas.
 //   - 1.34.1 and later, and the fixed releases of older lines (1.33.3, 1.32.6 and
 //     1.31.8), take "*" for a character of a segment in a path template; to earlier
 //     ones a path with it matches no template.
+//
+// What 1.38.4 changed about parameters of path segments ("/a;x/..;/b") happens
+// where the proxy normalizes the path, before any policy sees it.
 type EnvoyVersion struct{ Major, Minor, Patch int }
 
 // ParseEnvoyVersion reads "1.40.0", or "1.40" for its first release.
@@ -83,7 +86,7 @@ func (v EnvoyVersion) has(first EnvoyVersion, older ...EnvoyVersion) bool {
 
 func (v EnvoyVersion) language() language {
 	return language{
-		joins:    !v.has(EnvoyVersion{1, 37, 1}, EnvoyVersion{1, 36, 5}, EnvoyVersion{1, 35, 9}, EnvoyVersion{1, 34, 13}),
+		joins:    !v.has(EnvoyVersion{1, 37, 1}, EnvoyVersion{1, 36, 5}, EnvoyVersion{1, 35, 8}, EnvoyVersion{1, 34, 13}),
 		asterisk: v.has(EnvoyVersion{1, 34, 1}, EnvoyVersion{1, 33, 3}, EnvoyVersion{1, 32, 6}, EnvoyVersion{1, 31, 8}),
 	}
 }

@@ -37,6 +37,47 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// TestCheckDeniesWhatNobodyAsks: a CUSTOM policy that matches is no decision, and
+// must not be taken for one.
+func TestCheckDeniesWhatNobodyAsks(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, fixed(compile(t, `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: ask, namespace: default}
+spec: {action: CUSTOM, provider: {name: opa}, rules: [{to: [{operation: {paths: [/ask]}}]}]}
+`)))
+	w.deny(check(path("/ask")), extauthz.ReasonNotAsked)
+	w.allow(check(path("/other")))
+	if n := w.metric("signet_extauthz_checks_total", "deny", "AuthorizationPolicy", "provider-not-asked"); n != 1 {
+		t.Errorf("%v denied checks counted; want 1", n)
+	}
+	if log := w.log.String(); !strings.Contains(log, "default/ask") || !strings.Contains(log, "which this version does not do") {
+		t.Errorf("the log does not say why: %s", log)
+	}
+}
+
+// TestCheckRefusesATokenWith401 is what Istio's proxies answer.
+func TestCheckRefusesATokenWith401(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, fixed(compile(t, `apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: tokens, namespace: default}
+spec: {jwtRules: [{issuer: https://issuer.example, jwksUri: https://issuer.example/jwks}]}
+`)))
+	w.allow(check())
+	answer, err := w.Check(as(server), check(func(a *authv3.AttributeContext) {
+		a.Request.Http.HeaderMap = raw(":path", "/ok?q=1", ":method", "GET", ":authority", "server:8080", "authorization", "Bearer x.y.z")
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := answer.GetDeniedResponse()
+	if codes.Code(answer.GetStatus().GetCode()) != codes.Unauthenticated || d.GetStatus().GetCode() != 401 || d.GetBody() != "Jwt verification fails" ||
+		answer.GetDynamicMetadata().GetFields()["reason"].GetStringValue() != "token-refused" {
+		t.Errorf("answer %v", answer)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	policies := compile(t, policyText)

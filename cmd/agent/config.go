@@ -57,6 +57,8 @@ type config struct {
 		RootNamespace string `yaml:"rootNamespace"`
 		// TrustDomainAliases are further names of TrustDomain in policies.
 		TrustDomainAliases []string `yaml:"trustDomainAliases"`
+		// EnvoyVersion is that of the proxies; empty means the newest known.
+		EnvoyVersion string `yaml:"envoyVersion"`
 	} `yaml:"policies"`
 	Log  run.LogConfig  `yaml:"log"`
 	HTTP run.HTTPConfig `yaml:"http"`

@@ -44,6 +44,12 @@ func (c config) world(saved *saved, td spiffeid.TrustDomain, log *slog.Logger, r
 		return world{}, err
 	}
 	options := authz.Options{TrustDomain: td, TrustDomainAliases: c.Policies.TrustDomainAliases, RootNamespace: c.Policies.RootNamespace}
+	if v := c.Policies.EnvoyVersion; v != "" {
+		var err error
+		if options.Envoy, err = authz.ParseEnvoyVersion(v); err != nil {
+			return world{}, fmt.Errorf("policies.envoyVersion: %w", err)
+		}
+	}
 	if !c.Kubernetes.Enabled {
 		var err error
 		w.policies, err = source.OpenFolder(source.Config{Dir: c.Policies.Dir, Options: options, Log: log, Metrics: reg})

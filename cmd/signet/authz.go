@@ -57,6 +57,7 @@ func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
 // meshFlags are what concerns the whole mesh.
 type meshFlags struct {
 	trustDomain, rootNamespace string
+	envoyVersion               string
 	aliases                    []string
 }
 
@@ -65,6 +66,7 @@ func (m *meshFlags) flags(c *cobra.Command) {
 	f.StringVar(&m.trustDomain, "trust-domain", "cluster.local", "trust domain of the mesh")
 	f.StringSliceVar(&m.aliases, "trust-domain-alias", nil, "further names of the trust domain, separated by commas; can be repeated")
 	f.StringVar(&m.rootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
+	f.StringVar(&m.envoyVersion, "envoy-version", "", "version of Envoy whose reading of requests is followed where versions differ; empty: the newest known")
 }
 
 func (m *meshFlags) options() (o authz.Options, err error) {
@@ -80,7 +82,13 @@ func (m *meshFlags) options() (o authz.Options, err error) {
 	if m.rootNamespace == "" {
 		return o, unusable("--root-namespace must not be empty")
 	}
-	return authz.Options{TrustDomain: td, TrustDomainAliases: m.aliases, RootNamespace: m.rootNamespace}, nil
+	o = authz.Options{TrustDomain: td, TrustDomainAliases: m.aliases, RootNamespace: m.rootNamespace}
+	if m.envoyVersion != "" {
+		if o.Envoy, err = authz.ParseEnvoyVersion(m.envoyVersion); err != nil {
+			return authz.Options{}, unusable("--envoy-version: %w", err)
+		}
+	}
+	return o, nil
 }
 
 // workloadFlags are the policies, and the workload that they are asked about.
