@@ -29,6 +29,15 @@ type status struct {
 	good       time.Time // when they last could; zero: never
 }
 
+// follow compiles set; what did not change since the snapshot in force is taken
+// from there.
+func (b *board) follow(set authz.Set, o authz.Options) (*authz.Snapshot, []authz.Problem) {
+	if before := b.snapshot.Load(); before != nil {
+		return before.Update(set)
+	}
+	return authz.Compile(set, o)
+}
+
 // replace puts a snapshot of set into force and returns its number.
 func (b *board) replace(snapshot *authz.Snapshot, set authz.Set) (generation uint64) {
 	counts := map[kindState]int{}

@@ -357,7 +357,7 @@ func (c *Cluster) put(texts map[string][]byte) {
 func (c *Cluster) compile(all []authz.Resource) {
 	var together []authz.Problem
 	c.set, together = c.set.Update(all)
-	snapshot, compiled := authz.Compile(c.set, c.options)
+	snapshot, compiled := c.follow(c.set, c.options)
 	c.compiled = slices.Concat(together, compiled)
 	for res, state := range c.set.All() {
 		key := res.Kind() + " " + res.Namespace() + "/" + res.Name()

@@ -324,7 +324,7 @@ func (f *Folder) adopt(r *reading) {
 	}
 	var together, compiled []authz.Problem
 	f.set, together = f.set.Update(all)
-	snapshot, compiled := authz.Compile(f.set, f.options)
+	snapshot, compiled := f.follow(f.set, f.options)
 	f.compiled = slices.Concat(together, compiled)
 	generation := f.replace(snapshot, f.set)
 	f.log.Info("policies loaded", "dir", f.dir, "generation", generation, "files", len(f.files), "resources", f.set.Len())
