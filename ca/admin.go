@@ -3,7 +3,6 @@ package ca
 import (
 	"bufio"
 	"context"
-	"crypto/x509"
 	"errors"
 	"slices"
 	"strings"
@@ -38,10 +37,13 @@ func (s admin) Status(ctx context.Context, _ *capb.StatusRequest) (*capb.StatusR
 		resp.LostHead = headToProto(l.head())
 	}
 	for _, e := range j.Authorities {
-		c, err := x509.ParseCertificate(e.Certificate)
+		c, err := e.cert()
 		if err != nil {
 			a.cfg.Log.Error("reading status failed", "err", err)
 			return nil, code(err)
+		}
+		if c == nil {
+			continue
 		}
 		resp.Authorities = append(resp.Authorities, &capb.AuthorityStatus{Kind: e.Kind, State: e.State, SubjectKeyId: c.SubjectKeyId,
 			NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter)})

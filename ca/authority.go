@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -50,11 +51,13 @@ type Authority struct {
 	keyUses  *keyUses
 	metrics  *metrics
 
-	// journal is owned by Open and then by Run.
-	journal         journal
-	journalRevision uint64
+	journalMu       sync.Mutex // held while the journal is changed
+	journal         journal    // written by Open, and then by edit alone; guarded by journalMu
+	journalRevision uint64     // guarded by journalMu
 
-	root         *issuer
+	root         atomic.Pointer[issuer] // without a key where somebody else has it
+	staged       *staged                // owned by Open and then by Run
+	folderHash   [sha256.Size]byte      // of the folder that the issuer is from; owned by Open and then by Run
 	intermediate atomic.Pointer[issuer]
 	trust        identity.Watched[*identity.Trust]
 	head         identity.Watched[storage.Head] // newest signed head; zero before the first
@@ -69,6 +72,7 @@ type Authority struct {
 
 	mu       sync.Mutex
 	failures map[string]error // what Run fails at now, by job; guarded by mu
+	alarms   map[string]error // what needs an operator while all still works; guarded by mu
 	// retiredLogs are those of instances from before a restore; guarded by mu.
 	retiredLogs []bookLog
 }
@@ -233,7 +237,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		reg = cfg.Metrics
 	}
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
-		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
+		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
 }
@@ -249,16 +253,11 @@ func (a *Authority) found(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	root, rootEntry, err := a.newAuthority(ctx, nil)
-	if err != nil {
-		return err
-	}
-	_, interEntry, err := a.newAuthority(ctx, root)
-	if err != nil {
-		return err
-	}
 	j := journal{Version: journalVersion, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1,
-		LogKey: logURI, LogPublicKey: logSPKI, Authorities: []journalEntry{rootEntry, interEntry}}
+		LogKey: logURI, LogPublicKey: logSPKI, Source: a.cfg.source()}
+	if j.Authorities, err = a.firstAuthorities(ctx, j.Source); err != nil {
+		return err
+	}
 	_, err = j.commit(ctx, a.store, 0)
 	return err
 }
@@ -351,6 +350,14 @@ func (a *Authority) start(ctx context.Context) error {
 
 // load reads the journal and the keys that it names.
 func (a *Authority) load(ctx context.Context) error {
+	if err := a.loadJournal(ctx); err != nil {
+		return err
+	}
+	return a.loadAuthorities(ctx)
+}
+
+// loadJournal reads the journal and checks that it is of this configuration.
+func (a *Authority) loadJournal(ctx context.Context) error {
 	j, revision, err := loadJournal(ctx, a.store)
 	if err != nil {
 		return err
@@ -369,41 +376,8 @@ func (a *Authority) load(ctx context.Context) error {
 	if a.logKey, err = a.keys.Open(keys.Log, j.LogKey, logPub); err != nil {
 		return err
 	}
-	var roots []*x509.Certificate
-	for _, e := range j.Authorities {
-		c, err := x509.ParseCertificate(e.Certificate)
-		if err != nil {
-			return fmt.Errorf("journal: %s certificate: %w", e.Kind, err)
-		}
-		if e.Kind == kindRoot {
-			roots = append(roots, c)
-		}
-		if e.State != stateActive {
-			continue
-		}
-		key, err := a.keys.Open(e.Kind, e.Key, c.PublicKey)
-		if err != nil {
-			return err
-		}
-		switch e.Kind {
-		case kindRoot:
-			a.root = &issuer{cert: c, key: key}
-		case kindIntermediate:
-			a.intermediate.Store(&issuer{cert: c, key: key, chain: []*x509.Certificate{c}})
-		}
-	}
-	if a.root == nil || a.intermediate.Load() == nil {
-		return errors.New("journal: there is no active root or no active intermediate; restore the store from backup")
-	}
-	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
-	if err != nil {
-		return err
-	}
-	a.trust.Store(t)
-	// An intermediate that expired while the authority was down is replaced before
-	// anything is served; one that is due is left to Run.
-	if now := time.Now().Round(0); !now.Before(a.intermediate.Load().cert.NotAfter) && a.signing() == nil {
-		return a.renewIntermediate(ctx)
+	if j.Source != a.cfg.source() {
+		return fmt.Errorf("its intermediates are signed by %s, the configuration says %s: that cannot change for an authority that exists; set it back, or choose another dataDir", sourceNames[j.Source], sourceNames[a.cfg.source()])
 	}
 	return nil
 }
@@ -506,10 +480,10 @@ func (a *Authority) failing() error {
 func (a *Authority) renew(ctx context.Context) error {
 	now := time.Now().Round(0)
 	c := a.intermediate.Load().cert
-	var errs []error
+	errs := []error{a.settle(ctx, now), a.dropRoots(ctx, now), a.watchExternal(ctx, now)}
 	// Half life, where life is what the certificate was made for; the root's end
 	// may have cut it.
-	if now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2)) {
+	if a.staged == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
 		errs = append(errs, a.renewIntermediate(ctx))
 	}
 	// Also when the intermediate cannot be renewed: it is good for days yet.
@@ -517,56 +491,6 @@ func (a *Authority) renew(ctx context.Context) error {
 		errs = append(errs, a.renewServing(ctx))
 	}
 	return errors.Join(errs...)
-}
-
-// renewIntermediate replaces the intermediate under the same root, which every
-// agent trusts already, so that nobody has to be waited for. Intermediates that
-// have expired leave the journal, and their keys the disk.
-func (a *Authority) renewIntermediate(ctx context.Context) error {
-	if end := a.root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
-		// Another intermediate would end no later: it gains nothing.
-		return fmt.Errorf("renewing the intermediate: the root ends at %s, no later than the intermediate: replace the root", end.Format(time.RFC3339))
-	}
-	iss, entry, err := a.newAuthority(ctx, a.root)
-	if err != nil {
-		return fmt.Errorf("renewing the intermediate: %w", err)
-	}
-	next := a.journal
-	next.Authorities = nil
-	var gone []string
-	now := time.Now()
-	for _, e := range a.journal.Authorities {
-		c, err := x509.ParseCertificate(e.Certificate)
-		if err != nil {
-			return fmt.Errorf("renewing the intermediate: journal: %w", err)
-		}
-		if e.Kind == kindIntermediate {
-			if now.After(c.NotAfter) {
-				gone = append(gone, e.Key)
-				continue
-			}
-			e.State = stateOld
-		}
-		next.Authorities = append(next.Authorities, e)
-	}
-	next.Authorities = append(next.Authorities, entry)
-	revision, err := next.commit(ctx, a.store, a.journalRevision)
-	if errors.Is(err, storage.ErrNotDurable) {
-		// Nobody knows whether the journal names the new key by now, so it stays.
-		return fmt.Errorf("renewing the intermediate: %w", err)
-	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("renewing the intermediate: %w", err), a.keys.Remove(kindIntermediate, entry.Key))
-	}
-	a.journal, a.journalRevision = next, revision
-	a.intermediate.Store(iss)
-	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
-	for _, uri := range gone {
-		if err := a.keys.Remove(kindIntermediate, uri); err != nil {
-			a.cfg.Log.Warn("an expired key stays behind", "err", err)
-		}
-	}
-	return nil
 }
 
 // renewServing makes a new key and certificate for the authority's own address.
@@ -588,7 +512,7 @@ func (a *Authority) renewServing(ctx context.Context) error {
 		return fmt.Errorf("renewing the serving certificate: %w", err)
 	}
 	cert := &tls.Certificate{PrivateKey: key, Leaf: out[0].chain[0]}
-	for _, c := range append(out[0].chain, a.root.cert) {
+	for _, c := range append(out[0].chain, a.root.Load().cert) {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
 	a.serving.Store(cert)

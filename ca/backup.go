@@ -580,17 +580,17 @@ func takeKeys(j journal, cfg RestoreConfig, to string) (*keys.Ring, error) {
 	}
 	for _, e := range j.Authorities {
 		if !strings.HasPrefix(e.Key, softkms.Scheme+":") {
-			continue // in a device, where it stays
+			continue // in a device, where it stays, or with somebody else
 		}
 		if cfg.KeysDir == "" {
 			return nil, fmt.Errorf("a backup has no keys, and the %s needs %s: say where the key files are", e.Kind, e.Key)
 		}
-		c, err := x509.ParseCertificate(e.Certificate)
+		pub, err := e.pub()
 		if err != nil {
 			return nil, err
 		}
-		if err := ring.Copy(source, e.Key, c.PublicKey); err != nil {
-			if e.State != stateActive {
+		if err := ring.Copy(source, e.Key, pub); err != nil {
+			if e.State == stateOld {
 				continue // it signs nothing anymore
 			}
 			return nil, fmt.Errorf("the key of the %s: %w", e.Kind, err)

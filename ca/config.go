@@ -45,6 +45,21 @@ type Config struct {
 	// RootTTL is the life of a new root; 0 means a year. IntermediateTTL is that
 	// of an intermediate, renewed at half of it; 0 means 7 days.
 	RootTTL, IntermediateTTL time.Duration
+	// At most one of the next three says that the root is not this authority's own.
+	//
+	// OfflineRoot: a root that is kept away signs a series of intermediates in
+	// advance; see Request and Import.
+	OfflineRoot bool
+	// Cacerts is a folder with an issuer and its key, as Istio has them: ca-cert.pem,
+	// ca-key.pem, cert-chain.pem, root-cert.pem, or tls.crt, tls.key, ca.crt. Read again
+	// when it changes.
+	Cacerts string
+	// Upstream has each intermediate signed by a command.
+	Upstream UpstreamConfig
+	// Propagation is how long a new root is published before anything is issued under
+	// it, for those who trust it without saying so; 0 means a minute. Agents say so,
+	// and are waited for.
+	Propagation time.Duration
 	// Keys says where the authority's keys are made and how they are opened; the
 	// zero value means files in DataDir. Its Folder and Logger are not used.
 	Keys keys.Config
@@ -84,6 +99,17 @@ type Config struct {
 	StoreOptions storage.BoltOptions
 }
 
+// UpstreamConfig says how intermediates are signed elsewhere.
+type UpstreamConfig struct {
+	// Exec is a program and its arguments: it gets a certificate request, in PEM, on
+	// its standard input and prints the chain, the new intermediate first.
+	Exec []string
+	// Timeout is how long it may take; 0 means 30 seconds.
+	Timeout time.Duration
+	// RootFile holds the roots, in PEM, that the chain may lead to. Required with Exec.
+	RootFile string
+}
+
 // SVIDConfig says how long leaves live and how far back they start.
 type SVIDConfig struct {
 	// TTL is the life of a workload's SVID, AgentTTL that of an agent's and of
@@ -121,6 +147,8 @@ func (c Config) withDefaults() Config {
 	}
 	def(&c.TokenEvery, 24*time.Hour)
 	def(&c.HeadInterval, 10*time.Second)
+	def(&c.Upstream.Timeout, 30*time.Second)
+	def(&c.Propagation, time.Minute)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -165,6 +193,15 @@ func (c Config) check() error {
 	}
 	if c.RootTTL < 2*c.IntermediateTTL {
 		bad("authority.rootTTL %v: must be at least twice authority.intermediateTTL (%v)", c.RootTTL, c.IntermediateTTL)
+	}
+	if n := btoi(c.OfflineRoot) + btoi(c.Cacerts != "") + btoi(len(c.Upstream.Exec) > 0); n > 1 {
+		bad("authority.offlineRoot, authority.cacerts and authority.upstream.exec: only one of them can be")
+	}
+	if (len(c.Upstream.Exec) > 0) != (c.Upstream.RootFile != "") {
+		bad("authority.upstream.exec and authority.upstream.rootFile: both or neither: the roots are pinned, so that the command cannot introduce another")
+	}
+	if c.source() != sourceOwn && c.Keys.Made[keys.Root] != "" && c.Keys.Made[keys.Root] != "softkms:" {
+		bad("authority.keys.root: the root is not this authority's own, so it has no key of it")
 	}
 	if err := c.Keys.Check(); err != nil {
 		bad("%w", err)

@@ -23,15 +23,15 @@ var (
 
 // WrapKeys replaces the signing keys of root and intermediate.
 func (a *Authority) WrapKeys(wrap func(crypto.Signer) crypto.Signer) {
-	root := *a.root
+	root := *a.root.Load()
 	root.key = wrap(root.key)
-	a.root = &root
+	a.root.Store(&root)
 	inter := *a.intermediate.Load()
 	inter.key = wrap(inter.key)
 	a.intermediate.Store(&inter)
 }
 
-func (a *Authority) Root() *x509.Certificate         { return a.root.cert }
+func (a *Authority) Root() *x509.Certificate         { return a.root.Load().cert }
 func (a *Authority) Intermediate() *x509.Certificate { return a.intermediate.Load().cert }
 func (a *Authority) Log() *storage.FileLog           { return a.log }
 func (a *Authority) Store() *storage.Bolt            { return a.store }
@@ -66,7 +66,7 @@ func ClockAt(t, newest time.Time) (time.Time, error) {
 func (a *Authority) Certify(ctx context.Context, kind capb.IssuanceRecord_Kind, id spiffeid.ID, dnsNames []string, pub crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
 	iss := a.intermediate.Load()
 	if kind == capb.IssuanceRecord_KIND_INTERMEDIATE {
-		iss = a.root
+		iss = a.root.Load()
 	}
 	out, err := a.issue(ctx, iss, []certificate{{kind: kind, evidence: capb.IssuanceRecord_EVIDENCE_SELF, id: id, dnsNames: dnsNames, pub: pub, ttl: ttl}})
 	if err != nil {

@@ -3,7 +3,6 @@ package ca
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -153,9 +152,12 @@ func (u *keyUses) len() (n int) {
 func (a *Authority) loadKeyUses(ctx context.Context) error {
 	now := time.Now().Round(0)
 	for _, e := range a.journal.Authorities {
-		c, err := x509.ParseCertificate(e.Certificate)
+		c, err := e.cert()
 		if err != nil {
-			return fmt.Errorf("journal: %s certificate: %w", e.Kind, err)
+			return err
+		}
+		if c == nil {
+			continue
 		}
 		hash := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 		// What is certified is certified: a conflict is for the log's verification.

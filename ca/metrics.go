@@ -1,6 +1,10 @@
 package ca
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 type metrics struct {
 	issued       *prometheus.CounterVec
@@ -47,8 +51,16 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 	gauge := func(name, help string, f func() float64) {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 	}
-	gauge("signet_ca_root_not_after_seconds", "When the active root ends, Unix seconds.", func() float64 { return float64(a.root.cert.NotAfter.Unix()) })
+	gauge("signet_ca_root_not_after_seconds", "When the active root ends, Unix seconds.", func() float64 { return float64(a.root.Load().cert.NotAfter.Unix()) })
 	gauge("signet_ca_intermediate_not_after_seconds", "When the active intermediate ends, Unix seconds.", func() float64 { return float64(a.intermediate.Load().cert.NotAfter.Unix()) })
+	gauge("signet_ca_series_not_after_seconds", "When the last intermediate ends that an offline root signed, Unix seconds; 0 without one.", func() float64 {
+		if end := a.current().SeriesEnd; !end.IsZero() {
+			return float64(end.Unix())
+		}
+		return 0
+	})
+	gauge("signet_ca_series_alarm", "1 when less than a third is left of the life of the series of intermediates, 2 when less than a tenth is.", func() float64 { return float64(a.seriesAlarm(time.Now())) })
+	gauge("signet_ca_alarms", "What needs an operator while all still works.", func() float64 { a.mu.Lock(); defer a.mu.Unlock(); return float64(len(a.alarms)) })
 	gauge("signet_ca_serving_not_after_seconds", "When the serving certificate ends, Unix seconds.", func() float64 {
 		c := a.serving.Load()
 		if c == nil {

@@ -79,7 +79,7 @@ func (a *Authority) NewServer() *grpc.Server {
 // NewAdminServer makes a gRPC server for operators. Whoever can connect to it is
 // one: serve it on a Unix socket of mode 0600 only.
 func (a *Authority) NewAdminServer() *grpc.Server {
-	s := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 10))
+	s := grpc.NewServer(grpc.MaxRecvMsgSize(1 << 20)) // a series of chains is some 200 KiB
 	capb.RegisterAdminServer(s, admin{a: a})
 	return s
 }

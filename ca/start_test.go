@@ -73,7 +73,7 @@ func TestRefusesToStart(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "loading key file"},
-		{"with a store of a newer version", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `"version":1`, `"version":2`) }, "run the newer signet-ca"},
+		{"with a store of a newer version", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `"version":2`, `"version":3`) }, "run the newer signet-ca"},
 		{"with a journal that is garbage", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `{`, `[`) }, "journal"},
 		{"under another trust domain", func(_ *testing.T, _ string, c *ca.Config) { c.TrustDomain = otherTD }, "cannot be renamed"},
 		{"as another instance", func(_ *testing.T, _ string, c *ca.Config) { c.Instance = 2 }, "instance"},

@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -339,13 +340,28 @@ func (v *verifier) authorities() {
 	var roots, inters []*x509.Certificate
 	active := 0
 	for i, e := range j.Authorities {
-		c, err := x509.ParseCertificate(e.Certificate)
+		if e.State == statePending {
+			if _, err := e.pub(); err != nil {
+				v.bad("journal: authority %d: %v", i, err)
+			}
+			active++ // it will be, when somebody has signed it
+			continue
+		}
+		c, err := e.cert()
 		if err == nil {
 			err = identity.CheckAuthority(c)
 		}
 		if err != nil {
 			v.bad("journal: authority %d: %v", i, err)
 			continue
+		}
+		for _, der := range e.Chain {
+			up, err := x509.ParseCertificate(der)
+			if err != nil {
+				v.bad("journal: chain of authority %d: %v", i, err)
+				continue
+			}
+			inters = append(inters, up)
 		}
 		if e.State == stateActive {
 			active++
@@ -355,16 +371,16 @@ func (v *verifier) authorities() {
 		} else {
 			inters = append(inters, c)
 		}
-		if serial := serialBytes(c); v.ownSerial(serial) {
+		if serial := serialBytes(c); !e.External && v.ownSerial(serial) {
 			hash := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 			v.wanted[string(serial)] = &wanted{what: e.Kind + " of the journal", serial: serial, keyHash: hash[:], end: c.NotAfter.Unix()}
 		}
 	}
-	if active == 0 || len(roots) == 0 {
+	if active == 0 || len(roots) == 0 && j.Source != sourceOffline {
 		v.bad("journal: there is no active authority, or no root")
 	}
 	for _, c := range inters {
-		if !signedByOne(c, roots) && !signedByOne(c, inters) {
+		if !signedByOne(c, roots) && !signedByOne(c, inters) && !slices.ContainsFunc(roots, c.Equal) {
 			v.bad("journal: no authority in it signed the intermediate %x", c.SerialNumber)
 		}
 	}

@@ -2341,6 +2341,204 @@ func (*AcceptLogLossResponse) Descriptor() ([]byte, []int) {
 	return file_ca_proto_rawDescGZIP(), []int{31}
 }
 
+type CreateRequestsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// count is how many there should be with those that wait; 0 makes none.
+	Count         uint32 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateRequestsRequest) Reset() {
+	*x = CreateRequestsRequest{}
+	mi := &file_ca_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateRequestsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateRequestsRequest) ProtoMessage() {}
+
+func (x *CreateRequestsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateRequestsRequest.ProtoReflect.Descriptor instead.
+func (*CreateRequestsRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *CreateRequestsRequest) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type CreateRequestsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// requests are PKCS#10, DER.
+	Requests      [][]byte `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateRequestsResponse) Reset() {
+	*x = CreateRequestsResponse{}
+	mi := &file_ca_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateRequestsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateRequestsResponse) ProtoMessage() {}
+
+func (x *CreateRequestsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateRequestsResponse.ProtoReflect.Descriptor instead.
+func (*CreateRequestsResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *CreateRequestsResponse) GetRequests() [][]byte {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type ImportChainsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// chains are PEM, each an intermediate first and what signed it after.
+	Chains        [][]byte `protobuf:"bytes,1,rep,name=chains,proto3" json:"chains,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportChainsRequest) Reset() {
+	*x = ImportChainsRequest{}
+	mi := &file_ca_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportChainsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportChainsRequest) ProtoMessage() {}
+
+func (x *ImportChainsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportChainsRequest.ProtoReflect.Descriptor instead.
+func (*ImportChainsRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ImportChainsRequest) GetChains() [][]byte {
+	if x != nil {
+		return x.Chains
+	}
+	return nil
+}
+
+type ImportChainsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// intermediates are those that were imported, DER, in the order of their use.
+	Intermediates [][]byte `protobuf:"bytes,1,rep,name=intermediates,proto3" json:"intermediates,omitempty"`
+	// root is the one that they lead to, DER.
+	Root []byte `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
+	// series_end is when the last intermediate ends.
+	SeriesEnd     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=series_end,json=seriesEnd,proto3" json:"series_end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportChainsResponse) Reset() {
+	*x = ImportChainsResponse{}
+	mi := &file_ca_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportChainsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportChainsResponse) ProtoMessage() {}
+
+func (x *ImportChainsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportChainsResponse.ProtoReflect.Descriptor instead.
+func (*ImportChainsResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ImportChainsResponse) GetIntermediates() [][]byte {
+	if x != nil {
+		return x.Intermediates
+	}
+	return nil
+}
+
+func (x *ImportChainsResponse) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *ImportChainsResponse) GetSeriesEnd() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SeriesEnd
+	}
+	return nil
+}
+
 type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2349,7 +2547,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_ca_proto_msgTypes[32]
+	mi := &file_ca_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2361,7 +2559,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[32]
+	mi := &file_ca_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2374,7 +2572,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{32}
+	return file_ca_proto_rawDescGZIP(), []int{36}
 }
 
 type BackupChunk struct {
@@ -2386,7 +2584,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2596,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2609,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{33}
+	return file_ca_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -2436,7 +2634,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2448,7 +2646,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2461,7 +2659,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{34}
+	return file_ca_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -2512,7 +2710,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2524,7 +2722,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2537,7 +2735,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{35}
+	return file_ca_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -2742,7 +2940,18 @@ const file_ca_proto_rawDesc = "" +
 	"\x14AcceptLogLossRequest\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AcceptLogLossResponse\"\x0f\n" +
+	"\x15AcceptLogLossResponse\"-\n" +
+	"\x15CreateRequestsRequest\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"4\n" +
+	"\x16CreateRequestsResponse\x12\x1a\n" +
+	"\brequests\x18\x01 \x03(\fR\brequests\"-\n" +
+	"\x13ImportChainsRequest\x12\x16\n" +
+	"\x06chains\x18\x01 \x03(\fR\x06chains\"\x8b\x01\n" +
+	"\x14ImportChainsResponse\x12$\n" +
+	"\rintermediates\x18\x01 \x03(\fR\rintermediates\x12\x12\n" +
+	"\x04root\x18\x02 \x01(\fR\x04root\x129\n" +
+	"\n" +
+	"series_end\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tseriesEnd\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\xd5\x01\n" +
@@ -2764,13 +2973,15 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xf8\x02\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xac\x04\n" +
 	"\x05Admin\x12C\n" +
 	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
 	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
 	"\tVerifyLog\x12\x1e.signet.ca.v1.VerifyLogRequest\x1a\x1c.signet.ca.v1.VerifyResponse\x12X\n" +
 	"\rAcceptLogLoss\x12\".signet.ca.v1.AcceptLogLossRequest\x1a#.signet.ca.v1.AcceptLogLossResponse\x12B\n" +
-	"\x06Backup\x12\x1b.signet.ca.v1.BackupRequest\x1a\x19.signet.ca.v1.BackupChunk0\x01B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\x06Backup\x12\x1b.signet.ca.v1.BackupRequest\x1a\x19.signet.ca.v1.BackupChunk0\x01\x12[\n" +
+	"\x0eCreateRequests\x12#.signet.ca.v1.CreateRequestsRequest\x1a$.signet.ca.v1.CreateRequestsResponse\x12U\n" +
+	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_ca_proto_rawDescOnce sync.Once
@@ -2785,56 +2996,60 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_ca_proto_goTypes = []any{
-	(Refusal_Code)(0),             // 0: signet.ca.v1.Refusal.Code
-	(*AttestRequest)(nil),         // 1: signet.ca.v1.AttestRequest
-	(*Renewal)(nil),               // 2: signet.ca.v1.Renewal
-	(*AttestResponse)(nil),        // 3: signet.ca.v1.AttestResponse
-	(*X509SVID)(nil),              // 4: signet.ca.v1.X509SVID
-	(*IssueRequest)(nil),          // 5: signet.ca.v1.IssueRequest
-	(*IssueItem)(nil),             // 6: signet.ca.v1.IssueItem
-	(*X509Kind)(nil),              // 7: signet.ca.v1.X509Kind
-	(*JWTKind)(nil),               // 8: signet.ca.v1.JWTKind
-	(*IssueResponse)(nil),         // 9: signet.ca.v1.IssueResponse
-	(*IssueResult)(nil),           // 10: signet.ca.v1.IssueResult
-	(*JWTSVID)(nil),               // 11: signet.ca.v1.JWTSVID
-	(*Refusal)(nil),               // 12: signet.ca.v1.Refusal
-	(*WatchTrustRequest)(nil),     // 13: signet.ca.v1.WatchTrustRequest
-	(*WatchTrustResponse)(nil),    // 14: signet.ca.v1.WatchTrustResponse
-	(*TokenKeys)(nil),             // 15: signet.ca.v1.TokenKeys
-	(*Trust)(nil),                 // 16: signet.ca.v1.Trust
-	(*Bundle)(nil),                // 17: signet.ca.v1.Bundle
-	(*JWTKey)(nil),                // 18: signet.ca.v1.JWTKey
-	(*Ban)(nil),                   // 19: signet.ca.v1.Ban
-	(*LogHead)(nil),               // 20: signet.ca.v1.LogHead
-	(*WatchNodeRequest)(nil),      // 21: signet.ca.v1.WatchNodeRequest
-	(*WatchNodeResponse)(nil),     // 22: signet.ca.v1.WatchNodeResponse
-	(*Pod)(nil),                   // 23: signet.ca.v1.Pod
-	(*StatusRequest)(nil),         // 24: signet.ca.v1.StatusRequest
-	(*StatusResponse)(nil),        // 25: signet.ca.v1.StatusResponse
-	(*ListLogRequest)(nil),        // 26: signet.ca.v1.ListLogRequest
-	(*LogEntry)(nil),              // 27: signet.ca.v1.LogEntry
-	(*VerifyLogRequest)(nil),      // 28: signet.ca.v1.VerifyLogRequest
-	(*VerifyResponse)(nil),        // 29: signet.ca.v1.VerifyResponse
-	(*LogReport)(nil),             // 30: signet.ca.v1.LogReport
-	(*AcceptLogLossRequest)(nil),  // 31: signet.ca.v1.AcceptLogLossRequest
-	(*AcceptLogLossResponse)(nil), // 32: signet.ca.v1.AcceptLogLossResponse
-	(*BackupRequest)(nil),         // 33: signet.ca.v1.BackupRequest
-	(*BackupChunk)(nil),           // 34: signet.ca.v1.BackupChunk
-	(*AuthorityStatus)(nil),       // 35: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),           // 36: signet.ca.v1.AgentStatus
-	nil,                           // 37: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 39: google.protobuf.Duration
-	(*IssuanceRecord)(nil),        // 40: signet.ca.v1.IssuanceRecord
+	(Refusal_Code)(0),              // 0: signet.ca.v1.Refusal.Code
+	(*AttestRequest)(nil),          // 1: signet.ca.v1.AttestRequest
+	(*Renewal)(nil),                // 2: signet.ca.v1.Renewal
+	(*AttestResponse)(nil),         // 3: signet.ca.v1.AttestResponse
+	(*X509SVID)(nil),               // 4: signet.ca.v1.X509SVID
+	(*IssueRequest)(nil),           // 5: signet.ca.v1.IssueRequest
+	(*IssueItem)(nil),              // 6: signet.ca.v1.IssueItem
+	(*X509Kind)(nil),               // 7: signet.ca.v1.X509Kind
+	(*JWTKind)(nil),                // 8: signet.ca.v1.JWTKind
+	(*IssueResponse)(nil),          // 9: signet.ca.v1.IssueResponse
+	(*IssueResult)(nil),            // 10: signet.ca.v1.IssueResult
+	(*JWTSVID)(nil),                // 11: signet.ca.v1.JWTSVID
+	(*Refusal)(nil),                // 12: signet.ca.v1.Refusal
+	(*WatchTrustRequest)(nil),      // 13: signet.ca.v1.WatchTrustRequest
+	(*WatchTrustResponse)(nil),     // 14: signet.ca.v1.WatchTrustResponse
+	(*TokenKeys)(nil),              // 15: signet.ca.v1.TokenKeys
+	(*Trust)(nil),                  // 16: signet.ca.v1.Trust
+	(*Bundle)(nil),                 // 17: signet.ca.v1.Bundle
+	(*JWTKey)(nil),                 // 18: signet.ca.v1.JWTKey
+	(*Ban)(nil),                    // 19: signet.ca.v1.Ban
+	(*LogHead)(nil),                // 20: signet.ca.v1.LogHead
+	(*WatchNodeRequest)(nil),       // 21: signet.ca.v1.WatchNodeRequest
+	(*WatchNodeResponse)(nil),      // 22: signet.ca.v1.WatchNodeResponse
+	(*Pod)(nil),                    // 23: signet.ca.v1.Pod
+	(*StatusRequest)(nil),          // 24: signet.ca.v1.StatusRequest
+	(*StatusResponse)(nil),         // 25: signet.ca.v1.StatusResponse
+	(*ListLogRequest)(nil),         // 26: signet.ca.v1.ListLogRequest
+	(*LogEntry)(nil),               // 27: signet.ca.v1.LogEntry
+	(*VerifyLogRequest)(nil),       // 28: signet.ca.v1.VerifyLogRequest
+	(*VerifyResponse)(nil),         // 29: signet.ca.v1.VerifyResponse
+	(*LogReport)(nil),              // 30: signet.ca.v1.LogReport
+	(*AcceptLogLossRequest)(nil),   // 31: signet.ca.v1.AcceptLogLossRequest
+	(*AcceptLogLossResponse)(nil),  // 32: signet.ca.v1.AcceptLogLossResponse
+	(*CreateRequestsRequest)(nil),  // 33: signet.ca.v1.CreateRequestsRequest
+	(*CreateRequestsResponse)(nil), // 34: signet.ca.v1.CreateRequestsResponse
+	(*ImportChainsRequest)(nil),    // 35: signet.ca.v1.ImportChainsRequest
+	(*ImportChainsResponse)(nil),   // 36: signet.ca.v1.ImportChainsResponse
+	(*BackupRequest)(nil),          // 37: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),            // 38: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),        // 39: signet.ca.v1.AuthorityStatus
+	(*AgentStatus)(nil),            // 40: signet.ca.v1.AgentStatus
+	nil,                            // 41: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 42: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 43: google.protobuf.Duration
+	(*IssuanceRecord)(nil),         // 44: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
 	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
 	16, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	38, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	38, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	42, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	42, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
@@ -2842,9 +3057,9 @@ var file_ca_proto_depIdxs = []int32{
 	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	38, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	42, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	39, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	43, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
 	20, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
 	16, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
 	20, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
@@ -2853,48 +3068,53 @@ var file_ca_proto_depIdxs = []int32{
 	17, // 20: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
 	19, // 21: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
 	18, // 22: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	38, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	38, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	42, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	42, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
 	23, // 25: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	37, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	35, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	41, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	39, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
 	20, // 28: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	36, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	40, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
 	20, // 30: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	38, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	38, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	38, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	40, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	42, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	42, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	42, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	44, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
 	20, // 35: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
 	30, // 36: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
 	20, // 37: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	38, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	38, // 39: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	38, // 40: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	38, // 41: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 42: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 43: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 44: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	21, // 45: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	24, // 46: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	26, // 47: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	28, // 48: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	31, // 49: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	33, // 50: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	3,  // 51: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 52: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 53: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	22, // 54: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	25, // 55: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	27, // 56: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	29, // 57: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	32, // 58: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	34, // 59: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	51, // [51:60] is the sub-list for method output_type
-	42, // [42:51] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	42, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	42, // 39: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	42, // 40: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	42, // 41: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	42, // 42: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	1,  // 43: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	5,  // 44: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	13, // 45: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	21, // 46: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	24, // 47: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	26, // 48: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	28, // 49: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	31, // 50: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	37, // 51: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	33, // 52: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	35, // 53: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	3,  // 54: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	9,  // 55: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	14, // 56: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	22, // 57: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	25, // 58: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	27, // 59: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	29, // 60: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	32, // 61: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	38, // 62: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	34, // 63: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	36, // 64: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	54, // [54:65] is the sub-list for method output_type
+	43, // [43:54] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -2930,7 +3150,7 @@ func file_ca_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   37,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -270,11 +270,13 @@ var Authority_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Admin_Status_FullMethodName        = "/signet.ca.v1.Admin/Status"
-	Admin_ListLog_FullMethodName       = "/signet.ca.v1.Admin/ListLog"
-	Admin_VerifyLog_FullMethodName     = "/signet.ca.v1.Admin/VerifyLog"
-	Admin_AcceptLogLoss_FullMethodName = "/signet.ca.v1.Admin/AcceptLogLoss"
-	Admin_Backup_FullMethodName        = "/signet.ca.v1.Admin/Backup"
+	Admin_Status_FullMethodName         = "/signet.ca.v1.Admin/Status"
+	Admin_ListLog_FullMethodName        = "/signet.ca.v1.Admin/ListLog"
+	Admin_VerifyLog_FullMethodName      = "/signet.ca.v1.Admin/VerifyLog"
+	Admin_AcceptLogLoss_FullMethodName  = "/signet.ca.v1.Admin/AcceptLogLoss"
+	Admin_Backup_FullMethodName         = "/signet.ca.v1.Admin/Backup"
+	Admin_CreateRequests_FullMethodName = "/signet.ca.v1.Admin/CreateRequests"
+	Admin_ImportChains_FullMethodName   = "/signet.ca.v1.Admin/ImportChains"
 )
 
 // AdminClient is the client API for Admin service.
@@ -297,6 +299,13 @@ type AdminClient interface {
 	AcceptLogLoss(ctx context.Context, in *AcceptLogLossRequest, opts ...grpc.CallOption) (*AcceptLogLossResponse, error)
 	// Backup streams a backup of state and log, without keys.
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
+	// CreateRequests makes certificate requests for intermediates that an offline root
+	// is to sign. Those that wait already come first. Codes: FAILED_PRECONDITION if this
+	// authority has no offline root.
+	CreateRequests(ctx context.Context, in *CreateRequestsRequest, opts ...grpc.CallOption) (*CreateRequestsResponse, error)
+	// ImportChains takes what an offline root signed: all of it, or nothing. Codes:
+	// INVALID_ARGUMENT with what is wrong.
+	ImportChains(ctx context.Context, in *ImportChainsRequest, opts ...grpc.CallOption) (*ImportChainsResponse, error)
 }
 
 type adminClient struct {
@@ -375,6 +384,26 @@ func (c *adminClient) Backup(ctx context.Context, in *BackupRequest, opts ...grp
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_BackupClient = grpc.ServerStreamingClient[BackupChunk]
 
+func (c *adminClient) CreateRequests(ctx context.Context, in *CreateRequestsRequest, opts ...grpc.CallOption) (*CreateRequestsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateRequestsResponse)
+	err := c.cc.Invoke(ctx, Admin_CreateRequests_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ImportChains(ctx context.Context, in *ImportChainsRequest, opts ...grpc.CallOption) (*ImportChainsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportChainsResponse)
+	err := c.cc.Invoke(ctx, Admin_ImportChains_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -395,6 +424,13 @@ type AdminServer interface {
 	AcceptLogLoss(context.Context, *AcceptLogLossRequest) (*AcceptLogLossResponse, error)
 	// Backup streams a backup of state and log, without keys.
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
+	// CreateRequests makes certificate requests for intermediates that an offline root
+	// is to sign. Those that wait already come first. Codes: FAILED_PRECONDITION if this
+	// authority has no offline root.
+	CreateRequests(context.Context, *CreateRequestsRequest) (*CreateRequestsResponse, error)
+	// ImportChains takes what an offline root signed: all of it, or nothing. Codes:
+	// INVALID_ARGUMENT with what is wrong.
+	ImportChains(context.Context, *ImportChainsRequest) (*ImportChainsResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -419,6 +455,12 @@ func (UnimplementedAdminServer) AcceptLogLoss(context.Context, *AcceptLogLossReq
 }
 func (UnimplementedAdminServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
 	return status.Error(codes.Unimplemented, "method Backup not implemented")
+}
+func (UnimplementedAdminServer) CreateRequests(context.Context, *CreateRequestsRequest) (*CreateRequestsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateRequests not implemented")
+}
+func (UnimplementedAdminServer) ImportChains(context.Context, *ImportChainsRequest) (*ImportChainsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ImportChains not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -517,6 +559,42 @@ func _Admin_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_BackupServer = grpc.ServerStreamingServer[BackupChunk]
 
+func _Admin_CreateRequests_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateRequestsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CreateRequests(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CreateRequests_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CreateRequests(ctx, req.(*CreateRequestsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ImportChains_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportChainsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ImportChains(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ImportChains_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ImportChains(ctx, req.(*ImportChainsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -535,6 +613,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AcceptLogLoss",
 			Handler:    _Admin_AcceptLogLoss_Handler,
+		},
+		{
+			MethodName: "CreateRequests",
+			Handler:    _Admin_CreateRequests_Handler,
+		},
+		{
+			MethodName: "ImportChains",
+			Handler:    _Admin_ImportChains_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

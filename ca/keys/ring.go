@@ -213,6 +213,10 @@ func (r *Ring) Open(purpose, keyURI string, pub crypto.PublicKey) (crypto.Signer
 	return r.device(p, keyURI, pub)
 }
 
+// Parse reads a private key in PEM that is kept elsewhere; if it is encrypted, with the
+// ring's passphrase.
+func (r *Ring) Parse(text []byte) (crypto.Signer, error) { return ParseKey(text, r.pass) }
+
 // Remove deletes a key that certifies nothing any more, or never did. One that was
 // there before Create stays.
 func (r *Ring) Remove(purpose, keyURI string) error {

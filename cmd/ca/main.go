@@ -21,6 +21,7 @@ import (
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/cmd/internal/version"
+	"github.com/signet-mesh/signet/identity"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -66,7 +67,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 	serve.Flags().Uint64Var(&acceptLoss, "accept-log-loss", 0, "accept that the issuance log lost the signed head at this `RECORD`, which the alarm names; it is recorded, and has no effect on any other loss")
 	config.AddCommand(show)
-	root.AddCommand(serve, config)
+	root.AddCommand(serve, config, authorityCommand(stdout))
 	root.AddCommand(newStoreCommands()...)
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -108,6 +109,7 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 
 	health := &run.Health{}
 	health.Add("authority", authority.Ready)
+	health.AddAlarm("authority", authority.Alarms)
 	health.Add("pods and token keys", world.ready)
 
 	adminListener, err := run.ListenUnix(c.AdminSocket, 0o600)
@@ -156,25 +158,46 @@ func serveClients(ctx context.Context, c config, w world, a *ca.Authority, door 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return run.ServeGRPC(ctx, a.NewServer(), listener, drain) })
 	g.Go(func() error { return serveIstio(ctx) })
-	if err := publish(c, a, log); err != nil {
+	trust, changed := a.Trust()
+	if err := publish(c, trust, log); err != nil {
 		// The servers end first: their clients are told, and nothing is left behind.
 		g.Go(func() error { return err })
 	} else {
+		g.Go(func() error { return republish(ctx, c, a, changed, log) })
 		log.Info("serving agents", "address", listener.Addr().String(), "spiffe_id", a.ID().String())
 	}
 	return g.Wait()
 }
 
 // publish puts the roots where agents pin them, whole or not at all.
-func publish(c config, a *ca.Authority, log *slog.Logger) error {
+func publish(c config, trust *identity.Trust, log *slog.Logger) error {
 	path := c.Publish.RootFile
 	if path == "" {
 		return nil
 	}
-	trust, _ := a.Trust()
 	if err := run.WriteFile(path, trust.PEM(), fs.FileMode(0o644)); err != nil {
 		return fmt.Errorf("publishing roots: publish.rootFile: %w", err)
 	}
 	log.Info("roots published", "file", filepath.Clean(path), "sequence", trust.Sequence())
 	return nil
+}
+
+// republish publishes the roots again whenever they have changed.
+func republish(ctx context.Context, c config, a *ca.Authority, changed <-chan struct{}, log *slog.Logger) error {
+	var retry <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		case <-retry:
+		}
+		var trust *identity.Trust
+		trust, changed = a.Trust()
+		retry = nil
+		if err := publish(c, trust, log); err != nil {
+			log.Error("the roots that agents pin are not up to date; it is tried again", "err", err)
+			retry = time.After(5 * time.Second)
+		}
+	}
 }

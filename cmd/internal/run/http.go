@@ -28,6 +28,7 @@ type HTTPConfig struct {
 type Health struct {
 	mu     sync.Mutex
 	checks []check // guarded by mu
+	alarms []check // guarded by mu
 	ending bool    // guarded by mu
 }
 
@@ -42,6 +43,29 @@ func (h *Health) Add(name string, f func() error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.checks = append(h.checks, check{name, f})
+}
+
+// AddAlarm registers what needs an operator while the daemon still does its work: a
+// request for /readyz is told, and gets 200 all the same. Not to be ready would take
+// away what still works.
+func (h *Health) AddAlarm(name string, f func() error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.alarms = append(h.alarms, check{name, f})
+}
+
+// Alarms is nil when there is none, else every alarm, joined.
+func (h *Health) Alarms() error {
+	h.mu.Lock()
+	alarms := h.alarms
+	h.mu.Unlock()
+	var errs []error
+	for _, c := range alarms {
+		if err := c.f(); err != nil {
+			errs = append(errs, fmt.Errorf("alarm: %s: %w", c.name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // End makes the daemon not ready for good: the first step of an orderly end.
@@ -107,6 +131,9 @@ func handler(c HTTPConfig, reg *prometheus.Registry, h *Health) http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
+		if err := h.Alarms(); err != nil {
+			fmt.Fprintln(w, err)
+		}
 	})
 	if c.Pprof {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)

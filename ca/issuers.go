@@ -1,0 +1,490 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// Who signs the intermediates.
+const (
+	sourceOwn      = ""
+	sourceOffline  = "offline"
+	sourceFolder   = "cacerts"
+	sourceUpstream = "upstream"
+)
+
+var sourceNames = map[string]string{
+	sourceOwn:      "its own root",
+	sourceOffline:  "an offline root (authority.offlineRoot)",
+	sourceFolder:   "whoever fills authority.cacerts",
+	sourceUpstream: "an upstream (authority.upstream.exec)",
+}
+
+func (c Config) source() string {
+	switch {
+	case c.OfflineRoot:
+		return sourceOffline
+	case c.Cacerts != "":
+		return sourceFolder
+	case len(c.Upstream.Exec) > 0:
+		return sourceUpstream
+	}
+	return sourceOwn
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// staged is an issuer whose root is published and not yet trusted by everybody.
+type staged struct {
+	issuer   *issuer
+	entry    journalEntry
+	root     *x509.Certificate
+	roots    []*x509.Certificate // that stay
+	sequence uint64              // of the trust that has the root
+	since    time.Time
+	hash     [32]byte // of the folder that it is from
+}
+
+// current is the journal as it is.
+func (a *Authority) current() journal {
+	a.journalMu.Lock()
+	defer a.journalMu.Unlock()
+	return a.journal
+}
+
+// edit changes the journal, durably or not at all. f works on a copy.
+func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
+	a.journalMu.Lock()
+	defer a.journalMu.Unlock()
+	next := a.journal
+	next.Authorities = slices.Clone(next.Authorities)
+	if err := f(&next); err != nil {
+		return err
+	}
+	next.Version = journalVersion
+	revision, err := next.commit(ctx, a.store, a.journalRevision)
+	if err != nil {
+		return err
+	}
+	a.journal, a.journalRevision = next, revision
+	return nil
+}
+
+// firstAuthorities are those that a new authority begins with.
+func (a *Authority) firstAuthorities(ctx context.Context, source string) ([]journalEntry, error) {
+	switch source {
+	case sourceOffline:
+		return nil, nil // Request adds to it
+	case sourceFolder:
+		f, _, err := a.readFolder()
+		if err != nil {
+			return nil, err
+		}
+		return append(rootEntries(f.Roots), folderEntry(f.Issuer)), nil
+	case sourceUpstream:
+		roots, err := external.ReadRoots(a.cfg.Upstream.RootFile)
+		if err != nil {
+			return nil, fmt.Errorf("authority.upstream.rootFile: %w", err)
+		}
+		_, _, entry, err := a.askUpstream(ctx, roots)
+		return append(rootEntries(roots), entry), err
+	}
+	root, rootEntry, err := a.newAuthority(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	_, entry, err := a.newAuthority(ctx, root)
+	return []journalEntry{rootEntry, entry}, err
+}
+
+func rootEntries(roots []*x509.Certificate) (entries []journalEntry) {
+	for _, c := range roots {
+		entries = append(entries, journalEntry{Kind: kindRoot, State: stateActive, External: true, Certificate: c.Raw})
+	}
+	return entries
+}
+
+// externalEntry is an intermediate that somebody else signed.
+func externalEntry(iss external.Issuer, state, key string) journalEntry {
+	e := journalEntry{Kind: kindIntermediate, State: state, External: true, Certificate: iss.Cert.Raw, Key: key}
+	for _, c := range iss.Chain {
+		if !c.Equal(iss.Cert) {
+			e.Chain = append(e.Chain, c.Raw)
+		}
+	}
+	return e
+}
+
+// loadAuthorities makes issuers of the journal.
+func (a *Authority) loadAuthorities(ctx context.Context) error {
+	j := a.journal
+	roots, err := j.roots()
+	if err != nil {
+		return err
+	}
+	if len(roots) == 0 && j.Source == sourceOffline {
+		return errors.New("no intermediate was imported yet: have the requests signed that `signet-ca authority csr` printed, then run `signet-ca authority import`")
+	}
+	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
+	if err != nil {
+		return err
+	}
+	a.trust.Store(t)
+	for _, e := range j.Authorities {
+		if e.State != stateActive || e.Key == "" {
+			continue
+		}
+		pub, err := e.pub()
+		if err != nil {
+			return err
+		}
+		key, err := a.keys.Open(e.Kind, e.Key, pub)
+		if err != nil {
+			return err
+		}
+		iss, err := e.issuer(key)
+		if err != nil {
+			return err
+		}
+		if e.Kind == kindRoot {
+			a.root.Store(iss)
+		} else {
+			a.intermediate.Store(iss)
+		}
+	}
+	if j.Source == sourceFolder {
+		return a.loadFolder(ctx)
+	}
+	now := time.Now().Round(0)
+	if a.intermediate.Load() == nil && j.Source == sourceOffline {
+		return a.advance(ctx, now)
+	}
+	if a.intermediate.Load() == nil || j.Source == sourceOwn && a.root.Load() == nil {
+		return errors.New("journal: there is no active root or no active intermediate; restore the store from backup")
+	}
+	if j.Source != sourceOwn {
+		if err := a.findRoot(a.intermediate.Load(), roots); err != nil {
+			return err
+		}
+	}
+	// An intermediate that expired while the authority was down is replaced before
+	// anything is served; one that is due is left to Run.
+	if !now.Before(a.intermediate.Load().cert.NotAfter) && a.signing() == nil {
+		return a.renewIntermediate(ctx)
+	}
+	return nil
+}
+
+// findRoot notes which root an issuer leads to.
+func (a *Authority) findRoot(iss *issuer, roots []*x509.Certificate) error {
+	last := iss.cert
+	if n := len(iss.chain); n > 0 {
+		last = iss.chain[n-1]
+	}
+	for _, r := range roots {
+		if last.Equal(r) || last.CheckSignatureFrom(r) == nil {
+			a.root.Store(&issuer{cert: r})
+			return nil
+		}
+	}
+	return fmt.Errorf("journal: no root in it signed %s; restore the store from backup", last.Subject)
+}
+
+// renewIntermediate replaces the intermediate under a root that every agent trusts
+// already, so that nobody has to be waited for.
+func (a *Authority) renewIntermediate(ctx context.Context) error {
+	var err error
+	switch a.cfg.source() {
+	case sourceOwn:
+		err = a.renewOwn(ctx)
+	case sourceOffline:
+		err = a.advance(ctx, time.Now().Round(0))
+	case sourceUpstream:
+		err = a.renewUpstream(ctx)
+	case sourceFolder:
+		if c := a.intermediate.Load().cert; !time.Now().Before(c.NotAfter) {
+			err = fmt.Errorf("the issuer in %s expired at %s: replace it", a.cfg.Cacerts, c.NotAfter.Format(time.RFC3339))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("renewing the intermediate: %w", err)
+	}
+	return nil
+}
+
+func (a *Authority) renewOwn(ctx context.Context) error {
+	root := a.root.Load()
+	if end := root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
+		// Another intermediate would end no later: it gains nothing.
+		return fmt.Errorf("the root ends at %s, no later than the intermediate: replace the root", end.Format(time.RFC3339))
+	}
+	iss, entry, err := a.newAuthority(ctx, root)
+	if err != nil {
+		return err
+	}
+	return a.take(ctx, iss, entry, nil)
+}
+
+// take makes an intermediate the active one: in the journal, and then here.
+// Intermediates that have expired leave the journal, and their keys the disk. roots,
+// if there are any, are those that stay trusted; others leave when no leaf under them
+// can be valid any more. The entry replaces a former one of the same key.
+func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, roots []*x509.Certificate) error {
+	var gone []string
+	now := time.Now().Round(0)
+	err := a.edit(ctx, func(j *journal) error {
+		var next []journalEntry
+		for _, e := range j.Authorities {
+			c, err := e.cert()
+			if err != nil {
+				return err
+			}
+			switch {
+			case entry.Key != "" && e.Key == entry.Key:
+				continue
+			case e.Kind == kindRoot && roots != nil && e.State == stateActive && !slices.ContainsFunc(roots, c.Equal):
+				e.State, e.Until = stateOld, earlier(now.Add(a.cfg.SVID.MaxTTL), c.NotAfter)
+			case e.Kind == kindRoot && roots != nil && slices.ContainsFunc(roots, c.Equal):
+				e.State, e.Until = stateActive, time.Time{}
+			case e.Kind == kindIntermediate && c != nil && now.After(c.NotAfter), e.Kind == kindIntermediate && c != nil && e.Key == "":
+				if e.Key != "" {
+					gone = append(gone, e.Key)
+				}
+				continue
+			case e.Kind == kindIntermediate && e.State == stateActive:
+				e.State = stateOld
+			}
+			next = append(next, e)
+		}
+		entry.State = stateActive
+		j.Authorities = append(next, entry)
+		return nil
+	})
+	if errors.Is(err, storage.ErrNotDurable) || err != nil && (entry.Key == "" || entry.External) {
+		// Nobody knows whether the journal names the new key by now, so it stays.
+		return err
+	}
+	if err != nil {
+		return errors.Join(err, a.keys.Remove(kindIntermediate, entry.Key))
+	}
+	a.intermediate.Store(iss)
+	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
+	for _, uri := range gone {
+		if err := a.keys.Remove(kindIntermediate, uri); err != nil {
+			a.cfg.Log.Warn("an expired key stays behind", "err", err)
+		}
+	}
+	return nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// takeExternal takes an intermediate that somebody else signed. If its root is new,
+// the root is published first, and the intermediate taken when everybody has it:
+// settle does that.
+func (a *Authority) takeExternal(ctx context.Context, got external.Issuer, key crypto.Signer, entry journalEntry, roots []*x509.Certificate, hash [32]byte) error {
+	iss := &issuer{cert: got.Cert, key: key, chain: got.Chain}
+	known := a.trust.Value().Roots()
+	if !slices.ContainsFunc(roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) }) {
+		if err := a.take(ctx, iss, entry, roots); err != nil {
+			return err
+		}
+		a.root.Store(&issuer{cert: got.Root})
+		a.folderHash, a.staged = hash, nil
+		return a.renewServing(ctx)
+	}
+	err := a.edit(ctx, func(j *journal) error {
+		for _, e := range rootEntries(roots) {
+			if !hasRoot(*j, e) {
+				j.Authorities = append(j.Authorities, e)
+			}
+		}
+		j.Sequence++
+		return nil
+	})
+	if err == nil {
+		err = a.publishTrust()
+	}
+	if err != nil {
+		return err
+	}
+	a.staged = &staged{issuer: iss, entry: entry, root: got.Root, roots: roots, sequence: a.current().Sequence, since: time.Now(), hash: hash}
+	a.cfg.Log.Info("a new root is published; its intermediate is used when all trust it", "root", got.Root.Subject.String(), "sequence", a.staged.sequence)
+	return nil
+}
+
+// publishTrust makes the journal's roots the ones that are trusted.
+func (a *Authority) publishTrust() error {
+	j := a.current()
+	roots, err := j.roots()
+	if err != nil {
+		return err
+	}
+	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
+	if err != nil {
+		return err
+	}
+	a.trust.Store(t)
+	return nil
+}
+
+// settle takes a staged intermediate when every agent has acknowledged its root, and
+// those who do not acknowledge had their time; or when the present one is about to
+// end.
+func (a *Authority) settle(ctx context.Context, now time.Time) error {
+	s := a.staged
+	if s == nil {
+		return nil
+	}
+	missing := a.agents.behind(s.sequence, now)
+	left := a.intermediate.Load().cert.NotAfter.Sub(now)
+	late := left < a.cfg.SVID.TTL
+	if !late && (len(missing) > 0 || now.Sub(s.since) < a.cfg.Propagation) {
+		return nil
+	}
+	if late && len(missing) > 0 {
+		a.cfg.Log.Error("the new root is used although not all agents have it: the present intermediate ends", "left", left, "nodes", strings.Join(missing, " "))
+	}
+	if err := a.take(ctx, s.issuer, s.entry, s.roots); err != nil {
+		return fmt.Errorf("taking the intermediate under the new root: %w", err)
+	}
+	a.root.Store(&issuer{cert: s.root})
+	a.folderHash, a.staged = s.hash, nil
+	return a.renewServing(ctx)
+}
+
+// behind are the nodes of agents whose SVIDs are valid and who have not acknowledged
+// a state of trust.
+func (as *agents) behind(sequence uint64, now time.Time) (nodes []string) {
+	as.mu.RLock()
+	defer as.mu.RUnlock()
+	for _, r := range as.bySerial {
+		if s := as.streams[r.Node]; now.Before(r.NotAfter) && (s == nil || s.acknowledged < sequence) && !slices.Contains(nodes, r.Node) {
+			nodes = append(nodes, r.Node)
+		}
+	}
+	slices.Sort(nodes)
+	return nodes
+}
+
+// dropRoots takes roots out of the bundle when no leaf under them can be valid.
+func (a *Authority) dropRoots(ctx context.Context, now time.Time) error {
+	over := func(e journalEntry) bool {
+		return e.Kind == kindRoot && e.State == stateOld && !e.Until.IsZero() && now.After(e.Until)
+	}
+	if !slices.ContainsFunc(a.current().Authorities, over) {
+		return nil
+	}
+	err := a.edit(ctx, func(j *journal) error {
+		j.Authorities = slices.DeleteFunc(j.Authorities, over)
+		j.Sequence++
+		return nil
+	})
+	if err == nil {
+		err = a.publishTrust()
+	}
+	if err != nil {
+		return fmt.Errorf("taking an old root out of the bundle: %w", err)
+	}
+	a.cfg.Log.Info("an old root left the bundle", "sequence", a.current().Sequence)
+	return nil
+}
+
+// alarm notes what needs an operator while all still works; nil ends it.
+func (a *Authority) alarm(name string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := a.alarms[name]
+	if err == nil {
+		delete(a.alarms, name)
+		if before != nil {
+			a.cfg.Log.Info("alarm ended", "alarm", name)
+		}
+		return
+	}
+	a.alarms[name] = err
+	if before == nil || before.Error() != err.Error() {
+		a.cfg.Log.Error("alarm", "alarm", name, "err", err)
+	}
+}
+
+// Alarms is what needs an operator while all still works, nil if nothing does.
+func (a *Authority) Alarms() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(a.alarms)) {
+		errs = append(errs, fmt.Errorf("%s: %w", name, a.alarms[name]))
+	}
+	return errors.Join(errs...)
+}
+
+// askUpstream makes a key and has the command sign it.
+func (a *Authority) askUpstream(ctx context.Context, roots []*x509.Certificate) (got external.Issuer, key crypto.Signer, entry journalEntry, err error) {
+	uri, key, err := a.keys.Create(keys.Intermediate)
+	if err != nil {
+		return external.Issuer{}, nil, journalEntry{}, err
+	}
+	defer func() {
+		if err != nil {
+			// The key certifies nothing; it must not stay behind as if it did.
+			err = errors.Join(fmt.Errorf("authority.upstream.exec: %w", err), a.keys.Remove(keys.Intermediate, uri))
+		}
+	}()
+	csr, err := external.Request(key, a.cfg.TrustDomain, a.instance)
+	if err != nil {
+		return external.Issuer{}, nil, journalEntry{}, err
+	}
+	text, err := external.Command{Argv: a.cfg.Upstream.Exec, Timeout: a.cfg.Upstream.Timeout, Env: []string{
+		"SIGNET_TRUST_DOMAIN=" + a.cfg.TrustDomain.Name(), fmt.Sprintf("SIGNET_TTL_SECONDS=%d", int64(a.cfg.IntermediateTTL.Seconds())),
+	}}.Sign(ctx, external.RequestPEM(csr))
+	if err != nil {
+		return external.Issuer{}, nil, journalEntry{}, err
+	}
+	certs, err := external.Certificates(text)
+	if err != nil {
+		return external.Issuer{}, nil, journalEntry{}, fmt.Errorf("what it printed: %w", err)
+	}
+	got, err = external.Check(certs, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Key: key.Public(), Roots: roots}, time.Now())
+	if err == nil && time.Until(got.Cert.NotAfter) < 2*max(a.cfg.SVID.TTL, a.cfg.SVID.AgentTTL) {
+		err = fmt.Errorf("validity: it ends at %s; it must last twice as long as an SVID", got.Cert.NotAfter.Format(time.RFC3339))
+	}
+	if err != nil {
+		return external.Issuer{}, nil, journalEntry{}, fmt.Errorf("the chain that it printed: %w", err)
+	}
+	return got, key, externalEntry(got, stateActive, uri), nil
+}
+
+func (a *Authority) renewUpstream(ctx context.Context) error {
+	roots, err := external.ReadRoots(a.cfg.Upstream.RootFile)
+	if err != nil {
+		return fmt.Errorf("authority.upstream.rootFile: %w", err)
+	}
+	got, key, entry, err := a.askUpstream(ctx, roots)
+	if err != nil {
+		return err
+	}
+	return a.takeExternal(ctx, got, key, entry, roots, [32]byte{})
+}
