@@ -110,12 +110,29 @@ type dryRun struct {
 	Rule     int    `json:"rule"`
 }
 
-// verdictOf is a decision as a line of output.
-func verdictOf(d authz.Decision) verdict {
+// verdicts makes lines of output. It remembers texts, which are about what decided
+// and not about the request.
+type verdicts map[verdictKey]string
+
+type verdictKey struct {
+	verdict, provider, kind, policy string
+	rule                            int
+	reason                          authz.Reason
+}
+
+// of is a decision as a line of output.
+func (vs verdicts) of(d authz.Decision) verdict {
 	v := verdict{
 		Decision: d.Verdict(), Provider: d.Provider,
-		Kind: d.Kind, Policy: d.Policy, Rule: d.Rule, Reason: d.Reason, Text: d.Text(),
+		Kind: d.Kind, Policy: d.Policy, Rule: d.Rule, Reason: d.Reason,
 	}
+	key := verdictKey{v.Decision, v.Provider, v.Kind, v.Policy, v.Rule, v.Reason}
+	text, ok := vs[key]
+	if !ok {
+		text = d.Text()
+		vs[key] = text
+	}
+	v.Text = text
 	for _, r := range d.DryRuns() {
 		decision := "deny"
 		if r.Allowed {
@@ -133,6 +150,7 @@ func decide(program *authz.Program, name string, in io.Reader, out io.Writer) er
 	enc := json.NewEncoder(out)
 	enc.SetEscapeHTML(false)
 	var request authz.Request // FromCheckRequest overwrites all of it
+	texts := make(verdicts)
 	n := 0
 	for lines.Scan() {
 		n++
@@ -153,7 +171,7 @@ func decide(program *authz.Program, name string, in io.Reader, out io.Writer) er
 		case err != nil:
 			return unusable("%s:%d: %w", name, n, err)
 		default:
-			v = verdictOf(program.Decide(&request))
+			v = texts.of(program.Decide(&request))
 		}
 		if err := enc.Encode(v); err != nil {
 			return fmt.Errorf("writing decisions: %w", err)

@@ -14,6 +14,7 @@ goarch: amd64
 pkg: github.com/signet-mesh/signet/authz
 cpu: a cpu
 BenchmarkDecide/policies=100-2         	 1000000	      1042.5 ns/op	       0 B/op	       0 allocs/op
+BenchmarkDecide/policies=100-2         	 1000000	      2000 ns/op	       8 B/op	       1 allocs/op
 BenchmarkDecide/name-with-dash-2       	       1	         5 ns/op
 PASS
 ok  	github.com/signet-mesh/signet/authz	1.2s
