@@ -179,7 +179,7 @@ func newTally() *tally {
 
 // The deviations from Istio that docs/policies.md lists.
 const (
-	deviationUnknown = "a value with bytes that a regular expression of Envoy's reads differently is unknown"
+	deviationUnknown = "what cannot be told of a value (odd bytes, forwarded addresses of odd forms) is unknown, and denied"
 	deviationSANs    = "a certificate with several URI SANs is refused"
 )
 

@@ -231,6 +231,9 @@ func (s *sidecars) httpChain(w workload) []object {
 		"set_current_client_cert_details": object{"subject": true, "dns": true, "uri": true},
 		"upgrade_configs":                 []object{{"upgrade_type": "websocket"}},
 		"stream_idle_timeout":             "0s",
+		// Envoy waits a second for clients to close first where it ends a connection;
+		// these do not.
+		"delayed_close_timeout": "0.02s",
 		"access_log": []object{typed("envoy.access_loggers.file", "envoy.extensions.access_loggers.file.v3.FileAccessLog", object{
 			"path": filepath.Join(s.dir, "http.log"),
 			"log_format": object{"json_format": object{
