@@ -89,6 +89,18 @@ func (u *keyUses) claimHashed(key, id uint64, notAfter, now int64) bool {
 	return true
 }
 
+// recall notes what was claimed before a restart, without asking.
+func (u *keyUses) recall(key uint64, use keyUse, now int64) {
+	s := &u.shards[key%keyShards]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.uses) >= u.limit {
+		u.makeRoom(s, now)
+	}
+	s.uses[key] = use
+	s.most = max(s.most, len(s.uses))
+}
+
 // makeRoom drops what has expired, or else what ends in the first eighth of the
 // lives that are left. The shard's mu is held.
 func (u *keyUses) makeRoom(s *keyShard, now int64) {
@@ -230,7 +242,7 @@ func (a *Authority) claimRecord(r storage.Record, now int64) error {
 		return fmt.Errorf("record %d of the issuance log: %w", r.Sequence, err)
 	}
 	if u := a.keyUses; notAfter > now && len(keyHash) > 0 {
-		u.claimHashed(maphash.Bytes(u.seed, keyHash), maphash.Bytes(u.seed, id), notAfter, now)
+		u.recall(maphash.Bytes(u.seed, keyHash), keyUse{maphash.Bytes(u.seed, id), notAfter}, now)
 	}
 	return nil
 }

@@ -107,7 +107,7 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 }
 
 // withKeys is configuration that gets past the token keys.
-func withKeys(t *testing.T) string {
+func withKeys(t testing.TB) string {
 	t.Helper()
 	return "tokens: {issuer: \"https://issuer.test\", jwksFile: " + runtest.JWKSFile(t) + "}\n"
 }
