@@ -59,12 +59,12 @@ type Cluster struct {
 	feeds   []*feed
 	wake    chan struct{} // holds one element if there is something to look at
 	running atomic.Bool
-	export  identity.Watched[[]byte]
+	export  identity.Watched[*exported]
 	contact identity.Watched[Contact]
 
 	// Owned by NewCluster and then by Run.
 	synced   bool                  // a complete state of the cluster was adopted
-	texts    map[string]clusterDoc // what is in force, by KIND NAMESPACE/NAME
+	texts    map[string]clusterDoc // what is in force, by KIND NAMESPACE/NAME; a new map for each change
 	set      authz.Set
 	compiled []authz.Problem // of putting the resources together
 	removals time.Time       // since when removals wait; zero: there are none
@@ -374,11 +374,7 @@ func (c *Cluster) compile(all []authz.Resource) {
 		c.texts[key] = d
 	}
 	generation := c.replace(snapshot, c.set)
-	saved, err := encodeSaved(c.texts)
-	if err != nil {
-		c.log.Warn("policies cannot be saved; after a restart that does not reach the API server every check would be denied", "err", err)
-	}
-	c.export.Store(saved)
+	c.export.Store(&exported{docs: c.texts})
 	c.log.Info("policies loaded", "generation", generation, "resources", c.set.Len())
 }
 
@@ -424,8 +420,13 @@ func (c *Cluster) Ready() error {
 // Export is the policies in force, for a successor, and a channel that is closed
 // when they change. It is nil while there are none.
 func (c *Cluster) Export() (saved []byte, changed <-chan struct{}) {
-	body, changed := c.export.Load()
-	if body == nil {
+	e, changed := c.export.Load()
+	if e == nil {
+		return nil, changed
+	}
+	body, err := e.encode()
+	if err != nil {
+		c.log.Warn("policies cannot be saved; after a restart that does not reach the API server every check would be denied", "err", err)
 		return nil, changed
 	}
 	c.mu.Lock()

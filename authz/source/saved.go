@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -66,6 +67,20 @@ func encodeSaved(docs map[string]clusterDoc) ([]byte, error) {
 		return nil, fmt.Errorf("encoding policies: they have %d bytes; at most %d are saved", b.Len(), maxSaved)
 	}
 	return b.Bytes(), nil
+}
+
+// exported is what Export tells of one snapshot, encoded when it is asked for: a
+// change must not wait for that. docs is never changed.
+type exported struct {
+	docs map[string]clusterDoc
+	once sync.Once
+	body []byte
+	err  error
+}
+
+func (e *exported) encode() ([]byte, error) {
+	e.once.Do(func() { e.body, e.err = encodeSaved(e.docs) })
+	return e.body, e.err
 }
 
 // withHeader is saved policies that were good at a time.
