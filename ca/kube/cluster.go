@@ -240,6 +240,10 @@ func (h clientLog) Enabled(ctx context.Context, _ slog.Level) bool {
 }
 
 func (h clientLog) Handle(ctx context.Context, r slog.Record) error {
+	// Not everybody who logs an error asks first whether that is wanted.
+	if !h.Handler.Enabled(ctx, slog.LevelDebug) {
+		return nil
+	}
 	r.Level = slog.LevelDebug
 	return h.Handler.Handle(ctx, r)
 }
