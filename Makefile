@@ -39,6 +39,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race -timeout 20m ./integration -run TestAgentKilledUnderIssuance -kill-agent 1m -v
+	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
 	go run ./integration/fuzz -time 10m ./...
 
 FUZZTIME ?= 10s

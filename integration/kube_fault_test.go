@@ -266,7 +266,7 @@ func TestAPIServerAway(t *testing.T) {
 	c.APIServer.Kill(t)
 	k.launch("signet-ca")
 	kubetest.Poll(t, "the authority to say that it waits", func() error {
-		text, code, err := get("http://" + k.http["signet-ca"] + "/readyz")
+		text, code, err := page("http://" + k.http["signet-ca"] + "/readyz")
 		if err == nil && (code != http.StatusServiceUnavailable || !strings.Contains(text, "have not been read from the API server")) {
 			err = fmt.Errorf("%d %s", code, text)
 		}
@@ -290,11 +290,11 @@ func TestAPIServerAway(t *testing.T) {
 	if _, err := k.tryAgent(roots, own); status.Code(err) != codes.Unavailable {
 		t.Errorf("an agent's token without the API server's word: %v", err)
 	}
-	if text, code, err := get("http://" + k.http["signet-ca"] + "/readyz"); err != nil || code != http.StatusOK {
+	if text, code, err := page("http://" + k.http["signet-ca"] + "/readyz"); err != nil || code != http.StatusOK {
 		t.Errorf("it is not ready while the API server is away: %d %s %v", code, text, err)
 	}
 	kubetest.Poll(t, "the metric to say so", func() error {
-		text, _, err := get("http://" + k.http["signet-ca"] + "/metrics")
+		text, _, err := page("http://" + k.http["signet-ca"] + "/metrics")
 		if err == nil && !strings.Contains(text, "\nsignet_kube_away 1") {
 			err = errors.New("signet_kube_away is not 1")
 		}

@@ -33,8 +33,8 @@ func must[T any](v T, err error) T {
 
 func b64(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 
-// get is the body and the status of a page of a program.
-func get(url string) (text string, code int, err error) {
+// page is the body and the status of a page of a program.
+func page(url string) (text string, code int, err error) {
 	resp, err := (&http.Client{Timeout: 10 * time.Second}).Get(url)
 	if err != nil {
 		return "", 0, err

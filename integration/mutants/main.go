@@ -2,7 +2,7 @@
 // and an identity that is not its own, and runs the property test on each: it must
 // fail. It is part of make soak.
 //
-//	mutants [-worlds 40] [NAME...]
+//	mutants [-worlds 24] [NAME...]
 //
 // # Trust
 //
@@ -44,21 +44,20 @@ var mutants = []mutant{
 	{"a deleted name goes on", "ca/kube/view.go", "delete(u.known, n)", ""},
 	{"pods do not follow their node and account", "ca/kube/view.go", "delete(u.known, n)\n\tu.v.settle(maps.Keys(u.users[n]))", "delete(u.known, n)"},
 	{"pods do not follow a replaced node or account", "ca/kube/view.go", "u.known[n] = string(o.UID)\n\tu.v.settle(maps.Keys(u.users[n]))", "u.known[n] = string(o.UID)"},
-	{"a name keeps its first UID", "ca/kube/view.go", `if u.known[n] == string(o.UID) {`, `if u.known[n] != "" {`},
 	// What an agent may obtain.
-	{"agents obtain pods of any node", "ca/service.go", `w.Node != r.Node || `, ``},
+	{"agents obtain pods of any node", "ca/service.go", `if w.Node != r.Node || w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID {`, `if false {`},
 	{"nobody looks at the agent again at the end", "ca/service.go", "// is under way then must not be issued.\n\tif err := r.alive(a.cfg.Pods, time.Now()); err != nil {", "// is under way then must not be issued.\n\tif err := error(nil); err != nil {"},
-	{"unknown pods are issued", "ca/service.go", `if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok {`, `if w, ok = a.cfg.Pods.Lookup(e.PodUid); false {`},
-	{"agents outlive their pods", "ca/agents.go", `case !ok:`, `case false:`},
+	{"unknown pods are issued", "ca/service.go", `if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok {`, `if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok && false {`},
+	{"agents outlive their pods", "ca/agents.go", `case !ok:`, "case !ok:\n\t\treturn nil\n\tcase false:"},
 	{"agents outlive their nodes", "ca/agents.go", `case w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID:`, `case false:`},
 	{"agents outlive their SVIDs", "ca/agents.go", `if !now.Before(r.NotAfter) {`, `if false {`},
-	{"streams outlive their agents", "ca/service.go", "case <-ctx.Done():\n\t\treturn ended(ctx)\n\t}\n}\n\n// bound derives", "case err := <-done:\n\t\treturn err\n\t}\n}\n\n// bound derives"},
+	{"streams outlive their agents", "ca/service.go", "cancelCause(err)\n\t\t\t\treturn", "return"},
 	{"renewal needs no fresh token", "ca/service.go", `now.Sub(old.TokenAt) >= a.cfg.TokenEvery`, `false`},
 	{"agents are not told of pods that go", "ca/service.go", `m.Deleted = append(m.Deleted, uid)`, ``},
 	// Which tokens are good.
 	{"the API server is not asked about agents", "ca/kube/review.go", `!a.review || err != nil`, `true || err != nil`},
 	{"refused reviews count", "ca/kube/review.go", `case !s.Authenticated:`, `case false:`},
-	{"reviews for no audience count", "ca/kube/review.go", `case !slices.Contains(s.Audiences, audience):`, `case false:`},
+	{"reviews for no audience count", "ca/kube/review.go", `case !slices.Contains(s.Audiences, audience):`, `case !slices.Contains(s.Audiences, audience) && false:`},
 	{"reviews are not compared with the view", "ca/kube/review.go", `if c.theirs != c.ours {`, `if false {`},
 	{"the user of a review is not compared", "ca/kube/review.go", `{"user", u.Username, "system:serviceaccount:" + w.Namespace + ":" + w.ServiceAccount},`, ``},
 	{"the account UID of a review is not compared", "ca/kube/review.go", `{"service account UID", u.UID, w.ServiceAccountUID},`, ``},
@@ -91,7 +90,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("mutants", flag.ContinueOnError)
-	worlds := flags.Int("worlds", 40, "random clusters for each mutant")
+	worlds := flags.Int("worlds", 24, "random clusters for each mutant")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -102,8 +101,13 @@ func run(ctx context.Context, args []string) error {
 		}
 		began := time.Now()
 		why, err := m.run(ctx, *worlds)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
+			fmt.Println(m.name, err)
+			alive = append(alive, m.name+" (not tried)")
+			continue
 		}
 		if why == "" {
 			alive = append(alive, m.name)
