@@ -2,10 +2,13 @@ package ca_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
 	"crypto/x509"
+	"encoding/pem"
 	"flag"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -147,11 +150,18 @@ func TestIssuanceRecordGolden(t *testing.T) {
 	r := &capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_WORKLOAD, Serial: bytes.Repeat([]byte{1}, 17), SpiffeId: "spiffe://cluster.local/ns/default/sa/server",
 		Node: "node-a", Evidence: capb.IssuanceRecord_EVIDENCE_TOKEN, PodUid: "6f2b8a0e-0000-4000-8000-000000000001", Requester: bytes.Repeat([]byte{2}, 17),
 		Authority: bytes.Repeat([]byte{3}, 20), NotBefore: 1795478400, NotAfter: 1795482000, KeyHash: bytes.Repeat([]byte{4}, 32)}
+	golden(t, "record.golden", r)
+	golden(t, "decision.golden", &capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: &capb.Decision{
+		What: capb.Decision_WHAT_LOG_LOSS_ACCEPTED, Instance: 1, Sequence: 4711, Hash: bytes.Repeat([]byte{5}, 32), Reason: "the disk died"}})
+}
+
+func golden(t *testing.T, name string, r *capb.IssuanceRecord) {
+	t.Helper()
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join("testdata", "record.golden")
+	path := filepath.Join("testdata", name)
 	if *update {
 		if err := os.WriteFile(path, b, 0o644); err != nil {
 			t.Fatal(err)
@@ -164,7 +174,54 @@ func TestIssuanceRecordGolden(t *testing.T) {
 	if !bytes.Equal(b, want) {
 		t.Errorf("the encoding changed:\n%x\nwant\n%x", b, want)
 	}
-	t.Logf("a record has %d bytes", len(b))
+	again := &capb.IssuanceRecord{}
+	if err := proto.Unmarshal(want, again); err != nil || !proto.Equal(again, r) {
+		t.Errorf("%s is read as %v, %v", name, again, err)
+	}
+	t.Logf("%s has %d bytes", name, len(b))
+}
+
+// TestNoKeyAndNoTokenIsEverKept: not in the log, not in the state, not in a backup.
+func TestNoKeyAndNoTokenIsEverKept(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	agentToken := w.issuer.Token(agentA, "signet-ca")
+	cert, err := w.tryAttest(w.dial(nil), func(r *capb.AttestRequest) { r.Evidence = &capb.AttestRequest_Token{Token: agentToken} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := w.issuer.Token(server, "signet")
+	if rs, err := issue(t, w.dial(cert), item(t, byToken(token))); err != nil || rs[0].GetX509() == nil {
+		t.Fatal(rs, err)
+	}
+	var backup bytes.Buffer
+	if err := w.Backup(t.Context(), &backup); err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	kept := map[string][]byte{"backup": backup.Bytes(), "state.db": must(os.ReadFile(w.cfg.DataDir + "/authority/state.db"))}
+	for name, b := range copyTree(t, w.logDir()) {
+		kept["log/"+name] = b
+	}
+	var secrets [][]byte
+	for _, t := range []string{token, agentToken} {
+		for part := range strings.SplitSeq(t, ".") {
+			secrets = append(secrets, []byte(part[:20]), []byte(part[len(part)-20:]))
+		}
+	}
+	for _, b := range copyTree(t, w.cfg.DataDir+"/authority/keys") {
+		block, _ := pem.Decode(b)
+		key := must(x509.ParsePKCS8PrivateKey(block.Bytes)).(*ecdsa.PrivateKey)
+		secrets = append(secrets, must(key.Bytes()))
+	}
+	secrets = append(secrets, must(cert.PrivateKey.(*ecdsa.PrivateKey).Bytes()), []byte("PRIVATE KEY"))
+	for name, b := range kept {
+		for i, s := range secrets {
+			if bytes.Contains(b, s) {
+				t.Errorf("%s holds secret %d", name, i)
+			}
+		}
+	}
 }
 
 // FuzzPublicKey: whatever is taken is a key in its one encoding.
