@@ -7,7 +7,7 @@ STAMP   := github.com/signet-mesh/signet/cmd/internal/version
 BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X $(STAMP).release=$(VERSION) -X $(STAMP).commit=$(COMMIT)'
 TOOLS    = $$(go run ./integration/fetch tools)
 
-.PHONY: help build build-pkcs11 tools demo example-istio-ca test bench soak fuzz lint generate image clean
+.PHONY: help build build-pkcs11 tools demo example-istio-ca test bench soak fuzz mutants lint generate image clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ FUZZTIME ?= 10s
 FUZZ     ?= ./...
 fuzz: ## run the fuzz targets of $FUZZ (all), each for $FUZZTIME (10s)
 	@go run ./integration/fuzz -time $(FUZZTIME) $(FUZZ)
+
+mutants: ## change the decision path of package authz in one place at a time; its tests must notice
+	@go run ./integration/mutate
 
 lint: ## check format, code, modules, wire format, structure and links
 	@bash integration/lint.sh

@@ -271,6 +271,18 @@ func TestDecideAgreesWithTheNaiveEvaluator(t *testing.T) {
 		}
 		return 100
 	})
+	fields := slices.CompactFunc(slices.Clone(cells), func(a, b cell) bool { return a.place == b.place && a.name == b.name })
+	crowds := max(1, worlds/4)
+	pairs += compareInShards(t, len(fields)*crowds, func(i int) int {
+		g := generator{rand.New(rand.NewPCG(seed, uint64(2e6+i)))}
+		w := crowd(g, fields[i%len(fields)], cells)
+		snapshot := w.compile(t)
+		for range each {
+			r := g.request()
+			comparePair(t, w, snapshot, identity.Workload{Namespace: "one", Labels: map[string]string{"app": "web"}}, &r)
+		}
+		return each
+	})
 	t.Logf("note: %d pairs of policies and requests agree with the naive evaluator", pairs)
 	if !*million {
 		return // too few to count
@@ -290,6 +302,48 @@ func TestDecideAgreesWithTheNaiveEvaluator(t *testing.T) {
 		least = [2]float64{min(least[0], yes), min(least[1], no)}
 	}
 	t.Logf("note: %d cells; true and decides in %.1f%% at least, false and decides in %.1f%% at least", len(cells), 100*least[0], 100*least[1])
+}
+
+// crowd is a policy of so many rules about one field that they are found by an
+// index, some of them with so many values that those are, too.
+func crowd(g generator, f cell, cells []cell) *world {
+	mine := slices.DeleteFunc(slices.Clone(cells), func(c cell) bool {
+		return c.place != f.place || c.name != f.name || c.not || c.action != security.AuthorizationPolicy_DENY
+	})
+	spec := &security.AuthorizationPolicy{Action: pick(g, []security.AuthorizationPolicy_Action{security.AuthorizationPolicy_DENY, security.AuthorizationPolicy_ALLOW})}
+	for range 6 + g.IntN(40) {
+		c := pick(g, mine)
+		c.action = spec.Action
+		c.values = slices.Clone(c.values)
+		for range g.IntN(3) * g.IntN(8) { // values that nothing has, in the form of the others
+			if v := pick(g, c.values); strings.HasPrefix(v, "*") {
+				c.values = append(c.values, v+fmt.Sprint(g.IntN(90)))
+			} else if c.kind == "exact" && c.name != "ipBlocks" && c.name != "remoteIpBlocks" && !strings.HasSuffix(c.name, ".ip") && !strings.HasSuffix(strings.ToLower(c.name), "port") && c.name != "ports" {
+				c.values = append(c.values, fmt.Sprint(g.IntN(90))+v)
+			}
+		}
+		rule := c.world(g).policies[0].Rules[0]
+		if g.IntN(2) == 0 && f.name != "serviceAccounts" && len(c.values) > 8 {
+			for _, from := range rule.From {
+				if len(from.Source.GetPrincipals()) > 0 {
+					from.Source.Principals = c.values
+				}
+			}
+			for _, to := range rule.To {
+				if len(to.Operation.GetPaths()) > 0 {
+					to.Operation.Paths = c.values
+				}
+				if len(to.Operation.GetHosts()) > 0 {
+					to.Operation.Hosts = c.values
+				}
+			}
+		}
+		spec.Rules = append(spec.Rules, rule)
+	}
+	w := &world{naive: naive{root: "root", domains: []string{"own.td", "old.td"}}}
+	w.policies = []naivePolicy{{"one", "p", false, spec}}
+	w.document("AuthorizationPolicy", "one", "p", 0, spec, false)
+	return w
 }
 
 // compareInShards does n pieces of work on all processors and adds up their pairs.

@@ -47,6 +47,7 @@ var allowed = map[string]string{
 	"integration/envoytest":      "integration/parts",
 	"integration/kubetest":       "integration/parts",
 	"integration/fuzz":           "",
+	"integration/mutate":         "",
 	"integration/fetch":          "integration/parts",
 	"integration/bench":          "",
 	"integration/testrun":        "",

@@ -1,0 +1,238 @@
+// Command mutate changes the decision path of package authz in one place at a
+// time, runs that package's short tests on each change, and expects them to fail:
+//
+//	go run ./integration/mutate              all mutants
+//	go run ./integration/mutate -sample 40   one in forty, always the same
+//	go run ./integration/mutate -list        what would be changed
+//
+// All mutants are compiled into one test program, in which $MUTANT chooses one, so
+// that a mutant costs a run and no build. A mutant that no test notices must stand
+// in survivors.txt with the reason why it is harmless; one that stands there and is
+// noticed, or does not exist any more, must be removed from it.
+//
+// # Trust
+//
+// It compiles and runs changed copies of this repository's own code, through an
+// overlay of the go command; the files themselves stay as they are.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// packageDir is the package that is mutated, and files those of its decision path.
+const packageDir = "authz"
+
+var files = []string{
+	"claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
+	"program.go", "radix.go", "rule.go", "snapshot.go", "target.go", "template.go",
+}
+
+// patience is how long the tests may take on a mutant; one that makes them hang
+// is noticed, too.
+const patience = 60 * time.Second
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mutate:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("mutate", flag.ContinueOnError)
+	sample := flags.Int("sample", 1, "take one mutant in so many")
+	keep := flags.String("keep", "", "leave the test program here, and run nothing")
+	list := flags.Bool("list", false, "list the mutants and run nothing")
+	parallel := flags.Int("j", 2, "how many to run at a time")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "mutate")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	program := filepath.Join(dir, "authz.test")
+	mutants, err := build(ctx, dir, program)
+	if err != nil {
+		return err
+	}
+	if *keep != "" {
+		return os.Rename(program, *keep)
+	}
+	excused, err := readSurvivors("integration/mutate/survivors.txt")
+	if err != nil {
+		return err
+	}
+	var chosen []mutant
+	for i, m := range mutants {
+		if i%*sample == 0 {
+			chosen = append(chosen, m)
+		}
+	}
+	if *list {
+		for _, m := range chosen {
+			fmt.Println(m.id, m)
+		}
+		return nil
+	}
+	if why, err := try(ctx, program, 0); err != nil {
+		return err
+	} else if why != "" {
+		return fmt.Errorf("the tests fail without a mutant: %s", why)
+	}
+	began := time.Now()
+	caught, survived := tryAll(ctx, program, chosen, *parallel)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	var unexcused []string
+	seen := map[string]bool{}
+	for _, m := range survived {
+		seen[m.key] = true
+		if excused[m.key] == "" {
+			unexcused = append(unexcused, m.key)
+			fmt.Printf("SURVIVED %s\n", m)
+		}
+	}
+	var stale []string
+	for k := range excused {
+		if exists := slices.ContainsFunc(chosen, func(m mutant) bool { return m.key == k }); !seen[k] && (exists || *sample == 1) {
+			stale = append(stale, k)
+		}
+	}
+	slices.Sort(stale)
+	for _, k := range stale {
+		fmt.Printf("EXCUSED FOR NOTHING %s\n", k)
+	}
+	fmt.Printf("%d mutants: %d caught, %d survived, of which %d are justified; %s\n",
+		len(chosen), caught, len(survived), len(survived)-len(unexcused), time.Since(began).Round(time.Second))
+	if len(unexcused)+len(stale) > 0 {
+		return fmt.Errorf("%d survivors without a reason, %d reasons without a survivor: write a test, or the reason into survivors.txt", len(unexcused), len(stale))
+	}
+	return nil
+}
+
+// tryAll runs the tests on each mutant.
+func tryAll(ctx context.Context, program string, chosen []mutant, parallel int) (caught int, survived []mutant) {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	next := 0
+	for range parallel {
+		wg.Go(func() {
+			for {
+				mu.Lock()
+				i := next
+				next++
+				mu.Unlock()
+				if i >= len(chosen) || ctx.Err() != nil {
+					return
+				}
+				why, err := try(ctx, program, chosen[i].id)
+				mu.Lock()
+				if err != nil {
+					fmt.Fprintf(os.Stderr, "mutate: %s: %v\n", chosen[i], err)
+				}
+				if err != nil || why == "" {
+					survived = append(survived, chosen[i])
+					fmt.Fprintf(os.Stderr, "%4d/%d survived: %s\n", i, len(chosen), chosen[i])
+				} else {
+					caught++
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	slices.SortFunc(survived, func(a, b mutant) int { return a.id - b.id })
+	return caught, survived
+}
+
+// stages are the tests that are run on a mutant, the quick ones first: most mutants
+// do not live to see the others. What reads policies and complains about them is no
+// decision.
+var stages = [][]string{
+	{"-test.run", "^(Test|Fuzz)", "-test.skip", "Admission|Lint|Schema|Parse|TestDecideAgrees|TestUpdateDecides|TestForStays"},
+	{"-test.run", "TestDecideAgrees"},
+	{"-test.run", "TestUpdateDecides|TestForStays"},
+}
+
+// try says why the tests fail on a mutant, or nothing if they pass.
+func try(ctx context.Context, program string, id int) (why string, err error) {
+	for _, tests := range stages {
+		if why, err = tryStage(ctx, program, id, tests); why != "" || err != nil {
+			return why, err
+		}
+	}
+	return "", nil
+}
+
+func tryStage(ctx context.Context, program string, id int, tests []string) (why string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	// A mutant may ask for memory without end.
+	args := append([]string{"-c", `ulimit -v 8000000; exec "$0" "$@"`, program, "-test.short", "-test.failfast", "-test.timeout", patience.String()}, tests...)
+	cmd := exec.CommandContext(ctx, "sh", args...)
+	cmd.Dir = packageDir
+	// The same random pairs for every mutant.
+	cmd.Env = append(os.Environ(), fmt.Sprintf("MUTANT=%d", id), "SIGNET_SEED=1")
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return "", nil
+	case ctx.Err() == context.DeadlineExceeded:
+		return "the tests hang", nil
+	case errors.As(err, &exit):
+		return firstFailure(string(out)), nil
+	}
+	return "", err
+}
+
+func firstFailure(out string) string {
+	for line := range strings.Lines(out) {
+		if strings.Contains(line, "--- FAIL") || strings.HasPrefix(line, "panic") || strings.HasPrefix(line, "fatal error") {
+			return strings.TrimSpace(line)
+		}
+	}
+	return "they fail"
+}
+
+// readSurvivors reads lines "KEY<tab>REASON"; those that begin with # are remarks.
+func readSurvivors(file string) (map[string]string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	excused := map[string]string{}
+	for s := bufio.NewScanner(f); s.Scan(); {
+		line := s.Text()
+		if line == "" || line[0] == '#' {
+			continue
+		}
+		key, reason, ok := strings.Cut(line, "\t")
+		if !ok || strings.TrimSpace(reason) == "" {
+			return nil, fmt.Errorf("%s: no reason behind a tab: %s", file, line)
+		}
+		excused[key] = reason
+	}
+	return excused, nil
+}
