@@ -150,7 +150,7 @@ func newDoor(ctx context.Context, cfg Config) (*Door, error) {
 	}
 	if len(cfg.RenewalFor) > 0 {
 		d.renewals = newRenewals(cfg.RenewalFor, cfg.MaxTokenAge)
-		if err := d.renewals.load(ctx, cfg.Authority, time.Now()); err != nil {
+		if err := d.renewals.load(ctx, cfg.Authority, time.Now().Round(0), cfg.MaxTTL); err != nil {
 			return nil, err
 		}
 	}

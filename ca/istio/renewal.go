@@ -69,10 +69,10 @@ func (r *renewals) enabled(namespace, account string) bool {
 }
 
 // load fills the memory from the issuance log. A certificate that can still renew
-// is younger than the longest life and rests on a token of at most that age, so
-// older records need not be read.
-func (r *renewals) load(ctx context.Context, a *ca.Authority, now time.Time) error {
-	for rec, err := range a.Issuances(ctx, now.Add(-r.maxTokenAge)) {
+// has not expired and rests on a token that is not too old, so records older than
+// either need not be read.
+func (r *renewals) load(ctx context.Context, a *ca.Authority, now time.Time, longest time.Duration) error {
+	for rec, err := range a.Issuances(ctx, now.Add(-min(r.maxTokenAge, longest))) {
 		if err != nil {
 			return fmt.Errorf("reading which certificates may be renewed: %w", err)
 		}

@@ -121,3 +121,40 @@ func private(t *testing.T) string {
 	}
 	return dir
 }
+
+// FuzzConfig: any text is refused or read, and what was read is printed as text
+// that reads as the same.
+func FuzzConfig(f *testing.F) {
+	f.Add("tokens: {issuer: a, jwksFile: b}\n")
+	f.Add("kubernetes: {enabled: true}\nistio: {listen: \":0\", renewalFor: [\"*/*\"], maxTokenAge: 1h}\n")
+	f.Add("tokens: {issuer: a, jwksFile: b}\nworkloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d, node: e, labels: {f: g}, unixUID: 7}\nsvid: {ttl: 10m}\n")
+	f.Add("a: &a [*a]\n")
+	f.Add("")
+	dir := f.TempDir()
+	read := func(t *testing.T, text string) (config, error) {
+		path := filepath.Join(dir, "ca.yaml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return loadConfig(path)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := read(t, text)
+		if err != nil {
+			return
+		}
+		var first, again bytes.Buffer
+		if err := c.print(&first); err != nil {
+			t.Fatal(err)
+		}
+		if c, err = read(t, first.String()); err != nil {
+			t.Fatalf("%v in what was printed:\n%s", err, first.String())
+		}
+		if err := c.print(&again); err != nil || again.String() != first.String() {
+			t.Fatalf("%v\n%s\nreads as\n%s", err, first.String(), again.String())
+		}
+		// The rest of what is checked before anything is opened.
+		_, _ = c.pods()
+		_, _ = c.authority()
+	})
+}

@@ -323,3 +323,45 @@ func TestAFolderIsForOneProcess(t *testing.T) {
 		t.Error("a folder that does not exist was locked")
 	}
 }
+
+// FuzzConfig: any text is refused or read into a configuration, which is printed as
+// text that reads as the same.
+func FuzzConfig(f *testing.F) {
+	type config struct {
+		Text  string        `yaml:"text"`
+		Wait  time.Duration `yaml:"wait"`
+		Names []string      `yaml:"names"`
+		Below struct {
+			Number *uint32           `yaml:"number,omitempty"`
+			Labels map[string]string `yaml:"labels,omitempty"`
+		} `yaml:"below"`
+	}
+	f.Add("text: a\nwait: 10s\nnames: [a, \"*/*\"]\nbelow: {number: 7, labels: {a: b}}\n")
+	f.Add("a: &a [*a]\n")
+	f.Add("text: a\n---\ntext: b\n")
+	f.Add("")
+	dir := f.TempDir()
+	read := func(t *testing.T, text string) (c config, err error) {
+		path := filepath.Join(dir, "config.yaml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return c, run.LoadConfig(path, &c)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := read(t, text)
+		if err != nil {
+			return
+		}
+		var first, again bytes.Buffer
+		if err := run.PrintConfig(&first, c); err != nil {
+			t.Fatal(err)
+		}
+		if c, err = read(t, first.String()); err != nil {
+			t.Fatalf("%v in what was printed:\n%s", err, first.String())
+		}
+		if err := run.PrintConfig(&again, c); err != nil || again.String() != first.String() {
+			t.Fatalf("%v\n%s\nreads as\n%s", err, first.String(), again.String())
+		}
+	})
+}
