@@ -176,6 +176,10 @@ func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
 	if len(value) == 0 || len(value) > 64 {
 		return netip.Addr{}, false, true
 	}
+	if bytes.IndexByte(value, ':') < 0 {
+		a, ok = parseIPv4(value)
+		return a, ok, true
+	}
 	// The text is looked at only during the call, and the error is not kept.
 	a, err := netip.ParseAddr(unsafe.String(&value[0], len(value)))
 	if err != nil {
@@ -185,4 +189,35 @@ func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
 		return netip.Addr{}, false, false
 	}
 	return a, true, true
+}
+
+// parseIPv4 is [netip.ParseAddr] for IPv4, without an error that would be
+// allocated for each header that holds something else.
+func parseIPv4(b []byte) (netip.Addr, bool) {
+	var a [4]byte
+	for i := range a {
+		field := b
+		if i < 3 {
+			end := bytes.IndexByte(b, '.')
+			if end < 0 {
+				return netip.Addr{}, false
+			}
+			field, b = b[:end], b[end+1:]
+		}
+		if len(field) == 0 || len(field) > 3 || len(field) > 1 && field[0] == '0' {
+			return netip.Addr{}, false
+		}
+		n := 0
+		for _, c := range field {
+			if c < '0' || c > '9' {
+				return netip.Addr{}, false
+			}
+			n = n*10 + int(c-'0')
+		}
+		if n > 255 {
+			return netip.Addr{}, false
+		}
+		a[i] = byte(n)
+	}
+	return netip.AddrFrom4(a), true
 }

@@ -140,7 +140,8 @@ type provider struct {
 // Decide answers the request, in Istio's order: PeerAuthentication, CUSTOM,
 // RequestAuthentication, AUDIT, DENY, ALLOW. Before all of them a resource that
 // cannot be enforced denies, whatever the request. It does not allocate, but for
-// an authority longer than 256 bytes with upper-case letters in it; it keeps
+// an authority longer than 256 bytes with upper-case letters in it, and for a
+// malformed IPv6 address in X-Forwarded-For where policies read that; it keeps
 // nothing of r and is safe for concurrent use.
 func (p *Program) Decide(r *Request) (d Decision) {
 	p.decide(&d, r, 0)
@@ -187,8 +188,9 @@ func (p *Program) decide(d *Decision, r *Request, asked int) {
 //go:noinline
 func (p *Program) folded(d *Decision, v *view, asked int) {
 	var buf [256]byte
-	v.host = lower(v.host, buf[:])
-	p.policies(d, v, asked)
+	w := *v // a copy, so that the buffer need not live longer than this call
+	w.host = lower(v.host, buf[:])
+	p.policies(d, &w, asked)
 }
 
 // policies decides by what comes after PeerAuthentication.

@@ -2,10 +2,12 @@ package authz_test
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -485,4 +487,27 @@ spec:
 	// 0
 	// false default/deny-admin 0 deny-rule
 	// denied by AuthorizationPolicy default/deny-admin rule 0: notPrincipals "cluster.local/ns/default/sa/admin"; paths "/admin*" (policies.yaml:8)
+}
+
+// TestDecideDoesNotAllocateForAnyPolicy goes through the language at random.
+func TestDecideDoesNotAllocateForAnyPolicy(t *testing.T) {
+	if raceEnabled {
+		t.Log("the race detector allocates; the numbers are the program's only without it")
+		return
+	}
+	seed := uint64(time.Now().UnixNano())
+	g := generator{rand.New(rand.NewPCG(seed, 3))}
+	for range 150 {
+		w := g.world()
+		rs, _ := authz.Parse("w.yaml", w.yaml)
+		set, _ := authz.Set{}.Update(rs)
+		s, _ := authz.Compile(set, authz.Options{RootNamespace: "root"})
+		p := s.For(identity.Workload{Namespace: "one", Labels: map[string]string{"app": "web"}})
+		for range 6 {
+			r := g.request()
+			if n := testing.AllocsPerRun(3, func() { p.Decide(&r) }); n != 0 {
+				t.Fatalf("seed %d: %v allocations for %+v\n%s", seed, n, r, w.yaml)
+			}
+		}
+	}
 }

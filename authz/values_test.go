@@ -2,6 +2,7 @@ package authz_test
 
 import (
 	"encoding/json"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -185,4 +186,26 @@ func FuzzTokens(f *testing.F) {
 			})
 		}
 	})
+}
+
+// TestParseIPv4 holds the reader of X-Forwarded-For's entries against the
+// library's, for texts that differ from addresses in one place.
+func TestParseIPv4(t *testing.T) {
+	t.Parallel()
+	for _, address := range []string{"10.0.0.1", "255.255.255.255", "0.0.0.0", "1.22.133.4"} {
+		texts := []string{address, "", ".", address + ".", "." + address, address + "1", "0" + address, address + ".1"}
+		for i := range len(address) {
+			texts = append(texts, address[:i], address[i:], address[:i]+address[i+1:])
+			for c := range 256 {
+				texts = append(texts, address[:i]+string([]byte{byte(c)})+address[i+1:], address[:i]+string([]byte{byte(c)})+address[i:])
+			}
+		}
+		for _, text := range texts {
+			got, ok := authz.ParseIPv4([]byte(text))
+			want, err := netip.ParseAddr(text)
+			if wantOK := err == nil && want.Is4(); ok != wantOK || ok && got != want {
+				t.Fatalf("%q was read as %v, %v; want %v, %v", text, got, ok, want, wantOK)
+			}
+		}
+	}
 }
