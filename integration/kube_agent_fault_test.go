@@ -75,13 +75,13 @@ func (n *kubeNode) metric(name string) string {
 // longer than tokens and SVIDs live.
 func TestOutagesOnKubernetes(t *testing.T) {
 	c := kubetest.Start(t, kubetest.Options{})
-	n := newKubeNode(t, c, "svid: {ttl: 20s, minTTL: 5s}\n", "")
+	n := newKubeNode(t, c, "svid: {ttl: 24s, minTTL: 5s}\n", "")
 	n.startSidecars(10 * time.Minute)
 	n.create(n.policy("deny", security.AuthorizationPolicy_DENY, paths("/admin")))
 	n.becomes(403, "/admin")
 
-	// Tokens that are good for 20 s, as if kubelet were about to replace them.
-	const life = 20 * time.Second
+	// Tokens that are good for half a minute, as if kubelet were about to replace them.
+	const life = 30 * time.Second
 	n.rotateTokens(life)
 	used := c.Sign(t, n.client, "signet", life, nil)
 	unused := c.Sign(t, n.client, "signet", life, nil)
