@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/signet-mesh/signet/integration/parts"
@@ -31,8 +30,8 @@ func startIstio(tb testing.TB) *istio {
 	} else if err != nil {
 		tb.Fatal(err)
 	}
+	// Should the test binary be killed, the program ends with its standard input.
 	cmd := exec.Command(part.Path)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		tb.Fatal(err)
