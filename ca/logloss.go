@@ -206,9 +206,14 @@ func (a *Authority) returned(ctx context.Context, node string, h storage.Head) {
 	}
 	same, known, err := a.log.Holds(ctx, h)
 	if err != nil {
-		a.fails("log", fmt.Errorf("comparing a head of node %s with the issuance log: %w", node, err))
+		job := "comparing heads"
+		if errors.Is(err, storage.ErrCorrupt) {
+			job = "issuance log" // stays until somebody has seen to it and starts anew
+		}
+		a.fails(job, fmt.Errorf("comparing a head of node %s with the issuance log: %w", node, err))
 		return
 	}
+	a.fails("comparing heads", nil)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if same {
@@ -228,7 +233,7 @@ func (a *Authority) returned(ctx context.Context, node string, h storage.Head) {
 	next := l.state
 	next.Lost = lost
 	if err := a.commitLoss(ctx, next); err != nil {
-		a.fails("log", err)
+		a.fails("issuance log", err)
 		l.state.Lost = lost
 	}
 }

@@ -1,6 +1,7 @@
 package ca_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -257,6 +258,42 @@ func TestARestoredLogEndsTheLoss(t *testing.T) {
 	w.open()
 	if err := w.Ready(); err != nil || !w.mayIssue(w.dial(cert)) {
 		t.Errorf("with the right log: %v", err)
+	}
+}
+
+// TestADamagedLogIsNoticedByAHead: an old segment that is not what it was is read
+// when an agent shows a head within it, and is an alarm that stays.
+func TestADamagedLogIsNoticedByAHead(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *ca.Config) { c.LogOptions.SegmentSize = 4 << 10 })
+	a, cert := w.attest(agentA)
+	held := w.issueSome(a, 2)
+	w.issueSome(a, 30)
+	w.close()
+	w.open() // and what it had in memory is gone
+	first := filepath.Join(w.logDir(), "000000000001.seg")
+	good := must(os.ReadFile(first))
+	b := bytes.Clone(good)
+	b[300] ^= 1
+	if err := os.WriteFile(first, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a = w.dial(cert)
+	w.show(a, held)
+	for range 2 {
+		if err := w.Ready(); !errors.Is(err, storage.ErrCorrupt) {
+			t.Errorf("Ready: %v", err)
+		}
+		newest, _ := w.Log().SignedHead()
+		w.show(a, newest) // is fine, and changes nothing
+	}
+	if err := os.WriteFile(first, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	w.open()
+	if w.show(w.dial(cert), held); w.Ready() != nil {
+		t.Errorf("mended: %v", w.Ready())
 	}
 }
 
