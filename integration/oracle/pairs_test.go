@@ -179,7 +179,7 @@ func newTally() *tally {
 
 // The deviations from Istio that docs/policies.md lists.
 const (
-	deviationUnknown = "what cannot be told of a value (odd bytes, forwarded addresses of odd forms) is unknown, and denied"
+	deviationUnknown = "what cannot be told of a value (a newline, bytes that are not UTF-8, a forwarded address with a zone) is unknown, and denied"
 	deviationSANs    = "a certificate with several URI SANs is refused"
 )
 
