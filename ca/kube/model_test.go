@@ -212,6 +212,8 @@ func (w *world) mint(p apiPod, audience, odd string) *token {
 		edits = append(edits, attesttest.Claim("kubernetes.io/serviceaccount/name", "other"), attesttest.Claim("sub", "system:serviceaccount:"+p.namespace+":other"))
 	case "other node":
 		edits = append(edits, attesttest.Claim("kubernetes.io/node/name", "node-x"))
+	case "another key":
+		edits = append(edits, attesttest.SignedBy(w.stranger))
 	case "unsigned":
 		edits = append(edits, attesttest.Unsigned())
 	case "two audiences":
@@ -224,7 +226,7 @@ func (w *world) mint(p apiPod, audience, odd string) *token {
 	return t
 }
 
-var odds = []string{"no node UID", "no account UID", "other name", "other account", "other node", "unsigned", "two audiences", "too long"}
+var odds = []string{"no node UID", "no account UID", "other name", "other account", "other node", "unsigned", "another key", "two audiences", "too long"}
 
 // anyToken is a fresh token of a pod, or one from earlier.
 func (w *world) anyToken(forAgent bool) *token {

@@ -288,10 +288,26 @@ func (w *world) issueByUID() {
 		uid = "00000000-0000-4000-8000-000000000000"
 	}
 	if w.rand.IntN(4) == 0 {
-		// One of its own node that something is the matter with.
+		// One of its own node that something is the matter with, each thing alike.
+		bad := map[string][]string{}
 		for _, k := range slices.Sorted(maps.Keys(w.seen.pods)) {
 			if p := w.seen.pods[k]; p.node == a.pod.Node && w.whyNot(p) != "" {
+				bad[w.whyNot(p)] = append(bad[w.whyNot(p)], p.uid)
+			}
+		}
+		if len(bad) > 0 {
+			uid = pick(w.rand, bad[pick(w.rand, slices.Sorted(maps.Keys(bad)))])
+		}
+	}
+	if w.rand.IntN(25) == 0 {
+		// One whose account has just gone.
+		for _, k := range slices.Sorted(maps.Keys(w.seen.pods)) {
+			p := w.seen.pods[k]
+			if gone, ok := w.actual.accounts[p.namespace+"/"+p.account]; ok && p.node == a.pod.Node && gone.key() != accountNames[0] && w.whyNot(p) == "" {
+				w.removeAccount(gone)
+				w.deliverAll("accounts")
 				uid = p.uid
+				break
 			}
 		}
 	}

@@ -54,6 +54,7 @@ type world struct {
 	issued       map[string]int // "SPIFFEID UID" → how often
 
 	issuer    *attesttest.Issuer
+	stranger  *attesttest.Issuer // signs with a key of its own
 	api       *api
 	feed      kube.Feed
 	during    atomic.Pointer[interruption]
@@ -98,7 +99,7 @@ func (w *world) happened(d *interruption) {
 
 func newWorld(t *testing.T, seed uint64, covered map[string]int) *world {
 	w := &world{t: t, rand: mathrand.New(mathrand.NewPCG(seed, 0)), covered: covered, actual: newState(), seen: newState(),
-		queues: map[string][]func(){}, ever: map[string]apiPod{}, issued: map[string]int{}, issuer: attesttest.NewIssuer(t)}
+		queues: map[string][]func(){}, ever: map[string]apiPod{}, issued: map[string]int{}, issuer: attesttest.NewIssuer(t), stranger: attesttest.NewIssuer(t)}
 	w.api = &api{w: w}
 	cluster, feed := kube.Fed(w.api, func(context.Context) (string, []byte, error) { return w.issuer.URL(), w.issuer.JWKS(), nil }, "")
 	w.feed = feed
