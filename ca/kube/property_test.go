@@ -90,11 +90,12 @@ func (w *world) act() {
 	case n < 63:
 		w.attest()
 	case n < 67:
-		w.renew()
+		w.renew(w.anyAgent())
 	case n < 68:
 		// The very moment at which an SVID ends, on a connection that was made before.
 		if a := w.anyAgent(); a != nil && w.agentDead(a) == "" {
 			w.pass(time.Until(a.cert.Leaf.NotAfter))
+			w.renew(a)
 			w.order(a, "uid: ", "", "", a.pod.PodUID, &capb.IssueItem{Evidence: &capb.IssueItem_PodUid{PodUid: a.pod.PodUID}})
 		}
 	case n < 83:
@@ -139,7 +140,7 @@ func (w *world) bringUp() {
 	synctest.Wait()
 	w.pass(2 * time.Second) // the API server may just have been away
 	tok := w.mint(p, "signet-ca", "")
-	cert, err := w.tryAttest(w.dial(nil), &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: tok.text}})
+	cert, err := w.attestToken(tok.text)
 	if err != nil {
 		w.t.Fatalf("step %d: a new agent: %v", w.step, err)
 	}
@@ -242,7 +243,7 @@ func (w *world) attest() {
 	w.api.mode = []apiMode{honest, honest, honest, honest, honest, away, lying, deaf}[w.rand.IntN(8)]
 	defer func() { w.api.mode = honest }()
 	want := w.rightAttest(tok)
-	cert, err := w.tryAttest(w.dial(nil), &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: tok.text}})
+	cert, err := w.attestToken(tok.text)
 	w.note("attest %s with a token of %s for %s (%s): want %s, got %v", tok.claims.Node, tok.claims.PodUID, tok.audience, tok.odd, want, err)
 	w.verdict("attest: ", want, err == nil)
 	// What is gone for good is not to be asked for again.
@@ -254,8 +255,8 @@ func (w *world) attest() {
 	}
 }
 
-func (w *world) renew() {
-	a := w.anyAgent()
+// renew asks on the connection that the agent has.
+func (w *world) renew(a *agent) {
 	if a == nil {
 		return
 	}
@@ -266,7 +267,7 @@ func (w *world) renew() {
 	case time.Since(a.tokenAt) >= tokenEvery:
 		want = "refused, token too old"
 	}
-	cert, err := w.tryAttest(w.dial(a.cert), &capb.AttestRequest{Evidence: &capb.AttestRequest_Renewal{Renewal: &capb.Renewal{}}})
+	cert, err := w.tryAttest(a.conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Renewal{Renewal: &capb.Renewal{}}})
 	w.note("renew %s: want %s, got %v", a, want, err)
 	w.verdict("renew: ", want, err == nil)
 	if err == nil {

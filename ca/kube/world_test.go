@@ -152,7 +152,7 @@ func newWorld(t *testing.T, seed uint64, covered map[string]int) *world {
 	}
 	for _, p := range slices.SortedFunc(maps.Values(w.actual.pods), func(a, b apiPod) int { return strings.Compare(a.uid, b.uid) }) {
 		tok := w.mint(p, "signet-ca", "")
-		cert, err := w.tryAttest(w.dial(nil), &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: tok.text}})
+		cert, err := w.attestToken(tok.text)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -317,8 +317,14 @@ func newKey(t testing.TB) (*ecdsa.PrivateKey, []byte) {
 	return key, pub
 }
 
-func (w *world) tryAttest(conn *grpc.ClientConn, req *capb.AttestRequest) (*tls.Certificate, error) {
+// attestToken shows a token on a connection of its own.
+func (w *world) attestToken(token string) (*tls.Certificate, error) {
+	conn := w.dial(nil)
 	defer conn.Close()
+	return w.tryAttest(conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: token}})
+}
+
+func (w *world) tryAttest(conn *grpc.ClientConn, req *capb.AttestRequest) (*tls.Certificate, error) {
 	key, pub := newKey(w.t)
 	req.PublicKey = pub
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
