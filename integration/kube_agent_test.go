@@ -415,6 +415,25 @@ func TestDemoOnKubernetes(t *testing.T) {
 		n.kubeCA.start("signet-ca")
 		load.held(t, "the authority killed and restarted")
 	})
+	rows("informer-lag", func(t *testing.T) {
+		// What the agent hears of pods comes two seconds late.
+		authority := n.procs["signet-ca"].cmd.Process
+		if err := authority.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		fresh := c.Pod(t, kubetest.PodSpec{Namespace: "shop", ServiceAccount: "fresh", Node: "node-a"})
+		token := c.Token(t, fresh, "signet", 10*time.Minute)
+		if err := n.secret(token); status.Code(err) != codes.Unauthenticated {
+			t.Errorf("a token of a pod that is not in the view: %v", err)
+		}
+		time.Sleep(2 * time.Second)
+		if err := authority.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		kubetest.Poll(t, "an SVID for the new pod", func() error { return n.secret(token) })
+		row("informer-lag", "an SVID %v after the view caught up", time.Since(began).Round(time.Millisecond))
+	})
 	rows("other-pod-gone", func(t *testing.T) {
 		token := c.Token(t, n.client, "signet", 10*time.Minute)
 		c.DeletePod(t, n.client)
