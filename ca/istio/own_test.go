@@ -26,10 +26,10 @@ func eventually(t testing.TB, what string, f func() bool) {
 	}
 }
 
-// shortLived makes serving certificates due after a second or two.
+// shortLived makes serving certificates due after some four seconds.
 func shortLived(w *world) {
-	w.ca.SVID = ca.SVIDConfig{TTL: 4 * time.Second, AgentTTL: 4 * time.Second, MinTTL: time.Second, Backdate: time.Second}
-	w.cfg.MaxTTL = 4 * time.Second
+	w.ca.SVID = ca.SVIDConfig{TTL: 8 * time.Second, AgentTTL: 8 * time.Second, MinTTL: time.Second, Backdate: time.Second}
+	w.cfg.MaxTTL = 8 * time.Second
 }
 
 // TestTheServingCertificateIsRenewed without a restart, and without disturbing
