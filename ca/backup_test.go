@@ -97,6 +97,9 @@ func TestABackupUnderLoadIsRestored(t *testing.T) {
 		if err != nil || len(v.GetProblems()) != 0 || info.Instance != 1 || info.TrustDomain != "cluster.local" {
 			t.Fatalf("%+v: %v, %v", info, v, err)
 		}
+		if v, err := op.VerifyLog(t.Context(), &capb.VerifyLogRequest{Store: true}); err != nil || len(v.GetProblems()) != 0 {
+			t.Fatalf("verified under load: %v, %v", v, err)
+		}
 		if _, err := w.tryAttest(w.dial(nil), func(r *capb.AttestRequest) {
 			r.Evidence = &capb.AttestRequest_Token{Token: w.issuer.Token(agentA, "signet-ca")}
 		}); err != nil {
