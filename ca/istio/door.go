@@ -198,7 +198,6 @@ func (d *Door) NewServer() *grpc.Server {
 		grpc.MaxConcurrentStreams(maxStreams),
 		// A goroutine that has verified and signed before has the stack for it.
 		grpc.NumStreamWorkers(uint32(128)),
-		grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 15 * time.Minute}),
 		// Istio's clients ping every 30 seconds, also without a call.
