@@ -94,6 +94,14 @@ func (w *world) act() {
 	case n < 68:
 		// The very moment at which an SVID ends, on a connection that was made before.
 		if a := w.anyAgent(); a != nil && w.agentDead(a) == "" {
+			if r.IntN(3) == 0 {
+				// Renewed in time, and then once more, too long after its token.
+				w.pass(time.Until(a.cert.Leaf.NotAfter) - time.Minute)
+				w.renew(a)
+				w.pass(12 * time.Minute)
+				w.renew(w.agents[len(w.agents)-1])
+				break
+			}
 			w.pass(time.Until(a.cert.Leaf.NotAfter))
 			w.renew(a)
 			w.order(a, "uid: ", "", "", a.pod.PodUID, &capb.IssueItem{Evidence: &capb.IssueItem_PodUid{PodUid: a.pod.PodUID}})

@@ -34,7 +34,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 )
 
-const tokenEvery = 25 * time.Minute
+const tokenEvery = 30 * time.Minute
 
 // world is a random cluster, an authority that sees it through kube, and agents.
 type world struct {
@@ -115,7 +115,7 @@ func newWorld(t *testing.T, seed uint64, covered map[string]int) *world {
 	must(os.Mkdir(dir, 0o700))
 	td := spiffeid.RequireTrustDomainFromString("cluster.local")
 	w.authority, err = ca.Open(t.Context(), ca.Config{TrustDomain: td, DataDir: dir, DNSNames: []string{"localhost"},
-		SVID: ca.SVIDConfig{TTL: 10 * time.Minute, AgentTTL: 40 * time.Minute}, TokenEvery: tokenEvery,
+		SVID: ca.SVIDConfig{TTL: 10 * time.Minute, AgentTTL: 20 * time.Minute}, TokenEvery: tokenEvery,
 		Pods: cluster.Pods(), Agents: agents, Workloads: interrupted{workloads, w}})
 	if err != nil {
 		t.Fatal(err)
