@@ -413,3 +413,22 @@ func tellsAuthors(t *testing.T, c *kubetest.Cluster) {
 		t.Errorf("a good policy was written to: %v, %v", now, err)
 	}
 }
+
+func TestAgentUsesExactlyItsPermissions(t *testing.T) {
+	c := kubetest.Start(t, kubetest.Options{AuditLog: true})
+	n := newKubeNode(t, c, "", "")
+	// Each kind of policy reaches it.
+	sec := c.Istio.SecurityV1()
+	meta := metav1.ObjectMeta{Namespace: "shop", Name: "p"}
+	_, errA := sec.AuthorizationPolicies("shop").Create(t.Context(), &security.AuthorizationPolicy{ObjectMeta: meta, Spec: api.AuthorizationPolicy{Rules: []*api.Rule{{}}}}, metav1.CreateOptions{})
+	_, errP := sec.PeerAuthentications("shop").Create(t.Context(), &security.PeerAuthentication{ObjectMeta: meta}, metav1.CreateOptions{})
+	if err := errors.Join(errA, errP); err != nil {
+		t.Fatal(err)
+	}
+	n.stop("signet-agent", syscall.SIGTERM)
+	// Once more, as with an API server that does not stream lists.
+	t.Setenv("KUBE_FEATURE_WatchListClient", "false")
+	n.start("signet-agent")
+	n.stop("signet-agent", syscall.SIGTERM)
+	usesExactly(t, c, "signet-system/signet-agent")
+}
