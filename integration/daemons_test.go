@@ -46,6 +46,7 @@ type standalone struct {
 	ca     string   // another program in the place of signet-ca
 	caYAML string   // more of signet-ca's configuration
 	caEnv  []string // more of its environment
+	before func()   // called when the configuration is there
 }
 
 func newStandalone(tb testing.TB, bin string, workloads int, policies string, edits ...func(*standalone)) *standalone {
@@ -76,6 +77,9 @@ func newStandalone(tb testing.TB, bin string, workloads int, policies string, ed
 		s.dir, s.caAddr, s.dir, s.http["signet-ca"], s.caYAML, tokens, list.String()))
 	s.write("signet-agent.yaml", fmt.Sprintf("node: node-a\nsocket: %s/sock/agent.sock\nstateDir: \"\"\nca: {addresses: [%q], rootFile: %s/root.pem, tokenFile: %s/agent-token}\nhttp: {listen: %q}\npolicies: {dir: %s/policies}\n%s",
 		s.dir, s.caAddr, s.dir, s.dir, s.http["signet-agent"], s.dir, tokens))
+	if s.before != nil {
+		s.before()
+	}
 	s.start("signet-ca")
 	s.start("signet-agent")
 	return s

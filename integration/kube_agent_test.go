@@ -199,6 +199,10 @@ type traffic struct {
 
 // load sends requests for a path until stop, each of which must get the status.
 func (n *kubeNode) load(path string, want int) *traffic {
+	return load(n.tb, want, func() int { return n.get(path) })
+}
+
+func load(tb testing.TB, want int, get func() int) *traffic {
 	t := &traffic{}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -207,7 +211,7 @@ func (n *kubeNode) load(path string, want int) *traffic {
 	for range 2 {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				if got := n.get(path); got == want {
+				if got := get(); got == want {
 					t.count.Add(1)
 				} else {
 					mu.Lock()
@@ -226,7 +230,7 @@ func (n *kubeNode) load(path string, want int) *traffic {
 		wg.Wait()
 		return int(t.count.Load()), bad
 	})
-	n.tb.Cleanup(func() { t.stop() })
+	tb.Cleanup(func() { t.stop() })
 	return t
 }
 

@@ -46,7 +46,7 @@ check 'go vet' go vet ./...
 check 'staticcheck' "$tools/staticcheck" ./...
 check 'go vet (pkcs11)' go vet -tags pkcs11 ./cmd/ca
 check 'go mod tidy' go mod tidy -diff
-for module in tools etcd kubernetes istio; do
+for module in tools etcd kubernetes istio stepca; do
 	check "go mod tidy ($module)" go -C integration/$module mod tidy -diff
 done
 check 'generated code' generated

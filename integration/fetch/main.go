@@ -5,7 +5,7 @@
 //	go run ./integration/fetch envoy    Envoy; prints only its path
 //	go run ./integration/fetch tools    buf, staticcheck and the protoc plugins; prints only their folder
 //
-// The rest are SoftHSM, etcd, kube-apiserver, and Istio's compiler and admission.
+// The rest are SoftHSM, step-ca, etcd, kube-apiserver, and Istio's compiler and admission.
 //
 // What is missing is downloaded or built into the user's cache folder, see
 // package parts. Run it at the root of the repository.
@@ -39,6 +39,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	tools := func() (parts.Part, error) { return parts.Tools(ctx, toolsModule, stderr) }
 	etcd := func() (parts.Part, error) { return parts.BuildEtcd(ctx, ".", stderr) }
 	apiServer := func() (parts.Part, error) { return parts.BuildAPIServer(ctx, ".", stderr) }
+	stepCA := func() (parts.Part, error) { return parts.BuildStepCA(ctx, ".", stderr) }
 	istio := func() (parts.Part, error) { return parts.BuildIstio(ctx, ".", stderr) }
 	softHSM := func() (parts.Part, error) {
 		s, err := parts.FetchSoftHSM(ctx, stderr)
@@ -46,7 +47,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch {
 	case len(args) == 0:
-		for _, fetch := range []func() (parts.Part, error){envoy, softHSM, tools, etcd, apiServer, istio} {
+		for _, fetch := range []func() (parts.Part, error){envoy, softHSM, tools, etcd, apiServer, istio, stepCA} {
 			part, err := fetch()
 			if err != nil {
 				return err

@@ -100,6 +100,7 @@ func TestVersionsAreThoseOfTheModules(t *testing.T) {
 	}
 	for path, want := range map[string]string{
 		"integration/etcd/go.mod":       "go.etcd.io/etcd/server/v3 v" + parts.EtcdVersion,
+		"integration/stepca/go.mod":     "github.com/smallstep/certificates v" + parts.StepCAVersion,
 		"integration/kubernetes/go.mod": "k8s.io/kubernetes v" + parts.KubernetesVersion,
 		"integration/istio/go.mod":      "istio.io/istio v" + parts.IstioVersion,
 	} {

@@ -57,11 +57,22 @@ func BuildIstio(ctx context.Context, root string, progress io.Writer) (Part, err
 	return build(ctx, istio(root), "istio", IstioVersion, progress)
 }
 
+// FindStepCA looks for step-ca, the program of the module integration/stepca below
+// root, in the cache. The error wraps [ErrMissing] if it was not built yet.
+func FindStepCA(root string) (Part, error) { return find(stepCA(root), "step-ca", StepCAVersion) }
+
+// BuildStepCA is [FindStepCA], and builds what is missing, which takes a minute.
+// progress gets a line before.
+func BuildStepCA(ctx context.Context, root string, progress io.Writer) (Part, error) {
+	return build(ctx, stepCA(root), "step-ca", StepCAVersion, progress)
+}
+
 // Versions that the modules below integration/ ask for; a test holds the two
 // together.
 const (
 	EtcdVersion       = "3.6.16"
 	KubernetesVersion = "1.37.2"
+	StepCAVersion     = "0.30.2"
 	IstioVersion      = "0.0.0-20260827124520-eed52ebb66ad"
 )
 
@@ -87,6 +98,13 @@ func istio(root string) goModule {
 	return goModule{
 		name: "istio", title: "Istio's compiler and admission (four minutes)", dir: filepath.Join(root, "integration", "istio"),
 		packages: []string{"."}, output: "istio", ldflags: "-s -w",
+	}
+}
+
+func stepCA(root string) goModule {
+	return goModule{
+		name: "step-ca-" + StepCAVersion, title: "step-ca " + StepCAVersion + " (a minute)", dir: filepath.Join(root, "integration", "stepca"),
+		packages: []string{"."}, output: "stepca", ldflags: "-s -w",
 	}
 }
 
