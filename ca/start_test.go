@@ -223,3 +223,21 @@ func TestAnOldClockRefusesToStart(t *testing.T) {
 		}
 	})
 }
+
+// TestTheFormerJournalIsRead, and written in the present format when it changes.
+func TestTheFormerJournalIsRead(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.close()
+	root := w.Root()
+	editJournal(t, w.cfg.DataDir, `"version":2`, `"version":1`)
+	w.open()
+	if !w.Root().Equal(root) {
+		t.Error("another root")
+	}
+	if err := w.RenewIntermediate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	editJournal(t, w.cfg.DataDir, `"version":2`, `"version":2 `)
+}

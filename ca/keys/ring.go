@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -160,8 +159,6 @@ func (c Config) linked(scheme string) error {
 		return nil
 	case scheme == pkcs11Scheme:
 		return errors.New("this build of signet-ca opens no pkcs11: keys, because it is static: build the one that does with `make build-pkcs11` (it needs a C compiler) and run bin/signet-ca-pkcs11")
-	case slices.Contains([]string{"awskms", "cloudkms", "azurekms"}, scheme):
-		return fmt.Errorf("this build of signet-ca opens no %s: keys: build the one that does with `make build-cloudkms` and run bin/signet-ca-cloudkms", scheme)
 	}
 	return fmt.Errorf("this build of signet-ca opens no keys of scheme %q", scheme)
 }
