@@ -179,7 +179,16 @@ func usableJWK(key map[string]any) bool {
 		if !known || !of("ES") {
 			return false
 		}
-		_, err := (&ecdsa.PublicKey{Curve: curve, X: number("x"), Y: number("y")}).ECDH()
+		size := (curve.Params().BitSize + 7) / 8
+		x, y := number("x"), number("y")
+		if x.BitLen() > 8*size || y.BitLen() > 8*size {
+			return false
+		}
+		point := make([]byte, 1+2*size)
+		point[0] = 4 // uncompressed, SEC 1 section 2.3.3
+		x.FillBytes(point[1 : 1+size])
+		y.FillBytes(point[1+size:])
+		_, err := ecdsa.ParseUncompressedPublicKey(curve, point)
 		return err == nil
 	case "OKP":
 		return text("crv") == "Ed25519" && of("EdDSA") && len(octets("x")) == ed25519.PublicKeySize

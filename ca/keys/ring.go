@@ -118,7 +118,7 @@ func (c Config) place(purpose, where string) (place, error) {
 		p.scheme, p.uri = softkms.Scheme, softkms.Scheme+":"
 		return p, nil
 	case scheme == softkms.Scheme:
-		return place{}, fmt.Errorf("%q: keys in files have no other place than the authority's folder; write softkms:", where)
+		return place{}, fmt.Errorf("%q: keys in files have no other place than the authority's folder; write softkms: and no path", where)
 	case purpose == Log:
 		return place{}, errors.New("the log's key is a file")
 	case rest == "":

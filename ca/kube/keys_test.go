@@ -190,9 +190,9 @@ func TestReviewsAreRemembered(t *testing.T) {
 		asks(0, "a", "pod-1.x")
 		asks(1, "b", "pod-1.x")
 		asks(1, "a", "pod-1.y")
-		time.Sleep(10*time.Second - 1)
+		time.Sleep(10*time.Second - time.Nanosecond)
 		asks(0, "a", "pod-1.x")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		asks(1, "a", "pod-1.x")
 		asks(0, "a", "pod-1.x")
 

@@ -97,9 +97,7 @@ func (g generator) values(pool []string) []string {
 type world struct {
 	mesh
 	text string
-	tcp  bool
 	v6   bool
-	hcm  object
 }
 
 type fieldPool struct {
