@@ -3,6 +3,7 @@ package authz
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"net/netip"
 	"slices"
 	"strings"
@@ -137,6 +138,16 @@ func (b *indexer) dimension(reads attribute, name string, path []string) int32 {
 	return n
 }
 
+// claim is the dimension of a claim. Its name has the length before each key,
+// because a key may hold any character: no two paths may have one name.
+func (b *indexer) claim(path []string) int32 {
+	var name []byte
+	for _, k := range path {
+		name = append(binary.AppendUvarint(name, uint64(len(k))), k...)
+	}
+	return b.dimension(readsClaim, string(name), path)
+}
+
 // rule lists the attributes of which the rule demands values.
 func (b *indexer) rule(r *rule) {
 	for i := range r.when {
@@ -200,12 +211,12 @@ func (b *indexer) condition(c *condition) (d int32, ok bool) {
 		return d, b.patterns(d, h.patterns)
 	case readsClaim:
 		t := c.values.(*claimTest)
-		d = b.dimension(readsClaim, strings.Join(t.path, "\x00"), t.path)
+		d = b.claim(t.path)
 		return d, b.patterns(d, t.patterns)
 	case readsIdentity:
 		// By the subjects, or by the issuers where a subject can be any.
 		t, before := c.values.(identityTest), len(b.values)
-		d, ok = b.dimension(readsClaim, "sub", []string{"sub"}), true
+		d, ok = b.claim([]string{"sub"}), true
 		for i := 0; ok && i < len(t); i++ {
 			ok = b.patterns(d, &t[i].subject)
 		}
@@ -213,7 +224,7 @@ func (b *indexer) condition(c *condition) (d int32, ok bool) {
 			return d, true
 		}
 		b.values = b.values[:before]
-		d, ok = b.dimension(readsClaim, "iss", []string{"iss"}), true
+		d, ok = b.claim([]string{"iss"}), true
 		for i := 0; ok && i < len(t); i++ {
 			ok = b.patterns(d, &t[i].issuer)
 		}
