@@ -40,6 +40,9 @@ const (
 	// RequestAuthentication of the workload accepts, or a claim of a type that
 	// Istio's proxies refuse.
 	ReasonTokenForeign Reason = "token-foreign"
+	// ReasonTokenUnknown: the request may have a token that a RequestAuthentication
+	// of the workload refuses; the request does not say.
+	ReasonTokenUnknown Reason = "token-unknown"
 
 	// ReasonPlaintext: PeerAuthentication is STRICT on the port and the peer
 	// has no verified certificate.
@@ -216,6 +219,8 @@ func (d Decision) Text() string {
 		b.WriteString("the request has a token that was not verified")
 	case ReasonTokenForeign:
 		b.WriteString("the verified token is not one that a RequestAuthentication of the workload accepts")
+	case ReasonTokenUnknown:
+		b.WriteString("the request may have a token that was refused; the proxy did not say")
 	case ReasonDenyUnknown, ReasonAskUnknown:
 		b.WriteString("it may match, but the proxy did not send all that it reads: ")
 		d.why.describe(&b)

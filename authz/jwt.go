@@ -2,6 +2,7 @@ package authz
 
 import (
 	"bytes"
+	"cmp"
 	"iter"
 	"slices"
 	"strings"
@@ -59,21 +60,29 @@ func newTokenRule(t *TokenRule, by *Rule) tokenRule {
 // whose token is not good for any rule is refused.
 type tokens []tokenRule
 
-// check refuses a request with a bad token. Whether a token is good was found by
-// the proxy, which hands on its claims; a token without them was not.
+// check refuses a request with a bad token, or one that may have one. Whether a
+// token is good was found by the proxy, which hands on its claims; a token without
+// them was not.
 // It returns in whose name and why, or an empty reason.
 func (ts tokens) check(v *view) (*Rule, Reason) {
-	if !v.HTTP || v.Known&FieldClaims == 0 || v.preflight() {
+	if !v.HTTP || v.preflight() {
 		return nil, ""
 	}
+	if v.Known&FieldClaims == 0 {
+		return ts[0].by, ReasonTokenUnknown
+	}
 	if v.Claims == nil {
-		if v.Known&FieldHeaders == 0 {
-			return nil, "" // the caller vouches that no token was verified or refused
-		}
+		var doubt *Rule
 		for i := range ts {
-			if ts[i].present(v) {
+			switch ts[i].present(v) {
+			case yes:
 				return ts[i].by, ReasonTokenRefused
+			case maybe:
+				doubt = cmp.Or(doubt, ts[i].by)
 			}
+		}
+		if doubt != nil {
+			return doubt, ReasonTokenUnknown
 		}
 		return nil, ""
 	}
@@ -109,36 +118,50 @@ func (t *tokenRule) audience(aud *structpb.Value) bool {
 	return false
 }
 
-// preflight reports whether the request is a CORS preflight, which Istio has
-// jwt_authn let by.
+// preflight reports whether the request certainly is a CORS preflight, which Istio
+// has jwt_authn let by: both headers must have a value.
 func (v *view) preflight() bool {
 	return v.Known&(FieldMethod|FieldHeaders) == FieldMethod|FieldHeaders && string(v.Method) == "OPTIONS" &&
 		v.has("origin") && v.has("access-control-request-method")
 }
 
+// has reports whether a header is there with a value.
 func (v *view) has(name string) bool {
 	for i := range v.Headers {
-		if v.Headers[i].Name == name {
+		if h := &v.Headers[i]; h.Name == name && len(h.Value) > 0 {
 			return true
 		}
 	}
 	return false
 }
 
-// present reports whether the request has a token where the rule looks for one.
-func (t *tokenRule) present(v *view) bool {
+// present says whether the request has a token where the rule looks for one.
+func (t *tokenRule) present(v *view) truth {
+	best := no
+	if v.Known&FieldHeaders == 0 && len(t.headers)+len(t.cookies) > 0 {
+		best = maybe // those that are there may not be all
+	}
 	for i := range v.Headers {
 		h := &v.Headers[i]
 		for _, at := range t.headers {
 			if h.Name == at.name && (len(at.prefix) == 0 || bytes.Contains(h.Value, at.prefix)) {
-				return true
+				return yes
 			}
 		}
 		if h.Name == "cookie" && len(t.cookies) > 0 && hasCookie(h.Value, t.cookies) {
-			return true
+			return yes
 		}
 	}
-	return len(t.params) > 0 && hasParam(v.Path, t.params)
+	if len(t.params) > 0 {
+		// A path that is not known byte by byte still shows its parameters.
+		if hasParam(v.Request.Path, t.params) {
+			return yes
+		}
+		if v.Known&FieldPath == 0 && v.Request.Path == nil {
+			best = maybe
+		}
+	}
+	return best
 }
 
 func hasCookie(header []byte, names []string) bool {

@@ -118,7 +118,9 @@ type Request struct {
 	// Method is the HTTP method, exactly as sent. nil means that there is none.
 	Method []byte
 	// Path is :path after the proxy's normalization; Decide cuts it at the first
-	// "?" or "#". nil means that there is none.
+	// "?" or "#". nil means that there is none. Without FieldPath it may hold what
+	// is known to stand in it, where only some bytes were replaced: tokens are
+	// looked for there.
 	Path []byte
 	// Host is :authority (HTTP/1: Host), with its port if it has one. nil means
 	// that there is none, empty that it is present without a value.

@@ -132,7 +132,7 @@ func (p *peers) read(r *authv3.CheckRequest, into *authz.Request) (dst netip.Add
 	return dst, readClaims(into)
 }
 
-// sni reads the server name, which Envoy's own policies see in lower case.
+// sni reads the server name; Decide does not mind its case.
 func sni(tls *authv3.AttributeContext_TLSSession, service string, into *authz.Request) {
 	name := tls.GetSni()
 	if name == "" {
@@ -141,7 +141,7 @@ func sni(tls *authv3.AttributeContext_TLSSession, service string, into *authz.Re
 	if tls == nil && name == "" {
 		return
 	}
-	into.SNI = []byte(strings.ToLower(name))
+	into.SNI = []byte(name)
 	// "!" may stand for any byte.
 	if !strings.Contains(name, "!") {
 		into.Known |= authz.FieldSNI
@@ -347,11 +347,11 @@ func readHTTP(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error
 }
 
 // or is the value of p, or else that of the field that Envoy has cleaned. ok is
-// false if the value is unknown.
+// false if it may have had other bytes.
 func (p pseudo) or(cleaned string) (value []byte, ok bool, err error) {
 	if !p.found {
 		if strings.Contains(cleaned, "!") {
-			return nil, false, nil
+			return []byte(cleaned), false, nil
 		}
 		return []byte(cleaned), true, nil
 	}

@@ -272,12 +272,14 @@ func TestFromCheckRequestReadsTLSAndMetadata(t *testing.T) {
 		known  authz.Field
 		iss    string
 	}{
-		"no TLS session and no token":          {func(a *attributes) {}, "", authz.FieldClaims, ""},
-		"a TLS session without a server name":  {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{} }, "", authz.FieldClaims | authz.FieldSNI, ""},
-		"a server name in the client's case":   {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "A.Example"} }, "a.example", authz.FieldClaims | authz.FieldSNI, ""},
-		"a server name that was cleaned":       {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "a!"} }, "a!", authz.FieldClaims, ""},
-		"a destination's service of a request": {func(a *attributes) { a.Destination.Service = "x" }, "", authz.FieldClaims, ""},
-		"that of a connection":                 {func(a *attributes) { a.Destination.Service, a.Request = "X", nil }, "x", authz.FieldSNI, ""},
+		"no TLS session and no token":         {func(a *attributes) {}, "", authz.FieldClaims, ""},
+		"a TLS session without a server name": {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{} }, "", authz.FieldClaims | authz.FieldSNI, ""},
+		"a server name in the client's case":  {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "A.Example"} }, "A.Example", authz.FieldClaims | authz.FieldSNI, ""},
+		// The Kelvin sign, which Envoy does not lower to "k".
+		"a server name with a letter that is like another": {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "\u212a"} }, "\u212a", authz.FieldClaims | authz.FieldSNI, ""},
+		"a server name that was cleaned":                   {func(a *attributes) { a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: "a!"} }, "a!", authz.FieldClaims, ""},
+		"a destination's service of a request":             {func(a *attributes) { a.Destination.Service = "x" }, "", authz.FieldClaims, ""},
+		"that of a connection":                             {func(a *attributes) { a.Destination.Service, a.Request = "X", nil }, "X", authz.FieldSNI, ""},
 		"the payload of a token": {
 			metadata(structpb.NewStructValue(&structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("i")}})),
 			"", authz.FieldClaims, "i",

@@ -128,7 +128,7 @@ func signetVerdict(p *authz.Program, r *authz.Request, providerSaysNo bool) (v v
 		v.End = "401"
 	case authz.ReasonPlaintext:
 		v.End = "closed"
-	case authz.ReasonDenyUnknown, authz.ReasonAllowUnknown, authz.ReasonPlaintextUnknown:
+	case authz.ReasonDenyUnknown, authz.ReasonAllowUnknown, authz.ReasonPlaintextUnknown, authz.ReasonTokenUnknown:
 		unknown = true
 	}
 	if (v.End == "deny" || d.Reason == authz.ReasonAllowRule) && d.Rule >= 0 {
