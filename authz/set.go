@@ -39,6 +39,9 @@ type Set struct {
 	// unreadable are the documents that could be any policy and that no earlier
 	// resource accounts for. While there is one, everything is denied.
 	unreadable []*resource
+	// unaccounted is how many of them each origin has more than resources of it
+	// went missing.
+	unaccounted map[string]int
 }
 
 type entry struct {
@@ -63,7 +66,9 @@ type entry struct {
 //     namespace.
 //   - A document that cannot be read could be any policy. If as many resources
 //     of its origin went missing, it was one of them, and they all go on as they
-//     were. If not, it could be a new DENY for anyone: everything is denied.
+//     were. If not, it could be a new DENY for anyone: everything is denied, until
+//     the origin has fewer such documents. A resource that goes missing later
+//     does not account for one that was there before.
 //   - A resource that is not there any more, and not for that reason, is gone.
 func (s Set) Update(resources []Resource) (Set, []Problem) {
 	next := Set{entries: make(map[key]entry, len(resources))}
@@ -137,8 +142,13 @@ func (s Set) Update(resources []Resource) (Set, []Problem) {
 				problems = append(problems, stale(origin, broken[origin][0].line, e.res))
 			}
 		}
-		if len(broken[origin]) > len(missing[origin]) {
+		n := max(len(broken[origin])-len(missing[origin]), min(s.unaccounted[origin], len(broken[origin])))
+		if n > 0 {
 			next.unreadable = append(next.unreadable, broken[origin]...)
+			if next.unaccounted == nil {
+				next.unaccounted = make(map[string]int)
+			}
+			next.unaccounted[origin] = n
 		}
 	}
 	return next, problems

@@ -104,6 +104,13 @@ func TestUpdate(t *testing.T) {
 			{folder{"a": policyYAML("p", denyGet), "b": broken}, []string{p("p good a"), "refused b"}, "GET deny unreadable, POST deny unreadable"},
 			{folder{"a": policyYAML("p", denyGet), "b": ""}, []string{p("p good a")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},
 		},
+		"a resource that goes missing does not account for an unreadable document that was there before": {
+			{folder{"a": policyYAML("p", denyGet)}, []string{p("p good a")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},
+			{folder{"a": policyYAML("p", denyGet) + broken}, []string{p("p good a"), "refused a"}, "GET deny unreadable, POST deny unreadable"},
+			{folder{"a": broken}, []string{p("p stale a"), "refused a"}, "GET deny unreadable, POST deny unreadable"},
+			{folder{"a": broken}, []string{p("p stale a"), "refused a"}, "GET deny unreadable, POST deny unreadable"},
+			{folder{"a": policyYAML("q", denyPost)}, []string{p("q good a")}, "GET allow no-allow-policy, POST deny deny-rule default/q[0]"},
+		},
 		"two unreadable documents and one resource missing: one of them is new": {
 			{folder{"a": policyYAML("p", denyGet)}, []string{p("p good a")}, "GET deny deny-rule default/p[0], POST allow no-allow-policy"},
 			{folder{"a": broken + broken}, []string{p("p stale a"), "refused a", "refused a"}, "GET deny unreadable, POST deny unreadable"},
