@@ -14,14 +14,23 @@ import (
 // from before: kubelet looks at a pod's volumes every one to two minutes.
 const outageGrace = 5 * time.Minute
 
+// noticed is how late this agent may notice that the API server is away: a
+// connection that was cut without a word is found dead after 45 seconds.
+const noticed = time.Minute
+
 // outage knows whether kubelet cannot replace tokens, by whether the API server
 // answers this agent.
 type outage struct {
-	over identity.Watched[time.Time] // when it is over; away: it goes on
+	is identity.Watched[span]
 	// failed says that this agent or its predecessor saw it away since it last
 	// answered. Owned by load and then by watch.
 	failed bool
 }
+
+// span is since when tokens cannot be replaced, and until when; since is zero where
+// that is not known, over is away while it goes on. Where over is not in the future
+// they can be.
+type span struct{ since, over time.Time }
 
 // away is later than any time.
 var away = time.Unix(1<<40, 0)
@@ -30,12 +39,17 @@ var away = time.Unix(1<<40, 0)
 // one.
 func newOutage() *outage {
 	o := &outage{}
-	o.over.Store(away)
+	// Nothing is known of the time before: what a predecessor handed over was good
+	// when it did.
+	o.is.Store(span{over: away})
 	return o
 }
 
-// on reports whether tokens cannot be replaced now.
-func (o *outage) on() bool { return time.Now().Before(o.over.Value()) }
+// on reports whether tokens cannot be replaced now, and since when.
+func (o *outage) on() (since time.Time, on bool) {
+	s := o.is.Value()
+	return s.since, time.Now().Before(s.over)
+}
 
 // watch ends when ctx does.
 func (o *outage) watch(ctx context.Context, contact func() (source.Contact, <-chan struct{})) error {
@@ -44,12 +58,16 @@ func (o *outage) watch(ctx context.Context, contact func() (source.Contact, <-ch
 		switch {
 		case is == source.ContactAway:
 			o.failed = true
-			o.over.Store(away)
+			since, on := o.on()
+			if !on {
+				since = time.Now().Add(-noticed)
+			}
+			o.is.Store(span{since, away})
 		case is == source.ContactAnswers && o.failed:
 			o.failed = false
-			o.over.Store(time.Now().Add(outageGrace))
-		case is == source.ContactAnswers && o.over.Value().Equal(away):
-			o.over.Store(time.Time{})
+			o.is.Store(span{o.is.Value().since, time.Now().Add(outageGrace)})
+		case is == source.ContactAnswers && o.is.Value().over.Equal(away):
+			o.is.Store(span{})
 		}
 		select {
 		case <-ctx.Done():
@@ -69,12 +87,12 @@ type savedOutageState struct {
 
 // export is the outage, for a successor.
 func (o *outage) export() (saved []byte, changed <-chan struct{}) {
-	over, changed := o.over.Load()
+	is, changed := o.is.Load()
 	out := savedOutageState{Version: 1}
-	if over.Equal(away) {
+	if is.over.Equal(away) {
 		out.Failed = true
 	} else {
-		out.Over = over.UTC()
+		out.Over = is.over.UTC()
 	}
 	saved, err := json.Marshal(out)
 	if err != nil {
@@ -97,7 +115,7 @@ func (o *outage) load(saved []byte) error {
 	case in.Failed:
 		o.failed = true
 	case left > 0 && left <= outageGrace:
-		o.over.Store(in.Over)
+		o.is.Store(span{over: in.Over})
 	}
 	return nil
 }

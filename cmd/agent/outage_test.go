@@ -36,8 +36,8 @@ func TestOutageEndsAWhileAfterTheAPIServerIsBack(t *testing.T) {
 		is := func(want bool, when string) {
 			t.Helper()
 			synctest.Wait()
-			if o.on() != want {
-				t.Errorf("%s: outage %t, want %t", when, o.on(), want)
+			if _, on := o.on(); on != want {
+				t.Errorf("%s: outage %t, want %t", when, on, want)
 			}
 		}
 		is(true, "before the first answer")
@@ -90,18 +90,50 @@ func TestOutageIsRememberedOverARestart(t *testing.T) {
 		defer stop()
 		contact.Store(source.ContactAnswers)
 		synctest.Wait()
-		if !o.on() {
+		if _, on := o.on(); !on {
 			t.Error("the time that kubelets were given is forgotten")
 		}
 		time.Sleep(outageGrace - time.Minute)
-		if o.on() {
+		if _, on := o.on(); on {
 			t.Error("it is over later than it was")
 		}
 	})
 	for _, bad := range []string{"", "{}", `{"version":2}`, `{"version":1,"over":"9999-12-31T00:00:00Z"}`} {
 		o := newOutage()
-		if err := o.load([]byte(bad)); err == nil && !o.over.Value().Equal(away) {
+		if err := o.load([]byte(bad)); err == nil && o.is.Value() != (span{over: away}) {
 			t.Errorf("%s was taken", bad)
 		}
 	}
+}
+
+// TestOutagesBeginWhenTheyDo: a token that expired before the API server went away
+// could be replaced.
+func TestOutagesBeginWhenTheyDo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, contact, stop := watched(t, nil)
+		defer stop()
+		since := func(want time.Time, when string) {
+			t.Helper()
+			synctest.Wait()
+			if is, on := o.on(); !on || !is.Equal(want) {
+				t.Errorf("%s: since %v, %t; want %v", when, is, on, want)
+			}
+		}
+		since(time.Time{}, "before the first answer")
+		contact.Store(source.ContactAnswers)
+		time.Sleep(time.Hour)
+		began := time.Now().Add(-noticed)
+		contact.Store(source.ContactAway)
+		since(began, "away")
+		time.Sleep(time.Hour)
+		contact.Store(source.ContactAnswers)
+		since(began, "just back")
+		time.Sleep(outageGrace / 2)
+		contact.Store(source.ContactAway)
+		since(began, "away again, before every token was replaced")
+		contact.Store(source.ContactAnswers)
+		time.Sleep(outageGrace + time.Hour)
+		contact.Store(source.ContactAway)
+		since(time.Now().Add(-noticed), "another outage")
+	})
 }

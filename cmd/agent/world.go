@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/source"
@@ -30,8 +31,8 @@ type world struct {
 	keysErr func() error
 	// unknownKeys are for the authority to look for; nil where there are files.
 	unknownKeys func() ([]string, <-chan struct{})
-	// outage reports whether kubelet cannot replace tokens; nil: it always can.
-	outage func() bool
+	// outage reports whether kubelet cannot replace tokens, and since when; nil: it always can.
+	outage func() (since time.Time, on bool)
 	// exports are saved for a successor, by name.
 	exports map[string]export
 	// loops is further work.

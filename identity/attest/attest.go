@@ -125,10 +125,13 @@ type Config struct {
 	// leeway. Zero means DefaultSkew.
 	Skew time.Duration
 	// Outage reports whether tokens cannot be replaced at the moment, because the API
-	// server is away, or was until a moment ago. While it does, a token that was
-	// accepted before it expired stays good for a pod that is in the view; one that is
-	// first seen expired is refused. Nil: never. It is called often, and must be quick.
-	Outage func() bool
+	// server is away, or was until a moment ago, and since when; a zero since is not
+	// known, and as long as can be. While it does, a token that was accepted before it
+	// expired, and that did not expire before since, stays good for a pod that is in
+	// the view; one that is first seen expired is refused, and so is one that had
+	// expired already, for that one could be replaced. Nil: never. It is called often,
+	// and must be quick.
+	Outage func() (since time.Time, on bool)
 	// CacheSize is how many accepted tokens are remembered, at most. Zero means
 	// DefaultCacheSize.
 	CacheSize int
@@ -265,7 +268,7 @@ func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w i
 		if err == nil {
 			return w, until, true, nil
 		}
-		if !now.Before(p.expires) && a.outage() {
+		if !now.Before(p.expires) && a.held(p) {
 			// It cannot be verified from the start, and the pod may come back.
 			return w, until, true, err
 		}
@@ -290,7 +293,7 @@ func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w i
 func (a *Attestor) stillHolds(ctx context.Context, p *proof, now time.Time) (w identity.Workload, until time.Time, err error) {
 	until = p.expires
 	if !now.Before(until) {
-		if !a.outage() {
+		if !a.held(p) {
 			return w, time.Time{}, refuse(checkExpired, "since %s", p.expires.UTC().Format(time.RFC3339))
 		}
 		until = now.Add(outageStep)
@@ -305,18 +308,23 @@ func (a *Attestor) stillHolds(ctx context.Context, p *proof, now time.Time) (w i
 	return w, until, nil
 }
 
-// outage reports whether tokens cannot be replaced now.
-func (a *Attestor) outage() bool { return a.cfg.Outage != nil && a.cfg.Outage() }
+// held reports whether the token of p, once it has expired, is good all the same: it
+// could not be replaced from before that moment until now. What is remembered is not
+// swept, so a token may be presented that expired long ago.
+func (a *Attestor) held(p *proof) bool {
+	if a.cfg.Outage == nil {
+		return false
+	}
+	since, on := a.cfg.Outage()
+	return on && !p.expires.Before(since)
+}
 
 // hold says until when a stream may go on whose proof ends about now: only in an
 // outage, only for a token that was accepted before it expired, and never for long
 // without being asked again.
 func (a *Attestor) hold(ctx context.Context, token string) (until time.Time, err error) {
-	if !a.outage() {
-		return until, ErrProofExpires
-	}
 	p, ok := a.cache.lookup(sha256.Sum256([]byte(token)))
-	if !ok {
+	if !ok || !a.held(p) {
 		return until, ErrProofExpires
 	}
 	now := time.Now()

@@ -49,7 +49,8 @@
 // While the API server is away kubelet cannot replace tokens ([Config.Outage]). Then a
 // token that was accepted before it expired stays good, for its pod in the view and
 // under its key, until a while after the API server is back; its hash may be kept
-// over a restart ([Attestor.Export]). A token that is first seen expired is refused.
+// over a restart ([Attestor.Export]). A token that is first seen expired is refused,
+// and so is one that expired before the API server was away.
 //
 // [Gate] does this for gRPC servers: it takes the token from the metadata of each
 // RPC and ends streams before their proof does.

@@ -20,8 +20,8 @@ import (
 func TestOutageKeepsWhatWasProved(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var outage atomic.Bool
-		w := newWorld(t, func(c *attest.Config) { c.Outage = outage.Load })
+		var outage outage
+		w := newWorld(t, func(c *attest.Config) { c.Outage = outage.on })
 		used := w.issuer.Token(server, audience)
 		unused := w.issuer.Token(server, audience, attesttest.Claim("jti", "another"))
 		w.accept(t, used)
@@ -45,7 +45,7 @@ func TestOutageKeepsWhatWasProved(t *testing.T) {
 		// A successor knows it, also if it is started with what an outage left.
 		during, _ := w.Export()
 		for _, s := range [][]byte{saved, during} {
-			again := newWorld(t, func(c *attest.Config) { c.Outage, c.Keys, c.Pods = outage.Load, w.keys, w.pods })
+			again := newWorld(t, func(c *attest.Config) { c.Outage, c.Keys, c.Pods = outage.on, w.keys, w.pods })
 			if err := again.Load(s); err != nil {
 				t.Fatal(err)
 			}
@@ -53,7 +53,7 @@ func TestOutageKeepsWhatWasProved(t *testing.T) {
 			again.refuse(t, unused, attest.ErrRefused, "expired")
 		}
 		// Under another key of that ID it is nothing.
-		foreign := newWorld(t, func(c *attest.Config) { c.Outage, c.Pods = outage.Load, w.pods })
+		foreign := newWorld(t, func(c *attest.Config) { c.Outage, c.Pods = outage.on, w.pods })
 		if err := foreign.Load(saved); err != nil {
 			t.Fatal(err)
 		}
@@ -69,9 +69,53 @@ func TestOutageKeepsWhatWasProved(t *testing.T) {
 	})
 }
 
+// TestOutagesReviveNothing: a token that expired while it could be replaced is not
+// good again in a later outage, though it was accepted once and nobody has asked for
+// it since.
+func TestOutagesReviveNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var outage outage
+		w := newWorld(t, func(c *attest.Config) { c.Outage = outage.on })
+		old := w.issuer.Token(server, audience)
+		w.accept(t, old)
+		time.Sleep(time.Hour)
+		fresh := w.issuer.Token(server, audience)
+		w.accept(t, fresh)
+		outage.Store(true)
+		time.Sleep(time.Hour)
+		if s, _ := w.Export(); bytes.Count(s, []byte("podUID")) != 1 {
+			t.Errorf("more than the fresh token is saved: %s", s)
+		}
+		g := newGated(t, func(c *attest.GateConfig) { c.Attestor, c.Pods = w.Attestor, w.pods })
+		if _, _, err := g.stream(t, bearing(t.Context(), old), "Deaf"); status.Code(err) != codes.Unauthenticated {
+			t.Errorf("a stream with the old token: %v", err)
+		}
+		w.refuse(t, old, attest.ErrRefused, "expired")
+		w.accept(t, fresh)
+	})
+}
+
+// outage is on since it was stored; the zero outage never was.
+type outage struct{ since atomic.Pointer[time.Time] }
+
+func (o *outage) Store(on bool) {
+	o.since.Store(nil)
+	if now := time.Now(); on {
+		o.since.Store(&now)
+	}
+}
+
+func (o *outage) on() (since time.Time, on bool) {
+	if s := o.since.Load(); s != nil {
+		return *s, true
+	}
+	return since, false
+}
+
 func TestSavedProofsAreChecked(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, func(c *attest.Config) { c.Outage = func() bool { return true } })
+	w := newWorld(t, func(c *attest.Config) { c.Outage = func() (since time.Time, on bool) { return since, true } })
 	token := w.issuer.Token(server, audience)
 	w.accept(t, token)
 	saved, _ := w.Export()
@@ -92,8 +136,8 @@ func TestSavedProofsAreChecked(t *testing.T) {
 func TestOutageKeepsStreams(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var outage atomic.Bool
-		w := newWorld(t, func(c *attest.Config) { c.Outage = outage.Load })
+		var outage outage
+		w := newWorld(t, func(c *attest.Config) { c.Outage = outage.on })
 		g := newGated(t, func(c *attest.GateConfig) { c.Attestor, c.Pods = w.Attestor, w.pods })
 		ctx := bearing(t.Context(), w.issuer.Token(server, audience))
 		open := func() func() (string, error) {

@@ -35,13 +35,13 @@ type (
 const savedProofsVersion = 1
 
 // Export is what is remembered of accepted tokens, for a successor, and a channel
-// that is closed when more is. Without an outage those that have expired are left out.
+// that is closed when more is. Those that have expired are left out, unless an outage keeps them.
 func (a *Attestor) Export() (saved []byte, changed <-chan struct{}) {
 	_, changed = a.cache.changed.Load()
 	out := savedProofs{Version: savedProofsVersion, Proofs: []savedProof{}}
-	now, outage := time.Now(), a.outage()
+	now := time.Now()
 	a.cache.each(func(sum [sha256.Size]byte, p *proof) {
-		if !outage && !now.Before(p.expires) {
+		if !now.Before(p.expires) && !a.held(p) {
 			return
 		}
 		key, err := keyHash(p.key)
