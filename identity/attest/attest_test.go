@@ -298,6 +298,7 @@ func TestAttestRefusesByConfiguration(t *testing.T) {
 	tests := map[string]struct {
 		change func(*attest.Config)
 		edits  []attesttest.Edit
+		ahead  time.Duration // of the token's time of issue, when it is presented
 		want   error
 		text   string
 	}{
@@ -322,7 +323,7 @@ func TestAttestRefusesByConfiguration(t *testing.T) {
 		},
 		"an nbf over a shorter skew": {
 			change: func(c *attest.Config) { c.Skew = time.Second },
-			edits:  edits(attesttest.Issued(time.Now().Add(50 * time.Second))),
+			ahead:  50 * time.Second,
 			want:   attest.ErrRefused, text: "not_yet_valid",
 		},
 		"keys that cannot be had": {
@@ -342,6 +343,9 @@ func TestAttestRefusesByConfiguration(t *testing.T) {
 					tt.change(c)
 				}
 			})
+			if tt.ahead != 0 {
+				tt.edits = append(tt.edits, attesttest.Issued(time.Now().Add(tt.ahead)))
+			}
 			w.refuse(t, w.issuer.Token(server, audience, tt.edits...), tt.want, tt.text)
 		})
 	}
