@@ -87,6 +87,17 @@ func (c *cluster) notReady(says string) {
 	})
 }
 
+// in waits for the contact with the API server to be as it should.
+func (c *cluster) in(want source.Contact) {
+	c.t.Helper()
+	kubetest.Poll(c.t, fmt.Sprintf("contact %d", want), func() error {
+		if got, _ := c.Contact(); got != want {
+			return fmt.Errorf("contact %d", got)
+		}
+		return nil
+	})
+}
+
 // decide is the reason of the decision on a GET of a path for a workload of a
 // namespace with the label app: web.
 func (c *cluster) decide(namespace, path string) authz.Reason {
@@ -176,9 +187,7 @@ func TestClusterIsFollowed(t *testing.T) {
 	if got := c.decide("shop", "/"); got != authz.ReasonNoPolicies || c.Snapshot() != nil {
 		t.Errorf("without the types: %s", got)
 	}
-	if contact, _ := c.Contact(); contact != source.ContactAnswers {
-		t.Error("an API server that says that there is no such type is not away")
-	}
+	c.in(source.ContactAnswers) // one that says that there is no such type is not away
 	if age := c.age(); !(age > 1e300) {
 		t.Errorf("the age of nothing is %v, want +Inf", age)
 	}
@@ -243,12 +252,7 @@ func TestClusterIsFollowed(t *testing.T) {
 		t.Errorf("saved: /public is decided by %s", got)
 	}
 	again.notReady("stay in force")
-	kubetest.Poll(t, "the API server to be noticed as away", func() error {
-		if contact, _ := again.Contact(); contact != source.ContactAway {
-			return errors.New("it is not away")
-		}
-		return nil
-	})
+	again.in(source.ContactAway)
 	if age := again.age(); age <= 0 || age > 600 {
 		t.Errorf("the age of saved policies is %v", age)
 	}
@@ -258,8 +262,9 @@ func TestClusterIsFollowed(t *testing.T) {
 	}
 	k.APIServer.Start(t)
 	again.ready()
-	if contact, _ := again.Contact(); contact != source.ContactAnswers || again.age() != 0 {
-		t.Errorf("contact %d, age %v after the API server is back", contact, again.age())
+	again.in(source.ContactAnswers)
+	if age := again.age(); age != 0 {
+		t.Errorf("age %v after the API server is back", age)
 	}
 	if got := again.decide("shop", "/private"); got != authz.ReasonNoAllowRule {
 		t.Errorf("back again: /private is decided by %s", got)
@@ -523,9 +528,7 @@ subjects: [{kind: ServiceAccount, namespace: shop, name: reader}]
 	if got := c.decide("shop", "/public"); got != authz.ReasonNoPolicies {
 		t.Errorf("/public is decided by %s", got)
 	}
-	if contact, _ := c.Contact(); contact != source.ContactAnswers {
-		t.Error("an API server that forbids is not away")
-	}
+	c.in(source.ContactAnswers) // one that forbids is not away
 	k.ApplyYAML(t, `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
