@@ -238,6 +238,9 @@ func (s *standalone) as(ctx context.Context, i int) context.Context {
 }
 
 func fetch(ctx context.Context, conn *grpc.ClientConn, names ...string) (*discoveryv3.DiscoveryResponse, error) {
+	// A stream that stays open counts against the thousand of a connection.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	st, err := secretv3.NewSecretDiscoveryServiceClient(conn).StreamSecrets(ctx)
 	if err != nil {
 		return nil, err
