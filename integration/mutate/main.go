@@ -1,14 +1,19 @@
 // Command mutate changes the decision path of package authz in one place at a
 // time, runs that package's short tests on each change, and expects them to fail:
 //
-//	go run ./integration/mutate              all mutants
-//	go run ./integration/mutate -sample 40   one in forty, always the same
-//	go run ./integration/mutate -list        what would be changed
+//	go run ./integration/mutate                     all mutants
+//	go run ./integration/mutate -sample 40          one in forty, always the same
+//	go run ./integration/mutate -files nets.go      those of some files
+//	go run ./integration/mutate -survivors          those that survived when they were last run
+//	go run ./integration/mutate -list               what would be changed
 //
 // All mutants are compiled into one test program, in which $MUTANT chooses one, so
 // that a mutant costs a run and no build. A mutant that no test notices must stand
 // in survivors.txt with the reason why it is harmless; one that stands there and is
 // noticed, or does not exist any more, must be removed from it.
+//
+// What was found is kept in the folder for temporary files, under a digest of the
+// code and the tests, so that a run that was interrupted goes on where it was.
 //
 // # Trust
 //
@@ -61,6 +66,8 @@ func run(ctx context.Context, args []string) error {
 	keep := flags.String("keep", "", "leave the test program here, and run nothing")
 	list := flags.Bool("list", false, "list the mutants and run nothing")
 	parallel := flags.Int("j", 2, "how many to run at a time")
+	only := flags.String("files", "", "mutate these of the package's files, separated by commas")
+	again := flags.Bool("survivors", false, "run what survived when it was last run, under whichever tests")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -81,12 +88,19 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	known, err := openCache()
+	if err != nil {
+		return err
+	}
+	defer known.close()
 	var chosen []mutant
 	for i, m := range mutants {
-		if i%*sample == 0 {
+		file, _, _ := strings.Cut(m.at, ":")
+		if i%*sample == 0 && (*only == "" || slices.Contains(strings.Split(*only, ","), file)) && (!*again || known.survived[m.key]) {
 			chosen = append(chosen, m)
 		}
 	}
+	all := len(chosen) == len(mutants)
 	if *list {
 		for _, m := range chosen {
 			fmt.Println(m.id, m)
@@ -99,7 +113,7 @@ func run(ctx context.Context, args []string) error {
 		return fmt.Errorf("the tests fail without a mutant: %s", why)
 	}
 	began := time.Now()
-	caught, survived := tryAll(ctx, program, chosen, *parallel)
+	caught, survived := tryAll(ctx, program, chosen, *parallel, known)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -114,7 +128,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	var stale []string
 	for k := range excused {
-		if exists := slices.ContainsFunc(chosen, func(m mutant) bool { return m.key == k }); !seen[k] && (exists || *sample == 1) {
+		if exists := slices.ContainsFunc(chosen, func(m mutant) bool { return m.key == k }); !seen[k] && (exists || all) {
 			stale = append(stale, k)
 		}
 	}
@@ -131,7 +145,7 @@ func run(ctx context.Context, args []string) error {
 }
 
 // tryAll runs the tests on each mutant.
-func tryAll(ctx context.Context, program string, chosen []mutant, parallel int) (caught int, survived []mutant) {
+func tryAll(ctx context.Context, program string, chosen []mutant, parallel int, known *cache) (caught int, survived []mutant) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	next := 0
@@ -145,10 +159,18 @@ func tryAll(ctx context.Context, program string, chosen []mutant, parallel int) 
 				if i >= len(chosen) || ctx.Err() != nil {
 					return
 				}
-				why, err := try(ctx, program, chosen[i].id)
+				mu.Lock()
+				why, remembered := known.why[chosen[i].key]
+				mu.Unlock()
+				var err error
+				if !remembered {
+					why, err = try(ctx, program, chosen[i].id)
+				}
 				mu.Lock()
 				if err != nil {
 					fmt.Fprintf(os.Stderr, "mutate: %s: %v\n", chosen[i], err)
+				} else if !remembered && ctx.Err() == nil {
+					known.add(chosen[i].key, why)
 				}
 				if err != nil || why == "" {
 					survived = append(survived, chosen[i])
@@ -169,10 +191,15 @@ func tryAll(ctx context.Context, program string, chosen []mutant, parallel int) 
 // do not live to see the others. What reads policies and complains about them is no
 // decision.
 var stages = [][]string{
-	{"-test.run", "^(Test|Fuzz)", "-test.skip", "Admission|Lint|Schema|Parse|TestDecideAgrees|TestUpdateDecides|TestForStays"},
+	{"-test.run", quick},
 	{"-test.run", "TestDecideAgrees"},
+	{"-test.run", "^(Test|Fuzz)", "-test.skip", quick + "|Admission|Lint|Schema|Parse(Problems|Reads|IsBounded)|FuzzParse|TestDecideAgrees|TestUpdateDecides|TestForStays"},
 	{"-test.run", "TestUpdateDecides|TestForStays"},
 }
+
+// quick are the tests that take less than a tenth of a second each.
+const quick = "TestCorpus|InEveryShape|TestPeerMode|TestTemplatesTake|TestParseIPv4|TestForShares|TestAfter|TestNothingDenies|TestAsEnvoy|" +
+	"TestWhatChanged|TestAThousand|^TestUpdate$|TestUpdateKeeps|FuzzHeaders|FuzzTemplates"
 
 // try says why the tests fail on a mutant, or nothing if they pass.
 func try(ctx context.Context, program string, id int) (why string, err error) {
@@ -200,7 +227,7 @@ func tryStage(ctx context.Context, program string, id int, tests []string) (why 
 		return "", nil
 	case ctx.Err() == context.DeadlineExceeded:
 		return "the tests hang", nil
-	case errors.As(err, &exit):
+	case errors.As(err, &exit) && exit.Exited(): // one that somebody killed has noticed nothing
 		return firstFailure(string(out)), nil
 	}
 	return "", err
