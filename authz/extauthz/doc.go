@@ -24,15 +24,24 @@
 // RPC, for an error, which failure_mode_allow would turn into an open door. A denial
 // is status PermissionDenied, HTTP 403 and the body that Istio gives, or
 // Unauthenticated and 401 for a token that was not verified, and says nothing of
-// the policies to the client. A CUSTOM policy that matches denies, with a reason
-// of its own: this version asks no extension provider. Decision, kind, policy, rule and reason
+// the policies to the client. Decision, kind, policy, rule and reason
 // are in dynamic_metadata, for the proxy's own access log; the log of this
 // process has a record "check denied". Paths are logged without their query,
 // which may hold secrets.
 //
-// What cannot be read, contradicts itself or makes the code panic is denied.
-// Bytes that are no CheckRequest at all never get here: gRPC answers with an
-// error, and the proxy must be configured to deny on errors.
+// What cannot be read, contradicts itself or makes the code panic is denied, and so
+// are bytes that are no CheckRequest. Where gRPC itself fails, the proxy must be
+// configured to deny on errors.
+//
+// # Steps
+//
+// A check goes from bytes to bytes ([Server.Answer]; [Codec] has gRPC hand them
+// over): its message is read, the caller's program is found, tokens are verified
+// where the proxy did not ([Tokens]), the program decides, a CUSTOM policy that
+// matches has its provider asked and then the program goes on ([Providers]), and
+// what was decided is handed on ([Records]). Without those three a token that the
+// proxy did not verify denies, a CUSTOM policy that matches denies, and nobody gets
+// records.
 //
 // # Trust
 //

@@ -23,8 +23,13 @@ const (
 	// ReasonDestination: the destination address is not the calling pod's.
 	ReasonDestination authz.Reason = "destination-address"
 	// ReasonNotAsked: a CUSTOM policy has an extension provider that must be
-	// asked, and this version asks nobody.
+	// asked, and nobody is configured who could.
 	ReasonNotAsked authz.Reason = "provider-not-asked"
+	// ReasonProviderDenied: the extension provider of a CUSTOM policy denied.
+	ReasonProviderDenied authz.Reason = "provider-denied"
+	// ReasonProviderFailed: the extension provider of a CUSTOM policy gave no
+	// answer that can be relied on.
+	ReasonProviderFailed authz.Reason = "provider-failed"
 	// ReasonInternal: a defect of this program.
 	ReasonInternal authz.Reason = "internal"
 )

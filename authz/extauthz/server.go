@@ -9,25 +9,18 @@ import (
 	"net/netip"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"time"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
-	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/prometheus/client_golang/prometheus"
-	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/identity"
-)
-
-// deniedBody and tokenBody are what Istio's sidecars answer with.
-const (
-	deniedBody = "RBAC: access denied"
-	tokenBody  = "Jwt verification fails"
 )
 
 // Config is what [New] needs.
@@ -36,6 +29,14 @@ type Config struct {
 	// must be safe for concurrent use. While it returns nil everything is denied.
 	// It is required.
 	Snapshot func() *authz.Snapshot
+	// Tokens verifies tokens where the proxy did not; nil: a request that has one
+	// where a RequestAuthentication looks for it is then denied.
+	Tokens Tokens
+	// Providers are asked where a CUSTOM policy matches; nil: such a request is
+	// denied.
+	Providers Providers
+	// Records takes every answer that is given; nil: nobody does.
+	Records Records
 	// Log gets a record for each denial, at level info; nil discards.
 	Log *slog.Logger
 	// Metrics is where metrics are registered; nil registers none.
@@ -44,13 +45,18 @@ type Config struct {
 
 // Server answers checks. It is safe for concurrent use.
 type Server struct {
-	snapshot func() *authz.Snapshot
-	log      *slog.Logger
-	metrics  *metrics
-	peers    peers
-	// allowed is the answer to every check that is allowed. It is shared, and
-	// so never changed.
-	allowed *authv3.CheckResponse
+	snapshot  func() *authz.Snapshot
+	tokens    Tokens
+	providers Providers
+	records   Records
+	log       *slog.Logger
+	metrics   *metrics
+	peers     peers
+	checks    sync.Pool // of *check
+	allowed   *answer
+	// info and handler are what interceptors get.
+	info    *grpc.UnaryServerInfo
+	handler grpc.UnaryHandler
 }
 
 // New makes a Server.
@@ -65,50 +71,104 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("registering metrics of the ext_authz service: %w", err)
 	}
-	return &Server{snapshot: cfg.Snapshot, log: cfg.Log, metrics: m, allowed: &authv3.CheckResponse{
-		Status:       &statuspb.Status{Code: int32(codes.OK)},
-		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: &authv3.OkHttpResponse{}},
-	}}, nil
+	s := &Server{
+		snapshot: cfg.Snapshot, tokens: cfg.Tokens, providers: cfg.Providers, records: cfg.Records,
+		log: cfg.Log, metrics: m, allowed: encode(allowed(nil, nil)),
+	}
+	s.checks.New = func() any { return new(check) }
+	s.info = &grpc.UnaryServerInfo{Server: s, FullMethod: authv3.Authorization_Check_FullMethodName}
+	s.handler = func(ctx context.Context, m any) (any, error) { return s.answer(ctx, m.(*message).bytes()) }
+	return s, nil
 }
 
-// Register registers the service. The registrar's interceptors have to put the
-// proven caller into the context of each RPC, as identity/attest.Gate does.
-func (s *Server) Register(r grpc.ServiceRegistrar) { authv3.RegisterAuthorizationServer(r, s) }
+// Register registers the service at a server that was made with [Codec]. The
+// server's interceptors have to put the proven caller into the context of each RPC,
+// as identity/attest.Gate does; they cannot see what is in its messages.
+func (s *Server) Register(r grpc.ServiceRegistrar) {
+	r.RegisterService(&grpc.ServiceDesc{
+		ServiceName: authv3.Authorization_ServiceDesc.ServiceName,
+		HandlerType: (*any)(nil),
+		Metadata:    authv3.Authorization_ServiceDesc.Metadata,
+		Methods:     []grpc.MethodDesc{{MethodName: "Check", Handler: serve}},
+	}, s)
+}
 
-// Check answers one check; the caller is taken from ctx. Its only error is
-// Unauthenticated, for a ctx without a proven caller. The answer must not be
-// changed.
-func (s *Server) Check(ctx context.Context, r *authv3.CheckRequest) (answer *authv3.CheckResponse, err error) {
+// serve is the handler of the method Check.
+func serve(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+	s, m := srv.(*Server), new(message)
+	defer m.free()
+	if err := decode(m); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return s.handler(ctx, m)
+	}
+	return interceptor(ctx, m, s.info, s.handler)
+}
+
+// Answer answers one check: a CheckRequest in bytes by a CheckResponse in bytes,
+// which must not be changed. The caller is taken from ctx. Its only error is
+// Unauthenticated, for a ctx without a proven caller.
+func (s *Server) Answer(ctx context.Context, message []byte) (response []byte, err error) {
+	a, err := s.answer(ctx, message)
+	if err != nil {
+		return nil, err
+	}
+	return a.bytes, nil
+}
+
+// check is one check while it is answered. It is used again.
+type check struct {
+	Record
+	request authz.Request
+	asked   [2]string // behind Record.Asked
+	// What is passed on to the proxy if the answer is the provider's, or allows.
+	verified Verified
+	passed   []*authv3.CheckResponse
+	denied   *authv3.CheckResponse
+	labels   map[string]string // that the request claims for its destination
+}
+
+func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {
 	caller, ok := identity.CallerFrom(ctx)
 	if !ok || caller.Workload.IsZero() {
 		s.metrics.unproven.Inc()
 		return nil, status.Error(codes.Unauthenticated, "the caller did not prove which pod it is")
 	}
-	start := time.Now()
+	c := s.checks.Get().(*check)
+	c.Record = Record{Time: time.Now(), Workload: &caller.Workload, Message: message, Request: &c.request}
+	c.Asked = c.asked[:0]
 	defer func() {
 		if v := recover(); v != nil {
 			s.metrics.panics.Inc()
 			s.log.Error("check panicked", "pod_uid", caller.Workload.PodUID, "err", fmt.Sprint(v), "stack", string(debug.Stack()))
+			// c may be anything now; it is not used again.
 			d := authz.Decision{Rule: -1, Reason: ReasonInternal}
-			s.metrics.answered(d, time.Since(start))
-			answer, err = denied(d), nil
+			s.metrics.answered(d, 0)
+			a, err = encode(denied(d, "")), nil
 		}
 	}()
-	var req authz.Request
-	d, why := s.decide(&caller.Workload, r, &req)
-	s.metrics.answered(d, time.Since(start))
-	if d.Allowed {
-		return s.allowed, nil
+	s.decide(ctx, c)
+	a = s.encode(c)
+	c.Took = time.Since(c.Time)
+	s.metrics.answered(c.Decision, c.Took)
+	if !c.Decision.Allowed {
+		s.logDenied(ctx, c)
 	}
-	s.logDenied(ctx, &caller.Workload, r, &req, d, why)
-	return denied(d), nil
+	if s.records != nil {
+		s.records.Add(&c.Record)
+	}
+	*c = check{}
+	s.checks.Put(c)
+	return a, nil
 }
 
-// decide fills req and decides. why is set where no policy was asked.
-func (s *Server) decide(w *identity.Workload, r *authv3.CheckRequest, req *authz.Request) (d authz.Decision, why error) {
-	dst, err := s.peers.read(r, req)
+// decide takes a check through its steps: read the message, verify tokens, decide,
+// ask providers.
+func (s *Server) decide(ctx context.Context, c *check) {
+	dst, err := s.read(c)
 	if err == nil {
-		err = checkDestination(w, dst)
+		err = checkDestination(c.Workload, dst)
 	}
 	if err != nil {
 		reason := ReasonInternal
@@ -116,17 +176,67 @@ func (s *Server) decide(w *identity.Workload, r *authv3.CheckRequest, req *authz
 		if errors.As(err, &re) {
 			reason = re.Reason
 		}
-		return authz.Decision{Rule: -1, Reason: reason}, err
+		c.Decision, c.Err = authz.Decision{Rule: -1, Reason: reason}, err
+		return
 	}
-	if labels := r.GetAttributes().GetDestination().GetLabels(); len(labels) > 0 && !maps.Equal(labels, w.Labels) {
+	if len(c.labels) > 0 && !maps.Equal(c.labels, c.Workload.Labels) {
 		s.metrics.labels.Inc()
 	}
-	if d = s.snapshot().For(*w).Decide(req); d.Ask {
-		// Nobody is asked, so nobody has allowed.
-		d.Ask, d.Allowed, d.Reason = false, false, ReasonNotAsked
-		return d, errors.New("a CUSTOM policy wants an extension provider to be asked, which this version does not do")
+	c.Snapshot = s.snapshot()
+	c.Program = c.Snapshot.For(*c.Workload)
+	if s.tokens != nil && c.request.HTTP && c.request.Claims == nil && hasTokenRules(c.Program) {
+		c.verified = s.tokens.Claims(ctx, c.Program, &c.request)
+		c.Err = c.verified.Err
 	}
-	return d, nil
+	c.Decision = c.Program.Decide(&c.request)
+	for c.Decision.Ask {
+		s.ask(ctx, c)
+	}
+}
+
+// ask has the provider asked that the decision names. Afterwards the decision asks
+// for another, or for none.
+func (s *Server) ask(ctx context.Context, c *check) {
+	d := c.Decision
+	deny := func(reason authz.Reason, err error) {
+		d.Ask, d.Allowed, d.Reason = false, false, reason
+		c.Decision, c.Err = d, err
+	}
+	if s.providers == nil {
+		deny(ReasonNotAsked, errors.New("a CUSTOM policy wants an extension provider to be asked, and none is configured"))
+		return
+	}
+	c.Asked = append(c.Asked, d.Provider)
+	switch a, err := s.providers.Ask(ctx, d.Provider, c.Message); {
+	case err != nil:
+		deny(ReasonProviderFailed, fmt.Errorf("asking extension provider %s: %w", d.Provider, err))
+	case !a.Allowed:
+		c.denied = a.Response
+		deny(ReasonProviderDenied, nil)
+	default:
+		if a.Response != nil {
+			c.passed = append(c.passed, a.Response)
+		}
+		c.Decision = c.Program.After(d, &c.request)
+	}
+}
+
+func hasTokenRules(p *authz.Program) bool {
+	for range p.TokenRules() {
+		return true
+	}
+	return false
+}
+
+// read reads the message into the request. dst is the destination's address, invalid
+// where there is none.
+func (s *Server) read(c *check) (dst netip.Addr, err error) {
+	var r authv3.CheckRequest
+	if err := proto.Unmarshal(c.Message, &r); err != nil {
+		return dst, malformed("its bytes are no CheckRequest")
+	}
+	c.labels = r.GetAttributes().GetDestination().GetLabels()
+	return s.peers.read(&r, &c.request)
 }
 
 // checkDestination refuses an address that the calling pod cannot have.
@@ -140,42 +250,26 @@ func checkDestination(w *identity.Workload, dst netip.Addr) error {
 	return &RequestError{ReasonDestination, "the destination address is not one of the calling pod"}
 }
 
-func denied(d authz.Decision) *authv3.CheckResponse {
-	code, httpCode, body := codes.PermissionDenied, typev3.StatusCode_Forbidden, deniedBody
-	if d.Reason == authz.ReasonTokenRefused || d.Reason == authz.ReasonTokenForeign {
-		code, httpCode, body = codes.Unauthenticated, typev3.StatusCode_Unauthorized, tokenBody
-	}
-	return &authv3.CheckResponse{
-		Status: &statuspb.Status{Code: int32(code)},
-		HttpResponse: &authv3.CheckResponse_DeniedResponse{DeniedResponse: &authv3.DeniedHttpResponse{
-			Status: &typev3.HttpStatus{Code: httpCode},
-			Body:   body,
-		}},
-		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{
-			"decision": structpb.NewStringValue(d.Verdict()),
-			"kind":     structpb.NewStringValue(d.Kind),
-			"policy":   structpb.NewStringValue(d.Policy),
-			"rule":     structpb.NewNumberValue(float64(d.Rule)),
-			"reason":   structpb.NewStringValue(string(d.Reason)),
-		}},
-	}
-}
-
-func (s *Server) logDenied(ctx context.Context, w *identity.Workload, r *authv3.CheckRequest, req *authz.Request, d authz.Decision, why error) {
+func (s *Server) logDenied(ctx context.Context, c *check) {
 	if !s.log.Enabled(ctx, slog.LevelInfo) {
 		return
 	}
+	d := c.Decision
+	// Names that are not known for certain are cut off too; the message may be
+	// malformed, so it tells as much as it can.
+	var r authv3.CheckRequest
+	_ = proto.Unmarshal(c.Message, &r)
 	source := r.GetAttributes().GetSource().GetPrincipal()
 	if len(source) > maxPrincipal {
 		source = source[:maxPrincipal] + "…"
 	}
-	method, path := req.Method, req.Path
-	if why != nil { // req may be half filled
+	method, path := c.request.Method, c.request.Path
+	if c.Program == nil { // the request may be half filled
 		h := r.GetAttributes().GetRequest().GetHttp()
 		method, path = []byte(h.GetMethod()), []byte(h.GetPath())
 	}
 	attrs := []slog.Attr{
-		slog.String("pod_uid", w.PodUID),
+		slog.String("pod_uid", c.Workload.PodUID),
 		slog.String("spiffe_id", source),
 		slog.String("method", logged(method)),
 		slog.String("path", logged(path)),
@@ -184,8 +278,8 @@ func (s *Server) logDenied(ctx context.Context, w *identity.Workload, r *authv3.
 		slog.Int("rule", d.Rule),
 		slog.String("reason", string(d.Reason)),
 	}
-	if why != nil {
-		attrs = append(attrs, slog.Any("err", why))
+	if c.Err != nil {
+		attrs = append(attrs, slog.Any("err", c.Err))
 	} else {
 		attrs = append(attrs, slog.String("text", d.Text()))
 	}

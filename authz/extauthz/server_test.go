@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
@@ -51,7 +52,7 @@ spec: {action: CUSTOM, provider: {name: opa}, rules: [{to: [{operation: {paths: 
 	if n := w.metric("signet_extauthz_checks_total", "deny", "AuthorizationPolicy", "provider-not-asked"); n != 1 {
 		t.Errorf("%v denied checks counted; want 1", n)
 	}
-	if log := w.log.String(); !strings.Contains(log, "default/ask") || !strings.Contains(log, "which this version does not do") {
+	if log := w.log.String(); !strings.Contains(log, "default/ask") || !strings.Contains(log, "none is configured") {
 		t.Errorf("the log does not say why: %s", log)
 	}
 }
@@ -280,7 +281,7 @@ func TestPeersAreRemembered(t *testing.T) {
 // serve serves w on l, with callers that are pod, and returns a client.
 func serve(t testing.TB, s *extauthz.Server, pod *identity.Workload, l net.Listener, dial func(context.Context, string) (net.Conn, error)) authv3.AuthorizationClient {
 	t.Helper()
-	g := grpc.NewServer(grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	g := grpc.NewServer(grpc.ForceServerCodecV2(extauthz.Codec()), grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 		if pod != nil {
 			ctx = identity.WithCaller(ctx, identity.Caller{Workload: *pod})
 		}
@@ -401,9 +402,13 @@ func BenchmarkCheck(b *testing.B) {
 	}{{"allow", request}, {"deny", refused}} {
 		b.Run("process/"+c.name, func(b *testing.B) {
 			ctx := as(server)
+			message, err := proto.Marshal(c.r)
+			if err != nil {
+				b.Fatal(err)
+			}
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := s.Check(ctx, c.r); err != nil {
+				if _, err := s.Answer(ctx, message); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -195,15 +195,46 @@ func (b *buffer) String() string {
 
 func newWorld(t testing.TB, snapshot func() *authz.Snapshot) *world {
 	t.Helper()
+	return newWorldWith(t, extauthz.Config{Snapshot: snapshot})
+}
+
+func newWorldWith(t testing.TB, cfg extauthz.Config) *world {
+	t.Helper()
 	w := &world{t: t, log: &buffer{}, reg: prometheus.NewPedanticRegistry()}
+	cfg.Log, cfg.Metrics = slog.New(slog.NewTextHandler(w.log, nil)), w.reg
 	var err error
-	w.Server, err = extauthz.New(extauthz.Config{
-		Snapshot: snapshot, Log: slog.New(slog.NewTextHandler(w.log, nil)), Metrics: w.reg,
-	})
-	if err != nil {
+	if w.Server, err = extauthz.New(cfg); err != nil {
 		t.Fatal(err)
 	}
 	return w
+}
+
+// Check is Answer on messages.
+func (w *world) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	w.t.Helper()
+	return answerTo(w.t, w.Server, ctx, r)
+}
+
+func answerTo(t testing.TB, s *extauthz.Server, ctx context.Context, r *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	t.Helper()
+	b, err := proto.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answerToBytes(t, s, ctx, b)
+}
+
+func answerToBytes(t testing.TB, s *extauthz.Server, ctx context.Context, b []byte) (*authv3.CheckResponse, error) {
+	t.Helper()
+	b, err := s.Answer(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	a := new(authv3.CheckResponse)
+	if err := proto.Unmarshal(b, a); err != nil {
+		t.Fatalf("the answer is no CheckResponse: %v", err)
+	}
+	return a, nil
 }
 
 func fixed(s *authz.Snapshot) func() *authz.Snapshot { return func() *authz.Snapshot { return s } }
