@@ -45,7 +45,7 @@ type standalone struct {
 	// What a test may change before the programs start.
 	ca     string   // another program in the place of signet-ca
 	caYAML string   // more of signet-ca's configuration
-	caEnv  []string // more of its environment
+	env    []string // more of the programs' environment
 	before func()   // called when the configuration is there
 }
 
@@ -136,9 +136,7 @@ func (s *standalone) launch(program string) {
 		path = s.ca
 	}
 	p := &process{cmd: exec.Command(path, "serve", "--config", filepath.Join(s.dir, program+".yaml")), done: make(chan struct{})}
-	if program == "signet-ca" {
-		p.cmd.Env = append(os.Environ(), s.caEnv...)
-	}
+	p.cmd.Env = append(os.Environ(), s.env...)
 	p.cmd.Stderr = &p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)

@@ -43,19 +43,19 @@ func newKubeCA(tb testing.TB, bin string, c *kubetest.Cluster, more string) *kub
 func prepareKubeCA(tb testing.TB, bin string, c *kubetest.Cluster, more string) *kubeCA {
 	tb.Helper()
 	c.Apply(tb, "../deploy/manifests")
-	return kubeCAWith(tb, bin, c, c.Kubeconfig(tb, c.As(tb, "signet-system", "signet-ca")), more)
+	return kubeCAWith(tb, bin, c, "kubeconfig: "+c.Kubeconfig(tb, c.As(tb, "signet-system", "signet-ca")), more)
 }
 
-// kubeCAWith is prepareKubeCA with a kubeconfig.
-func kubeCAWith(tb testing.TB, bin string, c *kubetest.Cluster, kubeconfig, more string) *kubeCA {
+// kubeCAWith is prepareKubeCA with more of what the configuration says of Kubernetes.
+func kubeCAWith(tb testing.TB, bin string, c *kubetest.Cluster, kubernetes, more string) *kubeCA {
 	tb.Helper()
 	k := &kubeCA{cluster: c, standalone: &standalone{tb: tb, bin: bin, dir: tb.TempDir(), ca: filepath.Join(bin, "signet-ca"), caAddr: freeAddr(tb),
 		http: map[string]string{"signet-ca": freeAddr(tb)}, procs: map[string]*process{}}}
 	if err := os.Mkdir(filepath.Join(k.dir, "ca"), 0o700); err != nil {
 		tb.Fatal(err)
 	}
-	k.write("signet-ca.yaml", fmt.Sprintf("dataDir: %s/ca\nlisten: %s\ndnsNames: [localhost]\nhttp: {listen: %q}\nkubernetes: {enabled: true, kubeconfig: %s}\n%s",
-		k.dir, k.caAddr, k.http["signet-ca"], kubeconfig, more))
+	k.write("signet-ca.yaml", fmt.Sprintf("dataDir: %s/ca\nlisten: %s\ndnsNames: [localhost]\nhttp: {listen: %q}\nkubernetes: {enabled: true, %s}\n%s",
+		k.dir, k.caAddr, k.http["signet-ca"], kubernetes, more))
 	return k
 }
 

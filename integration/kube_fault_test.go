@@ -344,7 +344,7 @@ func TestWatchFaults(t *testing.T) {
 	c.Apply(t, "../deploy/manifests")
 	cfg := c.As(t, "signet-system", "signet-ca")
 	cfg.Host = p.url
-	k := kubeCAWith(t, bin, c, p.kubeconfig(t, c, cfg.BearerToken), "")
+	k := kubeCAWith(t, bin, c, "kubeconfig: "+p.kubeconfig(t, c, cfg.BearerToken), "")
 	c.Node(t, "node-a")
 	k.start("signet-ca")
 	roots := k.roots()

@@ -219,7 +219,7 @@ func TestAuthorityUsesExactlyItsPermissions(t *testing.T) {
 	// Once more, as with an API server that does not stream lists.
 	k.stop("signet-ca", syscall.SIGTERM)
 	t.Log("starting again without streamed lists")
-	k.caEnv = []string{"KUBE_FEATURE_WatchListClient=false"}
+	k.env = []string{"KUBE_FEATURE_WatchListClient=false"}
 	k.start("signet-ca")
 	again := k.attested(roots, c.Pod(t, kubetest.PodSpec{Namespace: "signet-system", ServiceAccount: "signet-agent", Node: "node-a", Name: "second"}))
 	again.mustIssue(t, byPodUID(string(web.UID)), "spiffe://cluster.local/ns/shop/sa/web")

@@ -109,7 +109,7 @@ func pkcs11Program(tb testing.TB) string {
 
 func onToken(tok *token, program string, kinds ...string) func(*standalone) {
 	return func(s *standalone) {
-		s.ca, s.caEnv = program, tok.env
+		s.ca, s.env = program, tok.env
 		s.caYAML = "authority:\n  keys:\n"
 		for _, k := range kinds {
 			s.caYAML += fmt.Sprintf("    %s: %q\n", k, tok.uri())
@@ -241,7 +241,7 @@ func (s *standalone) refuses(t *testing.T) string {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.ca, "serve", "--config", filepath.Join(s.dir, "signet-ca.yaml"))
-	cmd.Env = append(os.Environ(), s.caEnv...)
+	cmd.Env = append(os.Environ(), s.env...)
 	out, err := cmd.CombinedOutput()
 	if err == nil || ctx.Err() != nil {
 		t.Errorf("it started: %v\n%s", err, out)

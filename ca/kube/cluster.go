@@ -19,15 +19,14 @@ import (
 	coordinationv1 "k8s.io/client-go/kubernetes/typed/coordination/v1"
 	corev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
 
 // Config says which cluster, and what to do there.
 type Config struct {
-	// Kubeconfig is the file that says where the API server is and with which
-	// credentials to speak to it. Empty means those of the pod that this runs in.
-	Kubeconfig string
+	// REST says where the API server is, and as whom to speak to it. Required; it is
+	// not changed.
+	REST *rest.Config
 	// Namespace is that of the installation: the Lease and the ConfigMap are in it.
 	// Required.
 	Namespace string
@@ -60,7 +59,10 @@ type Cluster struct {
 // Open prepares everything and contacts nobody: an API server that is away is
 // waited for in Run.
 func Open(cfg Config) (*Cluster, error) {
-	if cfg.Namespace == "" {
+	switch {
+	case cfg.REST == nil:
+		return nil, errors.New("connecting to Kubernetes: no API server is configured")
+	case cfg.Namespace == "":
 		return nil, errors.New("connecting to Kubernetes: the namespace of the installation is required")
 	}
 	if cfg.Log == nil {
@@ -73,35 +75,18 @@ func Open(cfg Config) (*Cluster, error) {
 		}
 		cfg.Name = name
 	}
-	rc, err := credentials(cfg.Kubeconfig)
-	if err != nil {
-		return nil, fmt.Errorf("connecting to Kubernetes: %w", err)
-	}
-	c := &Cluster{cfg: cfg, log: cfg.Log, rest: rc}
-	if err := c.connect(); err != nil {
-		return nil, fmt.Errorf("connecting to Kubernetes at %s: %w", rc.Host, err)
-	}
-	return c, nil
-}
-
-// credentials reads a kubeconfig, or what Kubernetes puts into every pod.
-func credentials(kubeconfig string) (*rest.Config, error) {
-	var rc *rest.Config
-	var err error
-	if kubeconfig == "" {
-		if rc, err = rest.InClusterConfig(); err != nil {
-			return nil, fmt.Errorf("no kubeconfig is configured and this is no pod with a service account: %w", err)
-		}
-	} else if rc, err = clientcmd.BuildConfigFromFlags("", kubeconfig); err != nil {
-		return nil, fmt.Errorf("reading kubeconfig %s: %w", kubeconfig, err)
-	}
+	rc := rest.CopyConfig(cfg.REST)
 	rc.UserAgent = "signet-ca"
 	rc.ContentType = "application/vnd.kubernetes.protobuf"
 	rc.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
 	// Everything here is bounded where it begins; the API server has its own
 	// priorities for the rest.
 	rc.QPS, rc.Burst = 200, 400
-	return rc, nil
+	c := &Cluster{cfg: cfg, log: cfg.Log, rest: rc}
+	if err := c.connect(); err != nil {
+		return nil, fmt.Errorf("connecting to Kubernetes at %s: %w", rc.Host, err)
+	}
+	return c, nil
 }
 
 func (c *Cluster) connect() error {

@@ -40,6 +40,8 @@ type config struct {
 		// Kubeconfig says where the API server is and with which credentials; empty:
 		// those of the pod.
 		Kubeconfig string `yaml:"kubeconfig"`
+		// ServiceAccountDir is where the pod finds those.
+		ServiceAccountDir string `yaml:"serviceAccountDir"`
 	} `yaml:"kubernetes"`
 	// Tokens says how proxies' tokens are verified. Without JWKSFile the authority
 	// hands over the keys.
@@ -72,6 +74,7 @@ func defaults() config {
 	c.StateDir = "/run/signet-agent"
 	c.CA.Addresses = []string{"signet-ca.signet-system.svc:8443"}
 	c.CA.TokenFile = "/var/run/secrets/tokens/signet-ca"
+	c.Kubernetes.ServiceAccountDir = run.ServiceAccountDir
 	c.Tokens.Audience = "signet"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
 	c.Policies.RootNamespace = "istio-system"

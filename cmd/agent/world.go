@@ -14,8 +14,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
 
@@ -56,10 +54,11 @@ func (c config) world(saved *saved, td spiffeid.TrustDomain, log *slog.Logger, r
 		w.policies, err = source.OpenFolder(source.Config{Dir: c.Policies.Dir, Options: options, Log: log, Metrics: reg})
 		return w, err
 	}
-	api, err := credentials(c.Kubernetes.Kubeconfig)
+	api, err := run.APIServer(c.Kubernetes.Kubeconfig, c.Kubernetes.ServiceAccountDir)
 	if err != nil {
-		return world{}, fmt.Errorf("connecting to Kubernetes: %w", err)
+		return world{}, err
 	}
+	api.UserAgent = "signet-agent"
 	// client-go logs through klog; what it says goes where ours goes.
 	klog.SetSlogLogger(log)
 	cluster, err := source.NewCluster(source.ClusterConfig{REST: api, Options: options, Saved: saved.state.Extra[savedPolicies], Log: log, Metrics: reg})
@@ -113,19 +112,4 @@ func take(ctx context.Context, client *caclient.Client, keys *attest.Handed, log
 		case <-changed:
 		}
 	}
-}
-
-// credentials reads a kubeconfig, or what Kubernetes puts into every pod.
-func credentials(kubeconfig string) (*rest.Config, error) {
-	var c *rest.Config
-	var err error
-	if kubeconfig == "" {
-		if c, err = rest.InClusterConfig(); err != nil {
-			return nil, fmt.Errorf("kubernetes.kubeconfig is empty and this is no pod with a service account: %w", err)
-		}
-	} else if c, err = clientcmd.BuildConfigFromFlags("", kubeconfig); err != nil {
-		return nil, fmt.Errorf("kubernetes.kubeconfig: reading %s: %w", kubeconfig, err)
-	}
-	c.UserAgent = "signet-agent"
-	return c, nil
 }

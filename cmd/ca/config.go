@@ -55,6 +55,8 @@ type config struct {
 		// Kubeconfig says where the API server is. Empty: the pod's own service
 		// account.
 		Kubeconfig string `yaml:"kubeconfig"`
+		// ServiceAccountDir is where the pod finds its service account's credentials.
+		ServiceAccountDir string `yaml:"serviceAccountDir"`
 		// Namespace of the installation, for the Lease and the ConfigMap.
 		Namespace string `yaml:"namespace"`
 		// ReviewWorkloads has the API server asked about workloads' tokens too.
@@ -117,7 +119,7 @@ func defaults() config {
 	c.SVID.AcceptedKeys = []string{ca.KeyP256, ca.KeyP384, ca.KeyP521, ca.KeyEd25519, ca.KeyRSA}
 	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
-	c.Kubernetes.Namespace = "signet-system"
+	c.Kubernetes.Namespace, c.Kubernetes.ServiceAccountDir = "signet-system", run.ServiceAccountDir
 	c.Agents.ServiceAccounts = []string{"signet-system/signet-agent"}
 	c.Agents.TokenEvery = 24 * time.Hour
 	c.IssuanceLog.HeadInterval, c.IssuanceLog.Retention = 10*time.Second, 90*24*time.Hour

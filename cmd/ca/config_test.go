@@ -68,7 +68,7 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"Kubernetes without a namespace":     {"kubernetes: {enabled: true, namespace: \"\"}\n", "name the namespace"},
 		"a kubeconfig for nothing":           {withKeys(t) + "kubernetes: {kubeconfig: /x}\n", "but not kubernetes.enabled"},
 		"Kubernetes where there is none":     {"kubernetes: {enabled: true}\n", "this is no pod"},
-		"a kubeconfig that is not there":     {"kubernetes: {enabled: true, kubeconfig: /nonexistent}\n", "reading kubeconfig"},
+		"a kubeconfig that is not there":     {"kubernetes: {enabled: true, kubeconfig: /nonexistent}\n", "kubernetes.kubeconfig: reading"},
 		"log of an unknown format":           {withKeys(t) + "log: {format: xml}\n", "log.format"},
 		"log of an unknown level":            {withKeys(t) + "log: {level: loud}\n", "log.level"},
 		"SVIDs that live too short":          {withKeys(t) + "svid: {ttl: 1s}\n", "svid.minTTL"},

@@ -65,7 +65,11 @@ func (c config) world(log *slog.Logger, reg prometheus.Registerer) (world, error
 
 // cluster is a world that Kubernetes tells.
 func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg prometheus.Registerer) (world, error) {
-	k, err := kube.Open(kube.Config{Kubeconfig: c.Kubernetes.Kubeconfig, Namespace: c.Kubernetes.Namespace,
+	api, err := run.APIServer(c.Kubernetes.Kubeconfig, c.Kubernetes.ServiceAccountDir)
+	if err != nil {
+		return world{}, err
+	}
+	k, err := kube.Open(kube.Config{REST: api, Namespace: c.Kubernetes.Namespace,
 		Issuer: c.Tokens.Issuer, Log: log, Metrics: reg})
 	if err != nil {
 		return world{}, err
