@@ -20,15 +20,24 @@ func (v *view) claim(c *claimTest) truth {
 	return c.value(descend(v.Claims, c.path), true, true)
 }
 
-// descend is the value at a path of keys, or nil.
+// hidden reports whether a value is there and not known.
+func hidden(v *structpb.Value) bool { return v != nil && v.Kind == nil }
+
+// textual reports whether a value is text, or hidden and so may be.
+func textual(v *structpb.Value) bool {
+	_, ok := v.GetKind().(*structpb.Value_StringValue)
+	return ok || hidden(v)
+}
+
+// descend is the value at a path of keys, or nil. It is hidden if one on the way is.
 func descend(s *structpb.Struct, path []string) *structpb.Value {
 	var v *structpb.Value
 	for i, k := range path {
 		if i > 0 {
 			s = v.GetStructValue()
 		}
-		if v = s.GetFields()[k]; v == nil {
-			return nil
+		if v = s.GetFields()[k]; v == nil || hidden(v) {
+			return v
 		}
 	}
 	return v
@@ -36,6 +45,9 @@ func descend(s *structpb.Struct, path []string) *structpb.Value {
 
 // value holds a value against the patterns, as text, as a list, or both.
 func (p *patterns) value(v *structpb.Value, text, list bool) truth {
+	if hidden(v) {
+		return maybe
+	}
 	switch k := v.GetKind().(type) {
 	case *structpb.Value_StringValue:
 		if text {
@@ -46,6 +58,8 @@ func (p *patterns) value(v *structpb.Value, text, list bool) truth {
 		for _, e := range k.ListValue.GetValues() {
 			if s, ok := e.GetKind().(*structpb.Value_StringValue); ok && list {
 				best = max(best, p.match(bytesOf(s.StringValue)))
+			} else if hidden(e) && list {
+				best = max(best, maybe)
 			}
 		}
 		return best
@@ -101,14 +115,13 @@ func (v *view) identity(t identityTest) truth {
 		return maybe
 	}
 	f := v.Claims.GetFields()
-	iss, ok1 := f["iss"].GetKind().(*structpb.Value_StringValue)
-	sub, ok2 := f["sub"].GetKind().(*structpb.Value_StringValue)
-	if !ok1 || !ok2 {
+	iss, sub := f["iss"], f["sub"]
+	if !textual(iss) || !textual(sub) {
 		return no
 	}
 	best := no
 	for i := range t {
-		best = max(best, min(t[i].issuer.match(bytesOf(iss.StringValue)), t[i].subject.match(bytesOf(sub.StringValue))))
+		best = max(best, min(t[i].issuer.value(iss, true, false), t[i].subject.value(sub, true, false)))
 	}
 	return best
 }

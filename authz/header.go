@@ -19,6 +19,9 @@ func (v *view) header(h *headerTest) truth {
 	case ":method":
 		return v.text(FieldMethod, v.Method, h.patterns)
 	case ":path":
+		if v.QueryHidden {
+			return maybe
+		}
 		return v.text(FieldPath, v.Path, h.patterns) // with its query
 	case ":authority", "host": // to Envoy the two are one
 		return v.text(FieldHost, v.Host, h.patterns)
@@ -134,7 +137,7 @@ func (v *view) joinedHeader(h *headerTest) truth {
 		default:
 			all = append(append(all, ','), hd.Value...)
 		}
-		unclear = unclear || hd.Form == HeaderUnclear
+		unclear = unclear || hd.Form >= HeaderUnclear
 	}
 	switch {
 	case found == 0:
@@ -158,7 +161,7 @@ func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
 		if headers[i].Name != "x-forwarded-for" {
 			continue
 		}
-		if headers[i].Form == HeaderUnclear {
+		if headers[i].Form >= HeaderUnclear {
 			return netip.Addr{}, false, false
 		}
 		values++

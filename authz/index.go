@@ -861,6 +861,10 @@ func (q *search) branch(g *branch) {
 			return
 		}
 		value := descend(v.Claims, g.path)
+		if hidden(value) || slices.ContainsFunc(value.GetListValue().GetValues(), hidden) {
+			q.try(g.all)
+			return
+		}
 		// Also an empty text: "ISSUER/" is a principal with an empty subject.
 		if s, ok := value.GetKind().(*structpb.Value_StringValue); ok {
 			q.text(g, bytesOf(s.StringValue))

@@ -151,6 +151,9 @@ func (t *tokenRule) present(v *view) truth {
 		if h.Name == "cookie" && len(t.cookies) > 0 && hasCookie(h.Value, t.cookies) {
 			return yes
 		}
+		if h.Form == HeaderHidden && t.looksAt(h.Name) {
+			best = maybe
+		}
 	}
 	if len(t.params) > 0 {
 		// A path that is not known byte by byte still shows its parameters.
@@ -162,6 +165,12 @@ func (t *tokenRule) present(v *view) truth {
 		}
 	}
 	return best
+}
+
+// looksAt reports whether the rule looks for tokens in a header.
+func (t *tokenRule) looksAt(name string) bool {
+	return name == "cookie" && len(t.cookies) > 0 ||
+		slices.ContainsFunc(t.headers, func(at tokenHeader) bool { return at.name == name })
 }
 
 func hasCookie(header []byte, names []string) bool {

@@ -62,6 +62,9 @@ const (
 	// HeaderUnclear is a header that is there with a value that is not known, as
 	// where a proxy has replaced bytes.
 	HeaderUnclear
+	// HeaderHidden is a header that is there, of whose value no more is known than
+	// what Value holds, as in a record that does not show it.
+	HeaderHidden
 )
 
 // Header is one header of a request.
@@ -122,6 +125,9 @@ type Request struct {
 	// is known to stand in it, where only some bytes were replaced: tokens are
 	// looked for there.
 	Path []byte
+	// QueryHidden says that the values in the query of Path, and its fragment, are
+	// not those of the request; the names of its parameters are. So it is in a record.
+	QueryHidden bool
 	// Host is :authority (HTTP/1: Host), with its port if it has one. nil means
 	// that there is none, empty that it is present without a value.
 	Host []byte
@@ -129,11 +135,13 @@ type Request struct {
 	// and host are not looked at; Method, Path and Host are.
 	Headers []Header
 	// Claims is the payload of the token that the proxy verified, as jwt_authn
-	// writes it into metadata under "payload"; nil if none was verified. It is
-	// read, never changed.
+	// writes it into metadata under "payload"; nil if none was verified. A value of
+	// no kind (the zero Value) is one that is not known, as in a record that does
+	// not show it. It is read, never changed.
 	Claims *structpb.Struct
 	// Metadata is the dynamic metadata of Envoy's filters by the name of the
 	// filter, as "envoy.filters.network.mysql_proxy", for the conditions
-	// experimental.envoy.filters.*. It is read, never changed.
+	// experimental.envoy.filters.*. Values of no kind are as in Claims. It is read,
+	// never changed.
 	Metadata map[string]*structpb.Struct
 }

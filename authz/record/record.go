@@ -1,0 +1,99 @@
+package record
+
+import (
+	"time"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/identity"
+)
+
+// Version is that of the records that this package writes. A change of what a
+// record means is another version; the one before stays readable.
+const Version = 1
+
+// Record is one decision and what it rests on.
+type Record struct {
+	// Time is when the check came, in UTC.
+	Time time.Time
+	// Workload is the destination of the request, which the policies were chosen
+	// for: its namespace and service account, its pod with its UID, its node and its
+	// labels.
+	Workload identity.Workload
+	// Request is what was decided about, but for what a record does not show: see
+	// [Shown]. Replayed it may be unknown where it once was known, never the other
+	// way round.
+	Request authz.Request
+	// Unread says that the request could not be read, or was refused before any
+	// policy was asked. Request then has what could be read of it, for people; it
+	// cannot be replayed.
+	Unread bool
+	// Allowed is what was answered.
+	Allowed bool
+	// Kind, Policy, Rule and Reason are those of [authz.Decision], or, where a
+	// provider decided, of the rule that it was asked for.
+	Kind, Policy string
+	Rule         int
+	Reason       authz.Reason
+	// Audited is what [authz.Decision.Audited] says, or nil.
+	Audited *authz.Match
+	// DryRuns are what [authz.Decision.DryRuns] says.
+	DryRuns []authz.DryRun
+	// Answers are those of the providers that were asked, in order.
+	Answers []Answer
+	// Generation is the number of the snapshot of policies; 0 where there is none.
+	Generation uint64
+	// Latency is how long the check took, without the transport.
+	Latency time.Duration
+	// RequestID and TraceID are the request's x-request-id and the trace of its
+	// traceparent, or empty.
+	RequestID, TraceID string
+}
+
+// Answer is what an extension provider said.
+type Answer struct {
+	// Provider is its name, Policy ("NAMESPACE/NAME") and Rule are what it was asked
+	// for.
+	Provider string
+	Policy   string
+	Rule     int
+	// Allowed is its answer; one that did not answer has not allowed.
+	Allowed bool
+	// Reason is why it did not allow, or empty.
+	Reason authz.Reason
+	// Latency is how long it took.
+	Latency time.Duration
+}
+
+// Replay decides about the record's request by p, which may be of other policies
+// than those that decided: p is [authz.Snapshot.For] of the record's Workload.
+// Providers answer as they have answered. A decision that still asks is one about a
+// provider that was not asked then: what it would say nobody knows. ok is false for
+// a record that cannot be replayed; no policy changes what was decided there.
+func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
+	if r.Unread {
+		return authz.Decision{Kind: r.Kind, Policy: r.Policy, Rule: r.Rule, Reason: r.Reason}, false
+	}
+	d = p.Decide(&r.Request)
+	for d.Ask {
+		a := r.answer(d.Provider)
+		switch {
+		case a == nil:
+			return d, true
+		case !a.Allowed:
+			d.Ask, d.Allowed, d.Reason = false, false, a.Reason
+			return d, true
+		}
+		d = p.After(d, &r.Request)
+	}
+	return d, true
+}
+
+// answer is that of a provider, or nil if it was not asked.
+func (r *Record) answer(provider string) *Answer {
+	for i := range r.Answers {
+		if r.Answers[i].Provider == provider {
+			return &r.Answers[i]
+		}
+	}
+	return nil
+}
