@@ -31,7 +31,7 @@ func outcome(d authz.Decision) string {
 // asked decides, where providers answer; those that say nothing are refused.
 func asked(p *authz.Program, r *authz.Request, answer func(provider string) bool) (d authz.Decision, answers []record.Answer) {
 	for d = p.Decide(r); d.Ask; d = p.After(d, r) {
-		a := record.Answer{Provider: d.Provider, Policy: d.Policy, Rule: d.Rule, Allowed: answer(d.Provider)}
+		a := record.Answer{Provider: d.Provider, Allowed: answer(d.Provider)}
 		if !a.Allowed {
 			a.Reason = "provider-denied"
 		}

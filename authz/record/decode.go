@@ -63,12 +63,9 @@ type wireDryRun struct {
 }
 
 type wireAnswer struct {
-	Provider  string       `json:"provider"`
-	Policy    string       `json:"policy"`
-	Rule      int          `json:"rule"`
-	Allowed   bool         `json:"allowed"`
-	Reason    authz.Reason `json:"reason"`
-	LatencyNs int64        `json:"latencyNs"`
+	Provider string       `json:"provider"`
+	Allowed  bool         `json:"allowed"`
+	Reason   authz.Reason `json:"reason"`
 }
 
 type wireRequest struct {
@@ -204,7 +201,7 @@ func decode(line []byte) (r Record, err error) {
 		r.DryRuns = append(r.DryRuns, out)
 	}
 	for _, a := range w.Providers {
-		r.Answers = append(r.Answers, Answer{Provider: a.Provider, Policy: a.Policy, Rule: a.Rule, Allowed: a.Allowed, Reason: a.Reason, Latency: time.Duration(a.LatencyNs)})
+		r.Answers = append(r.Answers, Answer(a))
 	}
 	err = w.Request.read(&r.Request)
 	return r, err

@@ -121,11 +121,8 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 			e.comma()
 			e.open()
 			e.text("provider", a.Provider)
-			e.text("policy", a.Policy)
-			e.number("rule", int64(a.Rule))
 			e.flag("allowed", a.Allowed)
 			e.text("reason", string(a.Reason))
-			e.number("latencyNs", int64(a.Latency))
 			e.close()
 		}
 		e.end()

@@ -51,17 +51,12 @@ type Record struct {
 
 // Answer is what an extension provider said.
 type Answer struct {
-	// Provider is its name, Policy ("NAMESPACE/NAME") and Rule are what it was asked
-	// for.
+	// Provider is its name.
 	Provider string
-	Policy   string
-	Rule     int
 	// Allowed is its answer; one that did not answer has not allowed.
 	Allowed bool
 	// Reason is why it did not allow, or empty.
 	Reason authz.Reason
-	// Latency is how long it took.
-	Latency time.Duration
 }
 
 // Replay decides about the record's request by p, which may be of other policies

@@ -54,8 +54,7 @@ func sample() record.Record {
 		Audited: &authz.Match{Policy: "istio-system/audit", Certain: true},
 		DryRuns: []authz.DryRun{{Action: authz.ActionDeny, Allowed: true, Match: authz.Match{Rule: -1, Certain: true}},
 			{Action: authz.ActionAllow, Match: authz.Match{Policy: "shop/next", Rule: 2}}},
-		Answers: []record.Answer{{Provider: "opa", Policy: "shop/ask", Allowed: true, Latency: 3 * time.Millisecond},
-			{Provider: "slow", Policy: "shop/ask-too", Rule: 1, Reason: "provider-failed", Latency: time.Second}},
+		Answers:    []record.Answer{{Provider: "opa", Allowed: true}, {Provider: "slow", Reason: "provider-failed"}},
 		Generation: 42, Latency: 1234 * time.Microsecond, RequestID: "f3c1", TraceID: "4bf92f3577b34da6a3ce929d0e0e4736",
 	}
 }
