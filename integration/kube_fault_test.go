@@ -1,6 +1,7 @@
 package integration_test
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -375,14 +376,40 @@ func TestWatchFaults(t *testing.T) {
 			t.Logf("%d requests were answered with 410 Gone", n)
 		}
 	})
-	t.Run("a gap without bookmarks", func(t *testing.T) {
-		// Objects of other kinds move the resource version on, no bookmark says so,
-		// and then the watch breaks.
-		for i := range 50 {
+	t.Run("bookmark gaps", func(t *testing.T) {
+		gone := c.Pod(t, kubetest.PodSpec{Namespace: "shop", ServiceAccount: "unmarked", Node: "node-a"})
+		agent.mustIssue(t, byPodUID(string(gone.UID)), "spiffe://cluster.local/ns/shop/sa/unmarked")
+		p.noBookmarks.Store(true)
+		p.cut()
+		p.watching(t)
+		marks, expired := p.bookmarks.Load(), p.reallyOld.Load()
+		// Objects of other kinds move the resource version on, and no bookmark says so.
+		for i := range 20 {
 			c.Namespace(t, fmt.Sprintf("gap-%d", i))
 		}
+		k.seesNewPod(t, agent, "unmarked-too")
+		p.hold.Store(true)
 		p.cut()
+		c.DeletePod(t, gone) // while nothing is watched: it must not be missed
+		// An API server that begins anew has no events from before, so that the
+		// version which the authority has, the one of its last pod, is too old for it.
+		c.APIServer.Kill(t)
+		c.APIServer.Start(t)
+		p.hold.Store(false)
+		agent.refusedItem(t, byPodUID(string(gone.UID)), capb.Refusal_CODE_UNKNOWN_WORKLOAD)
 		k.seesNewPod(t, agent, "gap")
+		p.watching(t)
+		if n := p.bookmarks.Load() - marks; n != 0 {
+			t.Errorf("%d bookmarks passed", n)
+		}
+		if n := p.reallyOld.Load() - expired; n == 0 {
+			t.Error("the API server found no watch of pods too old: nothing was proved")
+		} else {
+			t.Logf("no bookmarks; the API server found %d watches of pods too old", n)
+		}
+		if marks == 0 {
+			t.Error("there were no bookmarks before either: they are not recognised")
+		}
 	})
 	t.Run("pods are seen two seconds late", func(t *testing.T) {
 		p.lag.Store(int64(2 * time.Second))
@@ -401,12 +428,7 @@ func TestWatchFaults(t *testing.T) {
 // again, and then the SVID.
 func (k *kubeCA) lagging(t *testing.T, agent *simAgent, p *watchProxy) time.Duration {
 	t.Helper()
-	kubetest.Poll(t, "the pods' watch to begin again", func() error {
-		if p.watches.Load() < 3 {
-			return errors.New("not yet")
-		}
-		return nil
-	})
+	p.watching(t)
 	pod := k.cluster.Pod(t, kubetest.PodSpec{Namespace: "shop", ServiceAccount: "late", Node: "node-a"})
 	token := k.cluster.Token(t, pod, "signet", time.Hour)
 	began, retried := time.Now(), 0
@@ -442,6 +464,10 @@ type watchProxy struct {
 	lag     atomic.Int64 // nanoseconds by which watches that begin lag
 	watches atomic.Int64 // watches that are open
 
+	noBookmarks atomic.Bool  // as an API server that knows none
+	bookmarks   atomic.Int64 // bookmarks that passed
+	reallyOld   atomic.Int64 // watches of pods that the API server itself found too old
+
 	mu   sync.Mutex
 	open map[net.Conn]struct{} // guarded by mu
 	ca   []byte
@@ -459,9 +485,17 @@ func newWatchProxy(t *testing.T, c *kubetest.Cluster) *watchProxy {
 		Transport:    &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, ForceAttemptHTTP2: true},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
 		ModifyResponse: func(r *http.Response) error {
-			if d := time.Duration(p.lag.Load()); d > 0 && r.Request.URL.Query().Get("watch") != "" {
+			if r.Request.URL.Query().Get("watch") == "" {
+				return nil
+			}
+			if d := time.Duration(p.lag.Load()); d > 0 {
 				r.Body = &lagged{r.Body, d}
 			}
+			counts := []*count{{text: []byte("BOOKMARK"), n: &p.bookmarks}}
+			if r.Request.URL.Path == "/api/v1/pods" {
+				counts = append(counts, &count{text: []byte("too old resource version"), n: &p.reallyOld})
+			}
+			r.Body = &counted{r.Body, counts}
 			return nil
 		},
 	}
@@ -473,6 +507,18 @@ func newWatchProxy(t *testing.T, c *kubetest.Cluster) *watchProxy {
 				time.Sleep(5 * time.Millisecond)
 			}
 			if r.URL.Query().Get("watch") != "" {
+				if p.noBookmarks.Load() {
+					q := r.URL.Query()
+					if q.Get("sendInitialEvents") != "" {
+						// A list that is streamed ends with a bookmark.
+						w.Header().Set("Content-Type", "application/json")
+						w.WriteHeader(http.StatusUnprocessableEntity)
+						fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"sendInitialEvents is forbidden","reason":"Invalid","code":422}`)
+						return
+					}
+					q.Del("allowWatchBookmarks")
+					r.URL.RawQuery = q.Encode()
+				}
 				if p.tooOld.Add(-1) >= 0 {
 					p.expired.Add(1)
 					w.Header().Set("Content-Type", "application/json")
@@ -506,6 +552,17 @@ func newWatchProxy(t *testing.T, c *kubetest.Cluster) *watchProxy {
 	return p
 }
 
+// watching waits until pods, nodes and service accounts are watched.
+func (p *watchProxy) watching(t *testing.T) {
+	t.Helper()
+	kubetest.Poll(t, "the watches to begin again", func() error {
+		if p.watches.Load() < 3 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+}
+
 // cut breaks every connection, in the middle of whatever is on it.
 func (p *watchProxy) cut() {
 	p.mu.Lock()
@@ -525,6 +582,29 @@ func (l *lagged) Read(b []byte) (int, error) {
 	n, err := l.ReadCloser.Read(b)
 	if n > 0 {
 		time.Sleep(l.by)
+	}
+	return n, err
+}
+
+// counted is a body in which texts are counted, in whatever pieces they come.
+type counted struct {
+	io.ReadCloser
+	counts []*count
+}
+
+type count struct {
+	text []byte
+	end  []byte // of what was read
+	n    *atomic.Int64
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.ReadCloser.Read(b)
+	for _, c := range c.counts {
+		all := append(c.end, b[:n]...)
+		c.n.Add(int64(bytes.Count(all, c.text)))
+		// Too short to hold the text once more.
+		c.end = bytes.Clone(all[max(0, len(all)-len(c.text)+1):])
 	}
 	return n, err
 }
