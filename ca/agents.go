@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 )
 
@@ -96,13 +95,14 @@ func (as *agents) lookup(serial []byte) (*agent, bool) {
 	return r, ok
 }
 
-// alive checks that what the SVID was issued on still holds: its pod is there, on
-// the same node. The node's UID is compared where both sides know it.
-func (r *agent) alive(pods *identity.Pods, now time.Time) error {
-	if !now.Before(r.NotAfter) {
+// alive checks that what the agent's SVID was issued on still holds: its pod is
+// there, on the same node, under an account that agents may have. The node's UID is
+// compared where both sides know it.
+func (a *Authority) alive(r *agent) error {
+	if !time.Now().Before(r.NotAfter) {
 		return fmt.Errorf("agent SVID %x expired at %s", r.serial, r.NotAfter.Format(time.RFC3339))
 	}
-	w, ok := pods.Lookup(r.PodUID)
+	w, ok := a.cfg.Pods.Lookup(r.PodUID)
 	switch {
 	case !ok:
 		return fmt.Errorf("agent pod %s of SVID %x is gone", r.PodUID, r.serial)
@@ -110,6 +110,8 @@ func (r *agent) alive(pods *identity.Pods, now time.Time) error {
 		return fmt.Errorf("agent pod %s of SVID %x is on node %s, not %s", r.PodUID, r.serial, w.Node, r.Node)
 	case w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID:
 		return fmt.Errorf("node %s of agent SVID %x was replaced", r.Node, r.serial)
+	case !a.cfg.Agents.Allows(w):
+		return fmt.Errorf("service account %s/%s of agent SVID %x is not on the list of agents' accounts (any more)", w.Namespace, w.ServiceAccount, r.serial)
 	}
 	return nil
 }

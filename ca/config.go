@@ -21,6 +21,13 @@ type Attestor interface {
 	Attest(ctx context.Context, e attest.Evidence) (w identity.Workload, until time.Time, err error)
 }
 
+// AgentAttestor verifies agents' tokens, and knows which accounts agents run under.
+type AgentAttestor interface {
+	Attestor
+	// Allows reports whether w runs under an account whose tokens are accepted.
+	Allows(w identity.Workload) bool
+}
+
 // TokenKeys knows the keys of the issuer of workloads' tokens.
 type TokenKeys interface {
 	// Published is what is known now, to be handed to agents, and a channel that is
@@ -68,8 +75,9 @@ type Config struct {
 	// Pods is the authority's own view of the pods that are alive. Required.
 	Pods *identity.Pods
 	// Agents verifies an agent's token: audience signet-ca, an account on the
-	// allow-list. Required.
-	Agents Attestor
+	// allow-list. An agent whose account was taken off the list is none from then on,
+	// whatever its SVID says. Required.
+	Agents AgentAttestor
 	// Workloads verifies a workload's token: audience signet. Required.
 	Workloads Attestor
 	// TokenKeys are handed to agents, which verify their proxies' tokens with them;

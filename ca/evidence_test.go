@@ -254,6 +254,26 @@ func TestOnlyALiveAgentIsServed(t *testing.T) {
 		other.forget(entries[0].Key)
 		refused(t, other.dial(cert), codes.PermissionDenied)
 	})
+	t.Run("an agent whose account was taken off the list", func(t *testing.T) {
+		other := newWorld(t)
+		c, cert := other.attest(agentA)
+		if _, err := issue(t, c, item(t, byUID(server.PodUID))); err != nil {
+			t.Fatal(err)
+		}
+		renew := func(r *capb.AttestRequest) {
+			r.Evidence = &capb.AttestRequest_Renewal{Renewal: &capb.Renewal{}}
+		}
+		if _, err := other.tryAttest(c, renew); err != nil {
+			t.Fatal(err)
+		}
+		other.close()
+		other.cfg.Agents = other.attestor("signet-ca", "signet-system/other")
+		other.open()
+		refused(t, other.dial(cert), codes.PermissionDenied)
+		if _, err := other.tryAttest(other.dial(cert), renew); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("renewal: %v", err)
+		}
+	})
 	t.Run("an agent whose pod is gone, while its streams are open", func(t *testing.T) {
 		s, err := a.WatchNode(t.Context(), &capb.WatchNodeRequest{})
 		if err != nil {

@@ -62,6 +62,8 @@ func OpenOffline(ctx context.Context, cfg Config) (*Offline, error) {
 // nobody attests nobody.
 type nobody struct{}
 
+func (nobody) Allows(identity.Workload) bool { return false }
+
 func (nobody) Attest(context.Context, attest.Evidence) (identity.Workload, time.Time, error) {
 	return identity.Workload{}, time.Time{}, attest.ErrUnavailable
 }

@@ -151,7 +151,7 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 	if !ok || r.Node != node {
 		return refuse(fmt.Errorf("%s is not on record", id))
 	}
-	if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+	if err := a.alive(r); err != nil {
 		return refuse(err)
 	}
 	return r, nil
@@ -208,7 +208,7 @@ func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, conte
 	go func() {
 		for {
 			_, changed := a.cfg.Pods.OnNode(r.Node)
-			if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+			if err := a.alive(r); err != nil {
 				cancelCause(err)
 				return
 			}
@@ -551,7 +551,7 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	}
 	// Again, and last: the stream ends when the agent's pod or node goes, but what
 	// is under way then must not be issued.
-	if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+	if err := a.alive(r); err != nil {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_OTHER_NODE, public: "the agent's pod or node is gone", err: err}
 	}
 	c.podUID = w.PodUID
@@ -704,7 +704,7 @@ func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerS
 		pods, changed := a.cfg.Pods.OnNode(r.Node)
 		// The stream ends when the agent's pod or node goes, but perhaps only after
 		// this round: the pods could be those of a new node with the same name.
-		if err := r.alive(a.cfg.Pods, time.Now()); err != nil {
+		if err := a.alive(r); err != nil {
 			return status.Error(codes.Unauthenticated, err.Error())
 		}
 		m := &capb.WatchNodeResponse{NodeUid: r.NodeUID, Full: full}

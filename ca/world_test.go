@@ -63,6 +63,8 @@ type world struct {
 	server *grpc.Server
 	stop   context.CancelFunc
 	done   chan struct{}
+	// attestor verifies tokens for an audience, of these accounts; of none: of all.
+	attestor func(audience string, accounts ...string) *attest.Attestor
 }
 
 // config is a world's configuration; edits change it before anything is opened.
@@ -74,7 +76,7 @@ func newWorld(t testing.TB, edits ...func(*ca.Config)) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	attestor := func(audience string, accounts ...string) *attest.Attestor {
+	w.attestor = func(audience string, accounts ...string) *attest.Attestor {
 		a, err := attest.New(attest.Config{Issuer: w.issuer.URL(), Audience: audience, Keys: keys, Pods: w.pods,
 			ServiceAccounts: accounts, AnyServiceAccount: len(accounts) == 0})
 		if err != nil {
@@ -85,7 +87,7 @@ func newWorld(t testing.TB, edits ...func(*ca.Config)) *world {
 	dir := filepath.Join(t.TempDir(), "data")
 	mkdir(t, dir, 0o700)
 	w.cfg = ca.Config{TrustDomain: td, DataDir: dir, DNSNames: []string{"localhost"}, Pods: w.pods,
-		Agents: attestor("signet-ca", "signet-system/signet-agent"), Workloads: attestor("signet"), Log: slog.New(slog.DiscardHandler)}
+		Agents: w.attestor("signet-ca", "signet-system/signet-agent"), Workloads: w.attestor("signet"), Log: slog.New(slog.DiscardHandler)}
 	for _, e := range edits {
 		e(&w.cfg)
 	}

@@ -44,6 +44,8 @@ type Attestor struct {
 	c      *Cluster
 	cfg    attest.Config
 	review bool
+	// checked is cfg with the issuer and the keys of nobody.
+	checked *attest.Attestor
 
 	mu      sync.Mutex
 	offline *attest.Attestor // guarded by mu; nil until the issuer is known
@@ -61,11 +63,15 @@ func (c *Cluster) Attestor(cfg attest.Config, review bool) (*Attestor, error) {
 	// What is wrong with the configuration is told now; the issuer comes later.
 	try := cfg
 	try.Issuer, try.Metrics = "https://kubernetes.default.svc", nil
-	if _, err := attest.New(try); err != nil {
+	checked, err := attest.New(try)
+	if err != nil {
 		return nil, err
 	}
-	return &Attestor{c: c, cfg: cfg, review: review}, nil
+	return &Attestor{c: c, cfg: cfg, review: review, checked: checked}, nil
 }
+
+// Allows reports whether w runs under a service account whose tokens are accepted.
+func (a *Attestor) Allows(w identity.Workload) bool { return a.checked.Allows(w) }
 
 // Attest says which workload the evidence proves, and until when. Errors are those
 // of [attest.Attestor.Attest]; while the API server's keys are not known yet, or

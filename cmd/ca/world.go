@@ -16,11 +16,12 @@ import (
 
 // world is where pods and their proofs come from: Kubernetes, or the configuration.
 type world struct {
-	pods              *identity.Pods
-	agents, workloads ca.Attestor
+	pods      *identity.Pods
+	agents    ca.AgentAttestor
+	workloads ca.Attestor
 	// attestor makes another verifier of tokens over the same pods and keys. Where
 	// there is an API server, reviewed has it asked, too.
-	attestor func(c attest.Config, reviewed bool) (ca.Attestor, error)
+	attestor func(c attest.Config, reviewed bool) (ca.AgentAttestor, error)
 	// tokenKeys are handed to agents.
 	tokenKeys ca.TokenKeys
 	// ready is nil once the world is known, else why it is not.
@@ -52,7 +53,7 @@ func (c config) world(log *slog.Logger, reg prometheus.Registerer) (world, error
 	}
 	w := world{pods: pods, tokenKeys: keys, ready: keys.Err, synced: func(context.Context) error { return nil },
 		loops: func(*ca.Authority) []run.Job { return nil }}
-	w.attestor = func(a attest.Config, _ bool) (ca.Attestor, error) {
+	w.attestor = func(a attest.Config, _ bool) (ca.AgentAttestor, error) {
 		a.Issuer, a.Keys, a.Pods = c.Tokens.Issuer, keys, pods
 		return attest.New(a)
 	}
@@ -75,7 +76,7 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 		return world{}, err
 	}
 	w := world{pods: k.Pods(), tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced, putSecret: k.PutTLSSecret}
-	w.attestor = func(a attest.Config, reviewed bool) (ca.Attestor, error) {
+	w.attestor = func(a attest.Config, reviewed bool) (ca.AgentAttestor, error) {
 		at, err := k.Attestor(a, reviewed)
 		if err != nil {
 			return nil, err

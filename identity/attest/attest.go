@@ -337,6 +337,15 @@ func (a *Attestor) hold(ctx context.Context, token string) (until time.Time, err
 	return until, nil
 }
 
+// Allows reports whether w runs under a service account whose tokens are accepted.
+func (a *Attestor) Allows(w identity.Workload) bool {
+	if a.allowed == nil {
+		return true
+	}
+	_, ok := a.allowed[w.Namespace+"/"+w.ServiceAccount]
+	return ok
+}
+
 // place finds the pod that a token names in the view of the pods.
 func (a *Attestor) place(p *proof) (w identity.Workload, err error) {
 	if a.allowed != nil {

@@ -46,11 +46,11 @@ var mutants = []mutant{
 	{"pods do not follow a replaced node or account", "ca/kube/view.go", "u.known[n] = string(o.UID)\n\tu.v.settle(maps.Keys(u.users[n]))", "u.known[n] = string(o.UID)"},
 	// What an agent may obtain.
 	{"agents obtain pods of any node", "ca/service.go", `if w.Node != r.Node || w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID {`, `if false {`},
-	{"nobody looks at the agent again at the end", "ca/service.go", "// is under way then must not be issued.\n\tif err := r.alive(a.cfg.Pods, time.Now()); err != nil {", "// is under way then must not be issued.\n\tif err := error(nil); err != nil {"},
+	{"nobody looks at the agent again at the end", "ca/service.go", "// is under way then must not be issued.\n\tif err := a.alive(r); err != nil {", "// is under way then must not be issued.\n\tif err := error(nil); err != nil {"},
 	{"unknown pods are issued", "ca/service.go", `if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok {`, `if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok && false {`},
 	{"agents outlive their pods", "ca/agents.go", `case !ok:`, "case !ok:\n\t\treturn nil\n\tcase false:"},
 	{"agents outlive their nodes", "ca/agents.go", `case w.NodeUID != "" && r.NodeUID != "" && w.NodeUID != r.NodeUID:`, `case false:`},
-	{"agents outlive their SVIDs", "ca/agents.go", `if !now.Before(r.NotAfter) {`, `if false {`},
+	{"agents outlive their SVIDs", "ca/agents.go", `if !time.Now().Before(r.NotAfter) {`, `if false {`},
 	{"streams outlive their agents", "ca/service.go", "cancelCause(err)\n\t\t\t\treturn", "return"},
 	{"renewal needs no fresh token", "ca/service.go", `now.Sub(old.TokenAt) >= a.cfg.TokenEvery`, `false`},
 	{"agents are not told of pods that go", "ca/service.go", `m.Deleted = append(m.Deleted, uid)`, ``},
