@@ -93,6 +93,8 @@ type Program struct {
 	language
 	// compiled says that this is no zero Program.
 	compiled bool
+	// reads are the attributes that any policy reads.
+	reads Field
 	// refused are the resources that cannot be enforced; while there is one,
 	// everything is denied in its name.
 	refused []*Rule
@@ -249,6 +251,17 @@ func (p *Program) policies(d *Decision, v *view, asked int) {
 	default:
 		d.decide(m.rule, false, ReasonAllowUnknown)
 	}
+}
+
+// Reads are the attributes that a decision of p can depend on, beside
+// Request.HTTP: Decide answers the same about a request without the others, in
+// Known and in its fields. So who reads requests off a wire need not read all of
+// them.
+func (p *Program) Reads() Field {
+	if p == nil {
+		return 0
+	}
+	return p.reads
 }
 
 // PeerMode is PeerAuthentication's mode on a port. Where a resource cannot be

@@ -54,6 +54,57 @@ const (
 	readsMetadata                       // *metadataTest
 )
 
+// fields are the attributes of a request that the condition reads.
+func (c *condition) fields() Field {
+	switch c.reads {
+	case readsPort:
+		return FieldDestinationPort
+	case readsMethod:
+		return FieldMethod
+	case readsPath:
+		return FieldPath
+	case readsHost:
+		return FieldHost
+	case readsSourceIP:
+		return FieldSourceIP
+	case readsDestinationIP:
+		return FieldDestinationIP
+	case readsRemoteIP:
+		return FieldRemoteIP | FieldHeaders | FieldSourceIP
+	case readsPrincipal, readsNamespace, readsAccount, readsTrustDomain:
+		return FieldPeer | FieldPrincipal
+	case readsSNI:
+		return FieldSNI
+	case readsHeader:
+		switch c.values.(*headerTest).name {
+		case ":method":
+			return FieldMethod
+		case ":path":
+			return FieldPath
+		case ":authority", "host":
+			return FieldHost
+		}
+		return FieldHeaders
+	case readsIdentity, readsClaim:
+		return FieldClaims
+	case readsMetadata:
+		return FieldMetadata
+	}
+	return ^Field(0)
+}
+
+// fields are the attributes of a request that the rule reads.
+func (r *rule) fields() (f Field) {
+	for _, alternatives := range [...][]conditions{r.from, r.to, {r.when}} {
+		for _, cs := range alternatives {
+			for i := range cs {
+				f |= cs[i].fields()
+			}
+		}
+	}
+	return f
+}
+
 // language is what compiling a rule depends on besides the rule.
 type language struct {
 	// asterisk says that a template's segment may have a star in it.

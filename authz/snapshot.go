@@ -117,6 +117,8 @@ type policy struct {
 	tokens []tokenRule
 	listed []*Rule
 	rules  []*rule
+	// reads are the attributes that the rules read.
+	reads Field
 	// problems are what compiling found.
 	problems []Problem
 }
@@ -218,6 +220,9 @@ func (c *compiler) compile(r *resource) *policy {
 			Namespace: r.namespace, Name: r.name, Index: i, Origin: r.origin, Line: by.Line, Spec: spec,
 		}, &by))
 	}
+	if len(p.tokens) > 0 {
+		p.reads = FieldClaims | FieldHeaders | FieldMethod | FieldPath
+	}
 	if r.kind != KindAuthorizationPolicy {
 		return p
 	}
@@ -252,6 +257,7 @@ func (c *compiler) compile(r *resource) *policy {
 		p.listed = append(p.listed, meta)
 		if compiled := newRule(meta, rule, c.language, false); compiled != nil {
 			p.rules = append(p.rules, compiled)
+			p.reads |= compiled.fields() // bare connections have no other conditions
 		}
 	}
 	return p
@@ -403,10 +409,11 @@ func (s *space) program(labels map[string]string, root bool) *Program {
 // newProgram is the program of the policies, which are sorted by serial. What it
 // has in common with before, which may be nil, is taken from there.
 func newProgram(policies []*policy, o *Options, before *Program) *Program {
-	p := &Program{language: o.Envoy.language(), compiled: true}
+	p := &Program{language: o.Envoy.language(), compiled: true, reads: FieldPeer | FieldDestinationPort}
 	var peers []*policy
 	layers := make(map[layer][]*policy)
 	for _, pol := range policies {
+		p.reads |= pol.reads
 		switch {
 		case pol.whole.Reason != "":
 			p.refused = append(p.refused, pol.whole)

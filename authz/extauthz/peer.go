@@ -5,7 +5,6 @@ import (
 	"encoding/pem"
 	"net/url"
 	"strings"
-	"sync"
 )
 
 const (
@@ -14,6 +13,9 @@ const (
 	maxCertificate = 16 << 10
 	// maxPeers is how many certificates each of two generations remembers.
 	maxPeers = 512
+	// maxMetadata is how much metadata of filters each of two generations
+	// remembers, of at most that many bytes.
+	maxMetadata, maxMetadataSize = 512, 8 << 10
 )
 
 // peer is the names of a certificate. It is immutable.
@@ -22,46 +24,23 @@ type peer struct {
 	others    [][]byte // the names besides, each of which a principal in a policy may match
 }
 
-// peers remembers certificates by their encoded form: reading one costs more than
-// the rest of a check. A nil *peers remembers nothing.
+// certificate is what a certificate says, by its encoded form: reading one costs
+// more than the rest of a check.
 //
 // Nothing here says that a certificate is valid; the proxy verified it.
-type peers struct {
-	mu sync.RWMutex
-	// Two generations, guarded by mu: when the young one is full it becomes the
-	// old one, and what was not used since then is forgotten.
-	young, old map[string]*peer
-}
-
-func (p *peers) certificate(encoded string) (*peer, error) {
+func (rd *reader) certificate(encoded string) (*peer, error) {
 	if len(encoded) > maxCertificate {
 		return nil, &RequestError{ReasonCertificate, "the certificate is too large"}
 	}
-	if p == nil {
-		return readCertificate(encoded)
+	if p, ok := rd.peers.get(encoded); ok {
+		return p, nil
 	}
-	p.mu.RLock()
-	known, young := p.young[encoded]
-	if !young {
-		known = p.old[encoded]
+	p, err := readCertificate(encoded)
+	if err != nil {
+		return nil, err
 	}
-	p.mu.RUnlock()
-	if young {
-		return known, nil
-	}
-	if known == nil {
-		var err error
-		if known, err = readCertificate(encoded); err != nil {
-			return nil, err
-		}
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.young) >= maxPeers || p.young == nil {
-		p.old, p.young = p.young, make(map[string]*peer)
-	}
-	p.young[strings.Clone(encoded)] = known
-	return known, nil
+	rd.peers.put(encoded, p)
+	return p, nil
 }
 
 // readCertificate reads URL-encoded PEM of one certificate.

@@ -8,6 +8,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 )
@@ -82,34 +83,59 @@ func malformed(detail string) error { return &RequestError{ReasonRequest, detail
 // The path keeps its query; Decide cuts it. The query and fragment fields are not
 // used: Envoy leaves them empty. source.service is not either: clients control it.
 func FromCheckRequest(r *authv3.CheckRequest, into *authz.Request) error {
-	_, err := (*peers)(nil).read(r, into)
-	return err
+	var a attributes
+	a.take(r)
+	*into = authz.Request{}
+	return (&reader{}).read(&a, authz.FieldsHTTP, into)
 }
 
-// read is FromCheckRequest with remembered certificates; p may be nil. dst is the
-// destination's address, invalid where there is none.
-func (p *peers) read(r *authv3.CheckRequest, into *authz.Request) (dst netip.Addr, err error) {
+// FromBytes is FromCheckRequest of a CheckRequest in bytes, with which into then
+// shares memory. Headers are left out and unknown where they are not needed
+// (Program.Reads). Bytes that proto.Unmarshal refuses are an error for
+// [ReasonRequest].
+func FromBytes(message []byte, needed authz.Field, into *authz.Request) error {
+	var a attributes
 	*into = authz.Request{}
-	a := r.GetAttributes()
-	if a == nil {
-		return dst, malformed("it has no attributes")
+	if !a.scan(message) {
+		return errMessage
 	}
-	if src := a.GetSource(); src != nil {
-		addr, _, err := socket(src.GetAddress())
+	return (&reader{}).read(&a, needed, into)
+}
+
+// reader makes requests of what CheckRequests say. It remembers certificates and
+// metadata; the zero reader remembers nothing.
+type reader struct {
+	peers    *remembered[*peer]
+	metadata *remembered[map[string]*structpb.Struct]
+}
+
+// read makes the request that a describes. Headers and metadata are left out, and so
+// are unknown, where they are not needed. into is zero, but for the space of its
+// headers.
+func (rd *reader) read(a *attributes, needed authz.Field, into *authz.Request) error {
+	if !a.there {
+		return malformed("it has no attributes")
+	}
+	// Bytes that cannot be read come before everything else.
+	if err := rd.readMetadata(a, into); err != nil {
+		return err
+	}
+	if a.source.there {
+		addr, _, err := a.source.address.read()
 		if err != nil {
-			return dst, err
+			return err
 		}
 		if addr.IsValid() {
 			into.SourceIP = addr
 			into.Known |= authz.FieldSourceIP
 		}
-		if err := p.principal(src, into); err != nil {
-			return dst, err
+		if err := rd.principal(&a.source, into); err != nil {
+			return err
 		}
 	}
-	dst, port, err := socket(a.GetDestination().GetAddress())
+	dst, port, err := a.destination.address.read()
 	if err != nil {
-		return dst, err
+		return err
 	}
 	if dst.IsValid() {
 		into.DestinationIP = dst
@@ -120,38 +146,72 @@ func (p *peers) read(r *authv3.CheckRequest, into *authz.Request) (dst netip.Add
 		into.DestinationPort = port
 		into.Known |= authz.FieldDestinationPort
 	}
-	into.Metadata = a.GetMetadataContext().GetFilterMetadata()
-	h := a.GetRequest().GetHttp()
-	if h == nil {
-		sni(a.GetTlsSession(), a.GetDestination().GetService(), into)
-		return dst, nil
+	service := a.destination.service
+	if a.http {
+		service = nil
+	}
+	a.serverName(service, into)
+	if !a.http {
+		return nil
 	}
 	into.HTTP = true
-	sni(a.GetTlsSession(), "", into)
-	if err := readHTTP(h, into); err != nil {
-		return dst, err
+	if err := readHTTP(a, into); err != nil {
+		return err
 	}
-	if err := readHeaders(h, into); err != nil {
-		return dst, err
+	if err := readHeaders(a, needed, into); err != nil {
+		return err
 	}
-	return dst, readClaims(into)
+	return readClaims(into)
 }
 
-// sni reads the server name; Decide does not mind its case.
-func sni(tls *authv3.AttributeContext_TLSSession, service string, into *authz.Request) {
-	name := tls.GetSni()
-	if name == "" {
+// serverName reads the server name; Decide does not mind its case.
+func (a *attributes) serverName(service []byte, into *authz.Request) {
+	name := a.sni
+	if len(name) == 0 {
 		name = service
 	}
-	if tls == nil && name == "" {
+	if !a.tls && len(name) == 0 {
 		return
 	}
-	into.SNI = []byte(name)
+	into.SNI = name
 	// "!" may stand for any byte.
-	if !strings.Contains(name, "!") {
+	if !cleaned(name) {
 		into.Known |= authz.FieldSNI
 	}
 }
+
+// cleaned reports whether Envoy may have replaced bytes of b.
+func cleaned(b []byte) bool { return bytes.IndexByte(b, '!') >= 0 }
+
+// readMetadata reads the metadata of filters. One message is like many others: of
+// requests with the same token.
+func (rd *reader) readMetadata(a *attributes, into *authz.Request) error {
+	switch {
+	case a.metadata != nil:
+		into.Metadata = a.metadata.GetFilterMetadata()
+	case len(a.metadataBytes) == 1:
+		var ok bool
+		if into.Metadata, ok = rd.metadata.get(textOf(a.metadataBytes[0])); ok {
+			return nil
+		}
+		fallthrough
+	case len(a.metadataBytes) > 0:
+		var m corev3.Metadata
+		for _, b := range a.metadataBytes {
+			if unmarshalPart(b, &m) != nil {
+				return errMessage
+			}
+		}
+		into.Metadata = m.GetFilterMetadata()
+		if len(a.metadataBytes) == 1 {
+			rd.metadata.put(textOf(a.metadataBytes[0]), into.Metadata)
+		}
+	}
+	return nil
+}
+
+// errMessage says that the bytes are none of a CheckRequest.
+var errMessage = malformed("its bytes are no CheckRequest")
 
 // jwtFilter is where Envoy's jwt_authn leaves the payload of the token that it
 // verified, in Istio under this key.
@@ -174,38 +234,41 @@ func readClaims(into *authz.Request) error {
 
 // readHeaders lists the headers without the pseudo-headers, which have fields of
 // their own, but for :scheme and :protocol, which have none.
-func readHeaders(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error {
-	into.Known |= authz.FieldHeaders
-	raw, joined := h.GetHeaderMap().GetHeaders(), h.GetHeaders()
-	if len(raw) == 0 && len(joined) == 0 {
+func readHeaders(a *attributes, needed authz.Field, into *authz.Request) error {
+	both := len(a.raw) > 0 && len(a.joined.list) > 0
+	if needed&authz.FieldHeaders == 0 && !both {
+		for i := range a.raw {
+			if _, ok := a.raw[i].value(); !ok && !ownField(headerName(a.raw[i].key)) {
+				return errTwoValues
+			}
+		}
 		return nil
 	}
-	into.Headers = make([]authz.Header, 0, max(len(raw), len(joined)))
-	for _, hv := range raw {
-		name, value := strings.ToLower(hv.GetKey()), hv.GetRawValue()
+	into.Known |= authz.FieldHeaders
+	for i := range a.raw {
+		name := headerName(a.raw[i].key)
 		if ownField(name) {
 			continue
 		}
-		if value == nil {
-			value = []byte(hv.GetValue())
-		} else if hv.GetValue() != "" {
-			return malformed("a header has two values")
+		value, ok := a.raw[i].value()
+		if !ok {
+			return errTwoValues
 		}
 		into.Headers = append(into.Headers, authz.Header{Name: name, Value: value})
 	}
-	if len(raw) > 0 {
-		return agree(into.Headers, joined)
+	if both {
+		return agree(into.Headers, a.joined.list)
 	}
-	for name, value := range joined {
-		name = strings.ToLower(name)
+	for i := range a.joined.list {
+		name := headerName(a.joined.list[i].key)
 		if ownField(name) {
 			continue
 		}
-		hd := authz.Header{Name: name, Value: []byte(value)}
+		hd := authz.Header{Name: name, Value: a.joined.list[i].value}
 		switch {
-		case strings.Contains(value, "!"):
+		case cleaned(hd.Value):
 			hd.Form = authz.HeaderUnclear
-		case strings.Contains(value, ","):
+		case bytes.IndexByte(hd.Value, ',') >= 0:
 			hd.Form = authz.HeaderJoined
 		}
 		into.Headers = append(into.Headers, hd)
@@ -213,20 +276,37 @@ func readHeaders(h *authv3.AttributeContext_HttpRequest, into *authz.Request) er
 	return nil
 }
 
-func ownField(name string) bool {
-	return name == ":method" || name == ":path" || name == ":authority" || name == "host"
+var errTwoValues = malformed("a header has two values")
+
+// headerName is the name in lower case, as Envoy sends it.
+func headerName(key []byte) string {
+	for _, c := range key {
+		if c >= utf8.RuneSelf || 'A' <= c && c <= 'Z' {
+			return strings.ToLower(string(key))
+		}
+	}
+	return textOf(key)
 }
 
-// agree refuses a joined header that is not what the list has.
-func agree(list []authz.Header, joined map[string]string) error {
-	for name, value := range joined {
-		if ownField(strings.ToLower(name)) {
+func ownField(name string) bool {
+	return name == "host" || len(name) > 0 && name[0] == ':' && (name == ":method" || name == ":path" || name == ":authority")
+}
+
+// agree refuses a joined header that is not what the list has. Envoy sends only one
+// form; many headers in both are not compared.
+func agree(list []authz.Header, joined []pair) error {
+	if len(list)*len(joined) > 1<<20 {
+		return malformed("it has too many headers in two forms")
+	}
+	for i := range joined {
+		name := headerName(joined[i].key)
+		if ownField(name) {
 			continue
 		}
 		var all []byte
 		found := false
 		for _, h := range list {
-			if h.Name != strings.ToLower(name) {
+			if h.Name != name {
 				continue
 			}
 			if found {
@@ -234,7 +314,7 @@ func agree(list []authz.Header, joined map[string]string) error {
 			}
 			all, found = append(all, h.Value...), true
 		}
-		if !found || string(all) != value && utf8.Valid(all) {
+		if !found || string(all) != string(joined[i].value) && utf8.Valid(all) {
 			return malformed("header_map contradicts headers")
 		}
 	}
@@ -242,52 +322,53 @@ func agree(list []authz.Header, joined map[string]string) error {
 }
 
 // principal reads who the peer is.
-func (p *peers) principal(src *authv3.AttributeContext_Peer, into *authz.Request) error {
-	name, certificate := src.GetPrincipal(), src.GetCertificate()
+func (rd *reader) principal(p *peerAttributes, into *authz.Request) error {
+	name := p.principal
 	if len(name) > maxPrincipal {
 		return malformed("the principal is too long")
 	}
 	into.Known |= authz.FieldPeer
 	switch {
-	case certificate != "":
-		peer, err := p.certificate(certificate)
+	case len(p.certificate) > 0:
+		peer, err := rd.certificate(textOf(p.certificate))
 		if err != nil {
 			return err
 		}
-		if string(peer.principal) != name {
+		if string(peer.principal) != string(name) {
 			return &RequestError{ReasonCertificate, "the principal is not the certificate's"}
 		}
 		into.Authenticated = true
 		into.Principal, into.OtherNames = peer.principal, peer.others
 		into.Known |= authz.FieldPrincipal
-	case name == "":
+	case len(name) == 0:
 		into.Known |= authz.FieldPrincipal
 	default:
 		into.Authenticated = true
 		// "!" may stand for any byte, and is in no SPIFFE ID.
-		if strings.HasPrefix(name, "spiffe://") && !strings.Contains(name, "!") {
-			into.Principal = []byte(name)
+		const scheme = "spiffe://"
+		if len(name) >= len(scheme) && string(name[:len(scheme)]) == scheme && !cleaned(name) {
+			into.Principal = name
 			into.Known |= authz.FieldPrincipal
 		}
 	}
 	return nil
 }
 
-// socket is the IP address and port of an address; both zero if it is of another
+// read is the IP address and port of an address; both zero if it is of another
 // kind, the port if it is not a number.
-func socket(a *corev3.Address) (ip netip.Addr, port uint16, err error) {
-	s := a.GetSocketAddress()
-	if s == nil {
+func (a *address) read() (ip netip.Addr, port uint16, err error) {
+	if !a.socket {
 		return ip, 0, nil
 	}
-	ip, err = netip.ParseAddr(s.GetAddress())
+	// The text is looked at only during the call; an error that holds it is not kept.
+	ip, err = netip.ParseAddr(textOf(a.ip))
 	if err != nil {
 		return netip.Addr{}, 0, malformed("an address is no IP address")
 	}
-	if s.GetPortValue() > 0xffff {
+	if a.port > 0xffff {
 		return netip.Addr{}, 0, malformed("a port is larger than 65535")
 	}
-	return ip.Unmap().WithZone(""), uint16(s.GetPortValue()), nil
+	return ip.Unmap().WithZone(""), uint16(a.port), nil
 }
 
 // pseudo is a pseudo-header of header_map.
@@ -296,11 +377,15 @@ type pseudo struct {
 	found bool
 }
 
-func readHTTP(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error {
+func readHTTP(a *attributes, into *authz.Request) error {
 	var method, path, host pseudo
-	for _, hv := range h.GetHeaderMap().GetHeaders() {
+	for i := range a.raw {
+		h := &a.raw[i]
+		if len(h.key) == 0 || h.key[0] != ':' {
+			continue
+		}
 		var p *pseudo
-		switch hv.GetKey() {
+		switch string(h.key) {
 		case ":method":
 			p = &method
 		case ":path":
@@ -313,21 +398,18 @@ func readHTTP(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error
 		if p.found {
 			return malformed("a pseudo-header is there twice")
 		}
-		p.found, p.value = true, hv.GetRawValue()
-		if p.value == nil {
-			p.value = []byte(hv.GetValue()) // not nil: present without a value
-		} else if hv.GetValue() != "" {
-			return malformed("a header has two values")
+		if p.value, p.found = h.value(); !p.found { // not nil: present without a value
+			return errTwoValues
 		}
 	}
 	var ok bool
 	var err error
-	if into.Method, ok, err = method.or(h.GetMethod()); err != nil {
+	if into.Method, ok, err = method.or(a.method); err != nil {
 		return err
 	} else if ok && len(into.Method) > 0 {
 		into.Known |= authz.FieldMethod
 	}
-	switch into.Path, ok, err = path.or(h.GetPath()); {
+	switch into.Path, ok, err = path.or(a.path); {
 	case err != nil:
 		return err
 	case ok && len(into.Path) > 0:
@@ -336,14 +418,14 @@ func readHTTP(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error
 		into.Path = nil // CONNECT has none
 		into.Known |= authz.FieldPath
 	}
-	switch into.Host, ok, err = host.or(h.GetHost()); {
+	switch into.Host, ok, err = host.or(a.host); {
 	case err != nil:
 		return err
 	case ok && (host.found || len(into.Host) > 0):
 		into.Known |= authz.FieldHost
 	case ok:
 		// The field alone does not tell a missing value from an empty one.
-		if v, there := h.GetHeaders()[":authority"]; there && v == "" {
+		if v, there := a.joined.get(":authority"); there && len(v) == 0 {
 			into.Host = []byte{}
 			into.Known |= authz.FieldHost
 		}
@@ -351,17 +433,17 @@ func readHTTP(h *authv3.AttributeContext_HttpRequest, into *authz.Request) error
 	return nil
 }
 
-// or is the value of p, or else that of the field that Envoy has cleaned. ok is
-// false if it may have had other bytes.
-func (p pseudo) or(cleaned string) (value []byte, ok bool, err error) {
+// or is the value of p, or else that of the field that Envoy has cleaned; not nil,
+// unless there is neither. ok is false if it may have had other bytes.
+func (p pseudo) or(field []byte) (value []byte, ok bool, err error) {
 	if !p.found {
-		if strings.Contains(cleaned, "!") {
-			return []byte(cleaned), false, nil
+		if field == nil {
+			field = []byte{}
 		}
-		return []byte(cleaned), true, nil
+		return field, !cleaned(field), nil
 	}
 	// Cleaning changes only what is no UTF-8.
-	if cleaned != "" && string(p.value) != cleaned && utf8.Valid(p.value) {
+	if len(field) > 0 && string(p.value) != string(field) && utf8.Valid(p.value) {
 		return nil, false, malformed("header_map contradicts the fields of the request")
 	}
 	return p.value, true, nil

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"runtime/debug"
 	"slices"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/identity"
@@ -51,7 +51,7 @@ type Server struct {
 	records   Records
 	log       *slog.Logger
 	metrics   *metrics
-	peers     peers
+	reader    reader
 	checks    sync.Pool // of *check
 	allowed   *answer
 	// info and handler are what interceptors get.
@@ -74,6 +74,10 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		snapshot: cfg.Snapshot, tokens: cfg.Tokens, providers: cfg.Providers, records: cfg.Records,
 		log: cfg.Log, metrics: m, allowed: encode(allowed(nil, nil)),
+		reader: reader{
+			peers:    &remembered[*peer]{most: maxPeers, longest: maxCertificate},
+			metadata: &remembered[map[string]*structpb.Struct]{most: maxMetadata, longest: maxMetadataSize},
+		},
 	}
 	s.checks.New = func() any { return new(check) }
 	s.info = &grpc.UnaryServerInfo{Server: s, FullMethod: authv3.Authorization_Check_FullMethodName}
@@ -120,13 +124,19 @@ func (s *Server) Answer(ctx context.Context, message []byte) (response []byte, e
 // check is one check while it is answered. It is used again.
 type check struct {
 	Record
+	attributes
 	request authz.Request
 	asked   [2]string // behind Record.Asked
 	// What is passed on to the proxy if the answer is the provider's, or allows.
 	verified Verified
 	passed   []*authv3.CheckResponse
 	denied   *authv3.CheckResponse
-	labels   map[string]string // that the request claims for its destination
+}
+
+// reset makes c empty and keeps its space.
+func (c *check) reset() {
+	c.attributes.reset()
+	*c = check{attributes: c.attributes, request: authz.Request{Headers: kept(c.request.Headers)}}
 }
 
 func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {
@@ -158,7 +168,7 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 	if s.records != nil {
 		s.records.Add(&c.Record)
 	}
-	*c = check{}
+	c.reset()
 	s.checks.Put(c)
 	return a, nil
 }
@@ -166,9 +176,11 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 // decide takes a check through its steps: read the message, verify tokens, decide,
 // ask providers.
 func (s *Server) decide(ctx context.Context, c *check) {
-	dst, err := s.read(c)
+	c.Snapshot = s.snapshot()
+	c.Program = c.Snapshot.For(*c.Workload)
+	err := s.read(c)
 	if err == nil {
-		err = checkDestination(c.Workload, dst)
+		err = checkDestination(c.Workload, c.request.DestinationIP)
 	}
 	if err != nil {
 		reason := ReasonInternal
@@ -177,13 +189,12 @@ func (s *Server) decide(ctx context.Context, c *check) {
 			reason = re.Reason
 		}
 		c.Decision, c.Err = authz.Decision{Rule: -1, Reason: reason}, err
+		c.Snapshot, c.Program = nil, nil
 		return
 	}
-	if len(c.labels) > 0 && !maps.Equal(c.labels, c.Workload.Labels) {
+	if len(c.labels.list) > 0 && !c.labels.equal(c.Workload.Labels) {
 		s.metrics.labels.Inc()
 	}
-	c.Snapshot = s.snapshot()
-	c.Program = c.Snapshot.For(*c.Workload)
 	if s.tokens != nil && c.request.HTTP && c.request.Claims == nil && hasTokenRules(c.Program) {
 		c.verified = s.tokens.Claims(ctx, c.Program, &c.request)
 		c.Err = c.verified.Err
@@ -228,15 +239,12 @@ func hasTokenRules(p *authz.Program) bool {
 	return false
 }
 
-// read reads the message into the request. dst is the destination's address, invalid
-// where there is none.
-func (s *Server) read(c *check) (dst netip.Addr, err error) {
-	var r authv3.CheckRequest
-	if err := proto.Unmarshal(c.Message, &r); err != nil {
-		return dst, malformed("its bytes are no CheckRequest")
+// read reads the message into the request, as much as the policies need.
+func (s *Server) read(c *check) error {
+	if !c.attributes.scan(c.Message) {
+		return errMessage
 	}
-	c.labels = r.GetAttributes().GetDestination().GetLabels()
-	return s.peers.read(&r, &c.request)
+	return s.reader.read(&c.attributes, c.Program.Reads(), &c.request)
 }
 
 // checkDestination refuses an address that the calling pod cannot have.

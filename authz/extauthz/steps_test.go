@@ -153,7 +153,7 @@ func TestProvidersAreAskedFirst(t *testing.T) {
 			}
 		}},
 		"allowed by it and denied by the rest": {"/ask/denied", extauthz.ProviderAnswer{Allowed: true, Response: &authv3.CheckResponse{DynamicMetadata: metadata("k")}}, nil, authz.ReasonDenyRule, nil},
-		"denied by it": {"/ask", extauthz.ProviderAnswer{}, nil, extauthz.ReasonProviderDenied, nil},
+		"denied by it":                         {"/ask", extauthz.ProviderAnswer{}, nil, extauthz.ReasonProviderDenied, nil},
 		"denied with its answer": {"/ask", extauthz.ProviderAnswer{Response: &authv3.CheckResponse{Status: deniedStatus, DynamicMetadata: metadata("reason"),
 			HttpResponse: &authv3.CheckResponse_DeniedResponse{DeniedResponse: &authv3.DeniedHttpResponse{Status: &typev3.HttpStatus{Code: 418}, Body: "teapot"}}}}, nil, "", func(t *testing.T, a *authv3.CheckResponse) {
 			d := a.GetDeniedResponse()

@@ -2,16 +2,32 @@ package oracle_test
 
 import (
 	"context"
+	"crypto/sha256"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/authz/extauthz"
 )
 
 // recorder answers all external authorizers. Requests tell which pair they are of
@@ -27,7 +43,7 @@ func startRecorder(tb testing.TB) (r *recorder, path string) {
 	tb.Helper()
 	r = &recorder{checks: map[string]map[string]*authv3.CheckRequest{}, asked: map[string][]string{}}
 	l, path := unixSocket(tb)
-	s := grpc.NewServer()
+	s := grpc.NewServer(grpc.ForceServerCodecV2(heldCodec{encoding.GetCodecV2("proto"), tb}))
 	authv3.RegisterAuthorizationServer(s, r)
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
@@ -36,6 +52,7 @@ func startRecorder(tb testing.TB) (r *recorder, path string) {
 		if err := <-done; err != nil {
 			tb.Errorf("the recorder: %v", err)
 		}
+		tb.Logf("note: %d CheckRequests of real Envoys scanned as the generated decoder reads them", held.Swap(0))
 	})
 	return r, path
 }
@@ -80,6 +97,75 @@ func (r *recorder) of(pair string) (before, after *authv3.CheckRequest, asked []
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.checks[pair]["before"], r.checks[pair]["after"], r.asked[pair]
+}
+
+var keepChecks = flag.String("keep-checks", "", "write a CheckRequest of each form that proxies send into this `folder`, as seeds for package extauthz")
+
+// heldCodec holds each CheckRequest of a proxy, byte by byte as it came, against
+// both ways in which package extauthz reads one.
+type heldCodec struct {
+	encoding.CodecV2
+	tb testing.TB
+}
+
+var held, forms atomic.Int64
+
+func (c heldCodec) Unmarshal(data mem.BufferSlice, v any) error {
+	if err := c.CodecV2.Unmarshal(data, v); err != nil {
+		return err
+	}
+	check, ok := v.(*authv3.CheckRequest)
+	if !ok {
+		return nil
+	}
+	held.Add(1)
+	b := data.Materialize()
+	var scanned, read authz.Request
+	got, want := extauthz.FromBytes(b, authz.FieldsHTTP, &scanned), extauthz.FromCheckRequest(check, &read)
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		c.tb.Errorf("%x\nscanned: %v\nread: %v", b, got, want)
+	} else if d := cmp.Diff(read, scanned, cmpopts.EquateComparable(netip.Addr{}), protocmp.Transform(), cmpopts.EquateEmpty(), cmpopts.SortSlices(func(a, b authz.Header) int {
+		return strings.Compare(a.Name, b.Name)
+	})); want == nil && d != "" {
+		c.tb.Errorf("%x: read and scanned: %s", b, d)
+	}
+	return c.keep(b)
+}
+
+// keep writes a message whose fields no kept one has.
+func (c heldCodec) keep(b []byte) error {
+	if *keepChecks == "" {
+		return nil
+	}
+	var form func(b []byte, depth int) string
+	form = func(b []byte, depth int) (s string) {
+		for len(b) > 0 {
+			n, typ, size := protowire.ConsumeTag(b)
+			if size < 0 {
+				return "?"
+			}
+			b = b[size:]
+			v, size := protowire.ConsumeBytes(b)
+			if typ != protowire.BytesType {
+				size = protowire.ConsumeFieldValue(n, typ, b)
+			}
+			if size < 0 {
+				return "?"
+			}
+			s, b = s+fmt.Sprint(n), b[size:]
+			if typ == protowire.BytesType && depth > 0 {
+				s += "(" + form(v, depth-1) + ")"
+			}
+		}
+		return s
+	}
+	sum := sha256.Sum256([]byte(form(b, 3)))
+	path := filepath.Join(*keepChecks, fmt.Sprintf("%x.pb", sum[:6]))
+	if _, err := os.Stat(path); err == nil || forms.Load() >= 60 {
+		return nil
+	}
+	forms.Add(1)
+	return os.WriteFile(path, b, 0o644)
 }
 
 // newCheck is the CheckRequest of a plaintext connection, where the proxy sends
