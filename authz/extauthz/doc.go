@@ -23,8 +23,8 @@
 // PermissionDenied and Unauthenticated inside the answer, and any failure of the
 // RPC, for an error, which failure_mode_allow would turn into an open door. A denial
 // is status PermissionDenied, HTTP 403 and the body that Istio gives, or
-// Unauthenticated and 401 for a token that was not verified, and says nothing of
-// the policies to the client. Decision, kind, policy, rule and reason
+// Unauthenticated and 401 for a token that was not verified, unless [Denial] says
+// otherwise, and never names policies to the client. Decision, kind, policy, rule and reason
 // are in dynamic_metadata, for the proxy's own access log; the log of this
 // process has a record "check denied". Paths are logged without their query,
 // which may hold secrets.

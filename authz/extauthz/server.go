@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
@@ -37,6 +36,10 @@ type Config struct {
 	Providers Providers
 	// Records takes every answer that is given; nil: nobody does.
 	Records Records
+	// Denial is what clients of denied requests get, Denials what they get in
+	// workloads of a namespace instead.
+	Denial  Denial
+	Denials map[string]Denial
 	// Log gets a record for each denial, at level info; nil discards.
 	Log *slog.Logger
 	// Metrics is where metrics are registered; nil registers none.
@@ -52,6 +55,7 @@ type Server struct {
 	log       *slog.Logger
 	metrics   *metrics
 	reader    reader
+	denials   *denials
 	checks    sync.Pool // of *check
 	allowed   *answer
 	// info and handler are what interceptors get.
@@ -67,13 +71,17 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	ds, err := newDenials(cfg.Denial, cfg.Denials)
+	if err != nil {
+		return nil, fmt.Errorf("making the ext_authz service: %w", err)
+	}
 	m, err := newMetrics(cfg.Metrics)
 	if err != nil {
 		return nil, fmt.Errorf("registering metrics of the ext_authz service: %w", err)
 	}
 	s := &Server{
 		snapshot: cfg.Snapshot, tokens: cfg.Tokens, providers: cfg.Providers, records: cfg.Records,
-		log: cfg.Log, metrics: m, allowed: encode(allowed(nil, nil)),
+		log: cfg.Log, metrics: m, denials: ds, allowed: encode(allowed(nil, nil)),
 		reader: reader{
 			peers:    &remembered[*peer]{most: maxPeers, longest: maxCertificate},
 			metadata: &remembered[map[string]*structpb.Struct]{most: maxMetadata, longest: maxMetadataSize},
@@ -155,7 +163,7 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 			// c may be anything now; it is not used again.
 			d := authz.Decision{Rule: -1, Reason: ReasonInternal}
 			s.metrics.answered(d, 0)
-			a, err = encode(denied(d, "")), nil
+			a, err = encode((&Denial{}).response(d, false, "", "")), nil
 		}
 	}()
 	s.decide(ctx, c)
@@ -263,18 +271,13 @@ func (s *Server) logDenied(ctx context.Context, c *check) {
 		return
 	}
 	d := c.Decision
-	// Names that are not known for certain are cut off too; the message may be
-	// malformed, so it tells as much as it can.
-	var r authv3.CheckRequest
-	_ = proto.Unmarshal(c.Message, &r)
-	source := r.GetAttributes().GetSource().GetPrincipal()
+	source := string(c.source.principal)
 	if len(source) > maxPrincipal {
 		source = source[:maxPrincipal] + "…"
 	}
 	method, path := c.request.Method, c.request.Path
 	if c.Program == nil { // the request may be half filled
-		h := r.GetAttributes().GetRequest().GetHttp()
-		method, path = []byte(h.GetMethod()), []byte(h.GetPath())
+		method, path = c.method, c.path
 	}
 	attrs := []slog.Attr{
 		slog.String("pod_uid", c.Workload.PodUID),

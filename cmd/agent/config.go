@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/signet-mesh/signet/authz/extauthz"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/identity/attest"
 )
@@ -62,8 +63,34 @@ type config struct {
 		// EnvoyVersion is that of the proxies; empty means the newest known.
 		EnvoyVersion string `yaml:"envoyVersion"`
 	} `yaml:"policies"`
+	Checks struct {
+		// Denial is what clients of denied requests get, Namespaces what they get in
+		// those namespaces instead.
+		Denial     denialConfig            `yaml:"denial"`
+		Namespaces map[string]denialConfig `yaml:"namespaces"`
+	} `yaml:"checks"`
 	Log  run.LogConfig  `yaml:"log"`
 	HTTP run.HTTPConfig `yaml:"http"`
+}
+
+// denialConfig is an extauthz.Denial.
+type denialConfig struct {
+	Status int    `yaml:"status"`
+	Text   string `yaml:"text"`
+	// JSON makes the body an object with status and text.
+	JSON    bool              `yaml:"json"`
+	Headers map[string]string `yaml:"headers"`
+	// Reason adds the header x-signet-reason.
+	Reason bool `yaml:"reason"`
+}
+
+// denials are what clients of denied requests get, in the mesh and by namespace.
+func (c config) denials() (extauthz.Denial, map[string]extauthz.Denial) {
+	namespaces := make(map[string]extauthz.Denial, len(c.Checks.Namespaces))
+	for ns, d := range c.Checks.Namespaces {
+		namespaces[ns] = extauthz.Denial(d)
+	}
+	return extauthz.Denial(c.Checks.Denial), namespaces
 }
 
 // defaults is the configuration of an empty file.

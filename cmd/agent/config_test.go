@@ -33,6 +33,8 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"keys of nobody":                         {"node: a\ntokens: {jwksFile: b}\n", "tokens.issuer"},
 		"no pin":                                 {good, "ca.rootFile or ca.rootHash is required"},
 		"two pins":                               {good + "ca: {rootFile: a, rootHash: b}\n", "give one"},
+		"a denial that lets through":             {good + "ca: {rootFile: a, tokenFile: b}\nchecks: {namespaces: {x: {status: 200}}}\n", "namespace x are answered: status 200"},
+		"a denial with an unknown key":           {good + "checks: {namespaces: {x: {policy: true}}}\n", "policy"},
 		"no node":                                {strings.Replace(good, "node: node-a\n", "", 1) + "ca: {rootFile: a}\n", "node"},
 		"a folder of policies that is not there": {strings.Replace(good, dir+"/policies", dir+"/nothing", 1), "policies"},
 		"a folder of state below the socket's":   {strings.Replace(good, `stateDir: ""`, "stateDir: "+dir+"/state", 1), "state"},

@@ -158,7 +158,8 @@ func serve(ctx context.Context, path, node string, stderr io.Writer) error {
 	if streams, err = sds.New(sds.Config{Source: secrets, Log: log, Metrics: reg}); err != nil {
 		return err
 	}
-	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Log: log, Metrics: reg})
+	denial, denials := c.denials()
+	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Denial: denial, Denials: denials, Log: log, Metrics: reg})
 	if err != nil {
 		return err
 	}
