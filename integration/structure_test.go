@@ -34,6 +34,7 @@ var allowed = map[string]string{
 	"authz":                      "identity",
 	"authz/source":               "authz identity",
 	"authz/extauthz":             "authz identity identity/attest",
+	"authz/provider":             "authz/extauthz",
 	"authz/record":               "authz identity",
 	"cmd/internal/issuancelog":   "ca/capb",
 	"cmd/internal/run":           "",

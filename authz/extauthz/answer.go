@@ -261,7 +261,7 @@ func (s *Server) encode(c *check) *answer {
 		return s.allowed
 	case c.Decision.Allowed:
 		return encode(allowed(c.verified.Upstream, c.passed))
-	case c.Decision.Reason == ReasonProviderDenied && c.denied != nil:
+	case c.denied != nil:
 		return encode(s.denials.of(c.Workload.Namespace).deniedBy(c.Decision, c.attributes.grpc(), c.denied))
 	}
 	return s.denials.answer(c)

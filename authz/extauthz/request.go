@@ -31,6 +31,9 @@ const (
 	// ReasonProviderFailed: the extension provider of a CUSTOM policy gave no
 	// answer that can be relied on.
 	ReasonProviderFailed authz.Reason = "provider-failed"
+	// ReasonProviderUnknown: a CUSTOM policy names an extension provider that is not
+	// configured.
+	ReasonProviderUnknown authz.Reason = "provider-unknown"
 	// ReasonInternal: a defect of this program.
 	ReasonInternal authz.Reason = "internal"
 )

@@ -228,7 +228,12 @@ func (s *Server) ask(ctx context.Context, c *check) {
 	c.Asked = append(c.Asked, d.Provider)
 	switch a, err := s.providers.Ask(ctx, d.Provider, c.Message); {
 	case err != nil:
-		deny(ReasonProviderFailed, fmt.Errorf("asking extension provider %s: %w", d.Provider, err))
+		c.denied = a.Response
+		reason := ReasonProviderFailed
+		if errors.Is(err, ErrUnknownProvider) {
+			reason = ReasonProviderUnknown
+		}
+		deny(reason, fmt.Errorf("asking extension provider %s: %w", d.Provider, err))
 	case !a.Allowed:
 		c.denied = a.Response
 		deny(ReasonProviderDenied, nil)

@@ -2,6 +2,7 @@ package extauthz
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -40,9 +41,14 @@ type Verified struct {
 type Providers interface {
 	// Ask asks the provider of that name about a CheckRequest, in bytes as the
 	// proxy sent it, which it must neither change nor keep. Whatever is not
-	// certain must be an error: an error denies, with [ReasonProviderFailed].
+	// certain must be an error: an error denies, with [ReasonProviderFailed], or
+	// with [ReasonProviderUnknown] if it is [ErrUnknownProvider]. The answer beside
+	// an error has what the client is told, as one beside a denial.
 	Ask(ctx context.Context, provider string, message []byte) (ProviderAnswer, error)
 }
+
+// ErrUnknownProvider says that there is no provider of a name.
+var ErrUnknownProvider = errors.New("no extension provider of that name is configured")
 
 // ProviderAnswer is what a provider said; the zero value denies.
 type ProviderAnswer struct {
