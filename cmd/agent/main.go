@@ -165,7 +165,7 @@ func serve(ctx context.Context, path, node string, stderr io.Writer) error {
 	}
 
 	server := grpc.NewServer(
-		grpc.ForceServerCodecV2(extauthz.Codec()),
+		grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
 		// The tap comes before any message is read: nobody without a proof makes the
 		// agent hold more than headers.
 		grpc.InTapHandle(gate.Tap),

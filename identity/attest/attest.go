@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unsafe"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -247,44 +248,60 @@ func (a *Attestor) issuer() (string, error) {
 // ErrNotAllowed and ErrUnavailable. Their text is for the log of the server, a
 // client gets [Public].
 func (a *Attestor) Attest(ctx context.Context, e Evidence) (w identity.Workload, until time.Time, err error) {
-	w, until, remembered, err := a.attest(ctx, e.Token, time.Now())
+	return a.attestOn(ctx, nil, e.Token)
+}
+
+// attestOn is Attest for a token that came on a connection, which may be nil.
+func (a *Attestor) attestOn(ctx context.Context, on *connection, token string) (w identity.Workload, until time.Time, err error) {
+	now := time.Now()
+	if on != nil {
+		if last := on.last.Load(); last != nil && last.token == token {
+			if w, until, err = a.stillHolds(ctx, last.proof, now); err == nil {
+				a.metrics.count(true, nil)
+				return w, until, nil
+			}
+		}
+	}
+	p, w, until, remembered, err := a.attest(ctx, token, now)
 	a.metrics.count(remembered, err)
 	if err != nil {
 		return identity.Workload{}, time.Time{}, err
 	}
+	if on != nil {
+		on.last.Store(&presented{token, p})
+	}
 	return w, until, nil
 }
 
-func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (w identity.Workload, until time.Time, remembered bool, err error) {
+func (a *Attestor) attest(ctx context.Context, token string, now time.Time) (p *proof, w identity.Workload, until time.Time, remembered bool, err error) {
 	if token == "" {
-		return w, until, false, refuse(checkMissing, "no token")
+		return nil, w, until, false, refuse(checkMissing, "no token")
 	}
 	if len(token) > maxToken {
-		return w, until, false, refuse(checkMalformed, "%d bytes; at most %d are looked at", len(token), maxToken)
+		return nil, w, until, false, refuse(checkMalformed, "%d bytes; at most %d are looked at", len(token), maxToken)
 	}
-	sum := sha256.Sum256([]byte(token))
+	sum := sha256.Sum256(unsafe.Slice(unsafe.StringData(token), len(token)))
 	if p, ok := a.cache.lookup(sum); ok {
 		w, until, err := a.stillHolds(ctx, p, now)
 		if err == nil {
-			return w, until, true, nil
+			return p, w, until, true, nil
 		}
 		if !now.Before(p.expires) && a.held(p) {
 			// It cannot be verified from the start, and the pod may come back.
-			return w, until, true, err
+			return nil, w, until, true, err
 		}
 		// What no longer holds is verified from the start, so that the error
 		// says why, and so that a pod that the view lost for a moment comes back.
 		a.cache.drop(sum)
 	}
-	p, err := a.verify(ctx, token, now)
-	if err != nil {
-		return w, until, false, err
+	if p, err = a.verify(ctx, token, now); err != nil {
+		return nil, w, until, false, err
 	}
 	if w, err = a.place(p); err != nil {
-		return w, until, false, err
+		return nil, w, until, false, err
 	}
 	a.cache.add(sum, p, now)
-	return w, p.expires, false, nil
+	return p, w, p.expires, false, nil
 }
 
 // stillHolds says of what pod an earlier proof is now, and until when that holds, or

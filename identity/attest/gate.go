@@ -45,6 +45,8 @@ type GateConfig struct {
 // Gate lets only proven callers through to the handlers of a gRPC server. Its
 // methods Unary and Stream are the interceptors, Tap goes before them.
 //
+// A server without TLS is best made with [Credentials], which make a known token cheap.
+//
 // The proof is the token in the RPC's metadata, under authorization: exactly one
 // value, with or without "Bearer ". It belongs to the RPC, never to the connection,
 // which a proxy may share. Without a good one the RPC fails with Unauthenticated,
@@ -198,7 +200,7 @@ func (g *Gate) caller(ctx context.Context) (c identity.Caller, err error) {
 		g.cfg.Attestor.metrics.count(false, err)
 		return c, err
 	}
-	w, until, err := g.cfg.Attestor.Attest(ctx, Evidence{Token: token})
+	w, until, err := g.cfg.Attestor.attestOn(ctx, connectionOf(ctx), token)
 	if err != nil {
 		return c, err
 	}
