@@ -93,8 +93,10 @@ type Program struct {
 	language
 	// compiled says that this is no zero Program.
 	compiled bool
-	// reads are the attributes that any policy reads.
+	// reads are the attributes that any policy reads, names what of those they read
+	// by name.
 	reads Field
+	names []Name
 	// refused are the resources that cannot be enforced; while there is one,
 	// everything is denied in its name.
 	refused []*Rule
@@ -262,6 +264,26 @@ func (p *Program) Reads() Field {
 		return 0
 	}
 	return p.reads
+}
+
+// Name is something that policies read of a request by its name.
+type Name struct {
+	// Field is FieldHeaders, FieldClaims or FieldMetadata.
+	Field Field
+	// Name is a header in lower case, the first part of a claim's name, or a key in
+	// the metadata of Filter.
+	Name, Filter string
+}
+
+// Names are what the AuthorizationPolicies of p read by name, each once, in no
+// order. A decision depends on other headers only where tokens are looked for, or
+// the client's address; and on other claims only by RequestAuthentication, which
+// reads iss, sub and aud. The list must not be changed.
+func (p *Program) Names() []Name {
+	if p == nil {
+		return nil
+	}
+	return p.names
 }
 
 // PeerMode is PeerAuthentication's mode on a port. Where a resource cannot be

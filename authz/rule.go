@@ -105,6 +105,34 @@ func (r *rule) fields() (f Field) {
 	return f
 }
 
+// names appends what of a request the rule reads by name.
+func (r *rule) names(out []Name) []Name {
+	add := func(n Name) {
+		if !slices.Contains(out, n) {
+			out = append(out, n)
+		}
+	}
+	for _, alternatives := range [...][]conditions{r.from, r.to, {r.when}} {
+		for _, cs := range alternatives {
+			for i := range cs {
+				switch c := &cs[i]; c.reads {
+				case readsHeader:
+					add(Name{Field: FieldHeaders, Name: c.values.(*headerTest).name})
+				case readsClaim:
+					add(Name{Field: FieldClaims, Name: c.values.(*claimTest).path[0]})
+				case readsIdentity:
+					add(Name{Field: FieldClaims, Name: "iss"})
+					add(Name{Field: FieldClaims, Name: "sub"})
+				case readsMetadata:
+					t := c.values.(*metadataTest)
+					add(Name{FieldMetadata, t.key, t.filter})
+				}
+			}
+		}
+	}
+	return out
+}
+
 // language is what compiling a rule depends on besides the rule.
 type language struct {
 	// asterisk says that a template's segment may have a star in it.

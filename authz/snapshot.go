@@ -98,7 +98,17 @@ type Snapshot struct {
 	*compiler
 	spaces map[string]*space
 	// others is the space of the namespaces without policies of their own.
-	others *space
+	others     *space
+	generation uint64
+}
+
+// Generation counts the snapshots from the one that Compile made, which is 1. It is
+// 0 for a nil Snapshot.
+func (s *Snapshot) Generation() uint64 {
+	if s == nil {
+		return 0
+	}
+	return s.generation
 }
 
 // policy is a compiled resource.
@@ -117,8 +127,10 @@ type policy struct {
 	tokens []tokenRule
 	listed []*Rule
 	rules  []*rule
-	// reads are the attributes that the rules read.
+	// reads are the attributes that the rules read, names what of those they read by
+	// name.
 	reads Field
+	names []Name
 	// problems are what compiling found.
 	problems []Problem
 }
@@ -138,7 +150,7 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 		return Compile(set, Options{})
 	}
 	root := s.options.root()
-	next := &Snapshot{compiler: s.compiler}
+	next := &Snapshot{compiler: s.compiler, generation: s.generation + 1}
 	var mesh []*policy
 	own := make(map[string][]*policy, len(s.spaces))
 	var problems []Problem
@@ -258,6 +270,7 @@ func (c *compiler) compile(r *resource) *policy {
 		if compiled := newRule(meta, rule, c.language, false); compiled != nil {
 			p.rules = append(p.rules, compiled)
 			p.reads |= compiled.fields() // bare connections have no other conditions
+			p.names = compiled.names(p.names)
 		}
 	}
 	return p
@@ -412,8 +425,18 @@ func newProgram(policies []*policy, o *Options, before *Program) *Program {
 	p := &Program{language: o.Envoy.language(), compiled: true, reads: FieldPeer | FieldDestinationPort}
 	var peers []*policy
 	layers := make(map[layer][]*policy)
+	var named map[Name]bool
 	for _, pol := range policies {
 		p.reads |= pol.reads
+		for _, n := range pol.names {
+			if !named[n] {
+				if named == nil {
+					named = make(map[Name]bool)
+				}
+				named[n] = true
+				p.names = append(p.names, n)
+			}
+		}
 		switch {
 		case pol.whole.Reason != "":
 			p.refused = append(p.refused, pol.whole)

@@ -39,6 +39,7 @@ type wire struct {
 	Policy     string       `json:"policy"`
 	Rule       int          `json:"rule"`
 	Reason     authz.Reason `json:"reason"`
+	Error      string       `json:"error"`
 	Unread     bool         `json:"unread"`
 	Audited    *wireMatch   `json:"audited"`
 	DryRun     []wireDryRun `json:"dryRun"`
@@ -174,7 +175,7 @@ func decode(line []byte) (r Record, err error) {
 	}
 	r = Record{
 		Time: w.Time.UTC(), Unread: w.Unread, Allowed: w.Decision == "allow",
-		Kind: w.Kind, Policy: w.Policy, Rule: w.Rule, Reason: w.Reason,
+		Kind: w.Kind, Policy: w.Policy, Rule: w.Rule, Reason: w.Reason, Err: w.Error,
 		Generation: w.Generation, Latency: time.Duration(w.LatencyNs), RequestID: w.RequestID, TraceID: w.TraceID,
 	}
 	switch {

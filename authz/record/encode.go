@@ -19,12 +19,12 @@ import (
 // only, so that it is known to be there and nothing else; see package authz. The
 // zero Shown hides every value.
 type Shown struct {
-	// Headers, in lower case, and Claims, by their first name, are shown with their
-	// values; x-forwarded-for and the headers of a CORS preflight are too. Metadata
-	// is by filter and key.
-	Headers  map[string]bool
-	Claims   map[string]bool
-	Metadata map[string]map[string]bool
+	// Read are headers, claims and metadata that policies read ([authz.Program.Names]);
+	// they are shown with their values. So are x-forwarded-for and the headers of a
+	// CORS preflight, and the claims iss, sub, aud and azp.
+	Read []authz.Name
+	// Headers, in lower case, and Claims, by their first name, are shown too.
+	Headers, Claims map[string]bool
 	// AllHeaders and AllClaims show all of them.
 	AllHeaders, AllClaims bool
 	// Redacted are headers, in lower case, that are never shown.
@@ -39,6 +39,7 @@ const (
 	maxValue = 4 << 10
 	maxNodes = 1000
 	maxDepth = 16
+	maxErr   = 500
 )
 
 // fields are the names of what is known.
@@ -92,6 +93,11 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 	e.text("policy", r.Policy)
 	e.number("rule", int64(r.Rule))
 	e.text("reason", string(r.Reason))
+	if len(r.Err) > maxErr {
+		e.text("error", r.Err[:maxErr]+"…")
+	} else {
+		e.text("error", r.Err)
+	}
 	if r.Unread {
 		e.flag("unread", true)
 	}
@@ -327,7 +333,7 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 		e.end()
 	}
 	if r.Claims != nil {
-		hidden := e.structure("claims", r.Claims, func(k string) bool { return show.AllClaims || show.Claims[k] })
+		hidden := e.structure("claims", r.Claims, func(k string) bool { return show.claim(k) })
 		if len(hidden) > 0 {
 			e.key("hiddenClaims")
 			e.names(hidden)
@@ -339,7 +345,9 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 		e.key("metadata")
 		e.open()
 		for i, filter := range filters {
-			hidden[i] = e.structure(filter, r.Metadata[filter], func(k string) bool { return show.Metadata[filter][k] })
+			hidden[i] = e.structure(filter, r.Metadata[filter], func(k string) bool {
+				return slices.Contains(show.Read, authz.Name{Field: authz.FieldMetadata, Name: k, Filter: filter})
+			})
 		}
 		e.close()
 		if slices.ContainsFunc(hidden, func(names []string) bool { return names != nil }) {
@@ -357,6 +365,20 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 	e.close()
 }
 
+// header reports whether a header's value is shown.
+func (s *Shown) header(name string) bool {
+	return !s.Redacted[name] && (s.AllHeaders || s.Headers[name] || essential(name) || slices.Contains(s.Read, authz.Name{Field: authz.FieldHeaders, Name: name}))
+}
+
+// claim reports whether a claim is shown.
+func (s *Shown) claim(name string) bool {
+	switch name {
+	case "iss", "sub", "aud", "azp":
+		return true
+	}
+	return s.AllClaims || s.Claims[name] || slices.Contains(s.Read, authz.Name{Field: authz.FieldClaims, Name: name})
+}
+
 // essential reports whether decisions read a header although no policy names it: it
 // says where a request came from, or that it is a CORS preflight.
 func essential(name string) bool {
@@ -369,7 +391,7 @@ func (e *encoder) header(h *authz.Header, show *Shown) {
 	form, value := h.Form, h.Value
 	switch {
 	case form == authz.HeaderHidden:
-	case !show.AllHeaders && !show.Headers[h.Name] && !essential(h.Name) || show.Redacted[h.Name] || len(value) > maxValue:
+	case !show.header(h.Name) || len(value) > maxValue:
 		form, value = authz.HeaderHidden, nil
 	}
 	if f := forms[form]; f != "" {

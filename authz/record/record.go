@@ -34,6 +34,9 @@ type Record struct {
 	Kind, Policy string
 	Rule         int
 	Reason       authz.Reason
+	// Err is why no policy was asked, or why a provider did not answer, for people;
+	// else empty.
+	Err string
 	// Audited is what [authz.Decision.Audited] says, or nil.
 	Audited *authz.Match
 	// DryRuns are what [authz.Decision.DryRuns] says.

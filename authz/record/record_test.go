@@ -61,7 +61,7 @@ func sample() record.Record {
 
 var shown = record.Shown{
 	Headers: map[string]bool{"x-tenant": true, "x-odd": true, "authorization": true}, Claims: map[string]bool{"iss": true, "sub": true, "aud": true, "roles": true},
-	Metadata: map[string]map[string]bool{"envoy.filters.network.x": {"a": true}}, Redacted: map[string]bool{"authorization": true},
+	Read: []authz.Name{{Field: authz.FieldMetadata, Name: "a", Filter: "envoy.filters.network.x"}}, Redacted: map[string]bool{"authorization": true},
 }
 
 // TestFormat is the format: a change of it is another version.
@@ -73,6 +73,7 @@ func TestFormat(t *testing.T) {
 	plain.Allowed, plain.Kind, plain.Policy, plain.Rule, plain.Reason = true, "", "", -1, authz.ReasonNoAllowPolicy
 	unread := plain
 	unread.Request, unread.Unread, unread.Allowed, unread.Reason = authz.Request{HTTP: true, Method: []byte("GET"), Path: []byte("/")}, true, false, "check-request"
+	unread.Err = "check request: a pseudo-header is there twice"
 	full := sample()
 	var got []byte
 	for _, r := range []record.Record{full, plain, unread} {
