@@ -81,12 +81,21 @@ type callerKey struct{}
 
 // WithCaller returns a context that carries the proven caller of an RPC.
 func WithCaller(ctx context.Context, c Caller) context.Context {
-	return context.WithValue(ctx, callerKey{}, c)
+	return context.WithValue(ctx, callerKey{}, &c)
 }
 
 // CallerFrom is the proven caller of the RPC that ctx belongs to. ok is false
 // if nobody proved anything; the RPC must then be refused.
 func CallerFrom(ctx context.Context) (c Caller, ok bool) {
-	c, ok = ctx.Value(callerKey{}).(Caller)
-	return c, ok
+	if p := CallerIn(ctx); p != nil {
+		return *p, true
+	}
+	return Caller{}, false
+}
+
+// CallerIn is CallerFrom without a copy: the caller must not be changed, and is nil
+// if nobody proved anything.
+func CallerIn(ctx context.Context) *Caller {
+	c, _ := ctx.Value(callerKey{}).(*Caller)
+	return c
 }

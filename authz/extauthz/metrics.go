@@ -1,6 +1,10 @@
 package extauthz
 
 import (
+	"cmp"
+	"maps"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,6 +17,11 @@ import (
 type metrics struct {
 	checks  *prometheus.CounterVec
 	seconds prometheus.Histogram
+
+	mu sync.Mutex
+	// known are the counters of checks that were needed; the map is never changed,
+	// and another one put in its place under mu.
+	known atomic.Pointer[map[outcome]prometheus.Counter]
 
 	unproven prometheus.Counter
 	labels   prometheus.Counter
@@ -52,11 +61,35 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, nil
 }
 
-func (m *metrics) answered(d authz.Decision, took time.Duration) {
-	kind := d.Kind
-	if kind == "" {
-		kind = "none"
+func (m *metrics) answered(d *authz.Decision, took time.Duration) {
+	k := outcome{d.Verdict(), d.Kind, d.Reason}
+	known := m.known.Load()
+	var c prometheus.Counter
+	if known != nil {
+		c = (*known)[k]
 	}
-	m.checks.WithLabelValues(d.Verdict(), kind, string(d.Reason)).Inc()
+	if c == nil {
+		c = m.learn(k)
+	}
+	c.Inc()
 	m.seconds.Observe(took.Seconds())
+}
+
+// outcome is the labels of a counter.
+type outcome struct {
+	verdict, kind string
+	reason        authz.Reason
+}
+
+// learn finds the counter of an outcome that had none.
+func (m *metrics) learn(k outcome) prometheus.Counter {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next := make(map[outcome]prometheus.Counter)
+	if known := m.known.Load(); known != nil {
+		maps.Copy(next, *known)
+	}
+	next[k] = m.checks.WithLabelValues(k.verdict, cmp.Or(k.kind, "none"), string(k.reason))
+	m.known.Store(&next)
+	return next[k]
 }

@@ -72,137 +72,127 @@ const (
 	tlsSNI = 1<<3 | bytesField
 )
 
-// wire goes through the fields of one message.
-type wire struct {
-	left []byte
-	// tag is that of the field: its number and its wire type.
-	tag uint64
-	// data is what a field of bytes holds, value that of a varint.
-	data  []byte
-	value uint64
-	// bad says that the message cannot be read.
-	bad bool
+// field reads the first field of a message, which is not empty: its tag, that is, its
+// number and wire type, what it holds, and what follows it. The tag is 0 where the
+// message cannot be read. A field of bytes holds those, another one its bytes on the
+// wire.
+func field(b []byte) (tag uint64, data, rest []byte) {
+	i := 1
+	if tag = uint64(b[0]); tag >= 0x80 {
+		var n int
+		if tag, n = protowire.ConsumeVarint(b); n < 0 {
+			return 0, nil, nil
+		}
+		i = n
+	}
+	if num := tag >> 3; num == 0 || num > uint64(protowire.MaxValidNumber) {
+		return 0, nil, nil
+	}
+	if tag&7 != bytesField {
+		// A group and the like are never what is looked for, so unknown.
+		n := protowire.ConsumeFieldValue(protowire.Number(tag>>3), protowire.Type(tag&7), b[i:])
+		if n < 0 {
+			return 0, nil, nil
+		}
+		return tag, b[i : i+n], b[i+n:]
+	}
+	if i >= len(b) {
+		return 0, nil, nil
+	}
+	size := uint64(b[i])
+	if i++; size >= 0x80 {
+		v, n := protowire.ConsumeVarint(b[i-1:])
+		if n < 0 {
+			return 0, nil, nil
+		}
+		size, i = v, i-1+n
+	}
+	b = b[i:]
+	if size > uint64(len(b)) {
+		return 0, nil, nil
+	}
+	return tag, b[:size:size], b[size:]
 }
 
-// next reads a field. It is false at the end, and where the message is bad.
-func (w *wire) next() bool {
-	b := w.left
-	if len(b) == 0 {
-		return false
-	}
-	if b[0] < 0x80 {
-		w.tag, b = uint64(b[0]), b[1:]
-	} else if v, n := protowire.ConsumeVarint(b); n > 0 {
-		w.tag, b = v, b[n:]
-	} else {
-		w.bad = true
-		return false
-	}
-	if num := w.tag >> 3; num == 0 || num > uint64(protowire.MaxValidNumber) {
-		w.bad = true
-		return false
-	}
-	switch w.tag & 7 {
-	case bytesField:
-		var size uint64
-		if len(b) > 0 && b[0] < 0x80 {
-			size, b = uint64(b[0]), b[1:]
-		} else if v, n := protowire.ConsumeVarint(b); n > 0 {
-			size, b = v, b[n:]
-		} else {
-			w.bad = true
-			return false
-		}
-		if size > uint64(len(b)) {
-			w.bad = true
-			return false
-		}
-		w.data, w.left = b[:size:size], b[size:]
-		return true
-	case varintField:
-		if v, n := protowire.ConsumeVarint(b); n > 0 {
-			w.value, w.left = v, b[n:]
-			return true
-		}
-	default:
-		// Nothing of what is read is of these types, so it is unknown: a group, say.
-		if n := protowire.ConsumeFieldValue(protowire.Number(w.tag>>3), protowire.Type(w.tag&7), b); n >= 0 {
-			w.left = b[n:]
-			return true
-		}
-	}
-	w.bad = true
-	return false
-}
-
-// text is the field as a string, which must be UTF-8.
-func (w *wire) text() []byte {
-	if !validText(w.data) {
-		w.bad, w.left = true, nil
-	}
-	return w.data
+// text sets a field that is a text, if it is UTF-8.
+func text(field *[]byte, data []byte) bool {
+	*field = data
+	return validText(data)
 }
 
 // validText is utf8.Valid, faster for what nearly all texts are.
 func validText(b []byte) bool {
 	const high = 0x8080808080808080
-	i := 0
-	for ; i+8 <= len(b); i += 8 {
-		if binary.LittleEndian.Uint64(b[i:])&high != 0 {
-			return utf8.Valid(b[i:])
+	rest := b
+	for len(rest) >= 32 {
+		w := binary.LittleEndian.Uint64(rest) | binary.LittleEndian.Uint64(rest[8:]) |
+			binary.LittleEndian.Uint64(rest[16:]) | binary.LittleEndian.Uint64(rest[24:])
+		if w&high != 0 {
+			return utf8.Valid(rest)
 		}
+		rest = rest[32:]
 	}
-	for ; i < len(b); i++ {
-		if b[i] >= utf8.RuneSelf {
-			return utf8.Valid(b[i:])
+	for len(rest) >= 8 {
+		if binary.LittleEndian.Uint64(rest)&high != 0 {
+			return utf8.Valid(rest)
+		}
+		rest = rest[8:]
+	}
+	for i := range rest {
+		if rest[i] >= utf8.RuneSelf {
+			return utf8.Valid(rest)
 		}
 	}
 	return true
 }
 
 // scan reads what b says into a, which is empty. It is false where proto.Unmarshal
-// would return an error; else a is what read makes of that CheckRequest. Its slices
+// would return an error; else a is what take makes of that CheckRequest. Its slices
 // share memory with b.
 func (a *attributes) scan(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		if w.tag == checkAttributes {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		if tag == checkAttributes {
 			a.there = true
-			if !a.attributes(w.data) {
-				return false
-			}
-		}
-	}
-	return !w.bad
-}
-
-func (a *attributes) attributes(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		ok := true
-		switch w.tag {
-		case attrSource:
-			ok = a.source.scan(w.data, nil)
-		case attrDestination:
-			ok = a.destination.scan(w.data, &a.labels)
-		case attrRequest:
-			ok = a.request(w.data)
-		case attrExtensions:
-			_, ok = entry(w.data)
-		case attrMetadata:
-			a.metadataBytes = append(a.metadataBytes, w.data)
-		case attrTLS:
-			a.tls = true
-			ok = a.session(w.data)
-		case attrRouteMetadata:
-			// Nobody reads it.
-			ok = unmarshalPart(w.data, new(corev3.Metadata)) == nil
+			ok = a.attributes(data)
 		}
 		if !ok {
 			return false
 		}
+		b = rest
 	}
-	return !w.bad
+	return true
+}
+
+func (a *attributes) attributes(b []byte) bool {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
+		case attrSource:
+			ok = a.source.scan(data, nil)
+		case attrDestination:
+			ok = a.destination.scan(data, &a.labels)
+		case attrRequest:
+			ok = a.request(data)
+		case attrExtensions:
+			_, ok = entry(data)
+		case attrMetadata:
+			a.metadataBytes = append(a.metadataBytes, data)
+		case attrTLS:
+			a.tls = true
+			ok = a.session(data)
+		case attrRouteMetadata:
+			// Nobody reads it.
+			ok = unmarshalPart(data, new(corev3.Metadata)) == nil
+		}
+		if !ok {
+			return false
+		}
+		b = rest
+	}
+	return true
 }
 
 // unmarshalPart reads a part of a message that lies as deep in it as metadata, on
@@ -212,177 +202,204 @@ func unmarshalPart(b []byte, m proto.Message) error {
 }
 
 func (a *attributes) session(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		if w.tag == tlsSNI {
-			a.sni = w.text()
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		if tag == 0 || tag == tlsSNI && !text(&a.sni, data) {
+			return false
 		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 func (p *peerAttributes) scan(b []byte, labels *pairs) bool {
 	p.there = true
-	w := wire{left: b}
-	for w.next() {
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case peerAddress:
-			if !p.address.scan(w.data) {
-				return false
-			}
+			ok = p.address.scan(data)
 		case peerService:
-			p.service = w.text()
+			ok = text(&p.service, data)
 		case peerLabels:
-			label, ok := entry(w.data)
-			if !ok {
-				return false
-			}
-			if labels != nil {
+			var label pair
+			if label, ok = entry(data); ok && labels != nil {
 				labels.put(label)
 			}
 		case peerPrincipal:
-			p.principal = w.text()
+			ok = text(&p.principal, data)
 		case peerCertificate:
-			p.certificate = w.text()
+			ok = text(&p.certificate, data)
 		}
+		if !ok {
+			return false
+		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 // Each kind of address takes the place of another one; one of the same kind is
 // merged.
 func (a *address) scan(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		ok := true
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case addressSocket:
 			a.socket = true
-			ok = a.scanSocket(w.data)
+			ok = a.scanSocket(data)
 		case addressPipe:
 			*a = address{}
-			ok = texts(w.data, pipePath, pipePath)
+			ok = texts(data, pipePath, pipePath)
 		case addressInternal:
 			*a = address{}
-			ok = texts(w.data, internalServer, internalID)
+			ok = texts(data, internalServer, internalID)
 		}
 		if !ok {
 			return false
 		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 func (a *address) scanSocket(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case socketAddressField:
-			a.ip = w.text()
+			ok = text(&a.ip, data)
 		case socketPortValue:
-			a.port = uint32(w.value)
+			v, _ := protowire.ConsumeVarint(data)
+			a.port = uint32(v)
 		case socketNamedPort:
-			w.text()
 			a.port = 0
+			ok = validText(data)
 		case socketResolver, socketNetwork:
-			w.text()
+			ok = validText(data)
 		}
+		if !ok {
+			return false
+		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 // texts checks a message of which only those two fields are texts.
 func texts(b []byte, one, other uint64) bool {
-	w := wire{left: b}
-	for w.next() {
-		if w.tag == one || w.tag == other {
-			w.text()
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		if tag == 0 || (tag == one || tag == other) && !validText(data) {
+			return false
 		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 // entry reads one of a map of texts.
 func entry(b []byte) (p pair, ok bool) {
-	w := wire{left: b}
-	for w.next() {
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case entryKey:
-			p.key = w.text()
+			ok = text(&p.key, data)
 		case entryValue:
-			p.value = w.text()
+			ok = text(&p.value, data)
 		}
+		if !ok {
+			return p, false
+		}
+		b = rest
 	}
-	return p, !w.bad
+	return p, true
 }
 
 func (a *attributes) request(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		ok := true
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case requestTime:
-			ok = texts(w.data, 0, 0) // two numbers
+			ok = texts(data, 0, 0) // two numbers
 		case requestHTTP:
 			a.http = true
-			ok = a.scanHTTP(w.data)
+			ok = a.scanHTTP(data)
 		}
 		if !ok {
 			return false
 		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 func (a *attributes) scanHTTP(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		switch w.tag {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
 		case httpMethod:
-			a.method = w.text()
+			ok = text(&a.method, data)
 		case httpPath:
-			a.path = w.text()
+			ok = text(&a.path, data)
 		case httpHost:
-			a.host = w.text()
+			ok = text(&a.host, data)
 		case httpHeaders:
-			p, ok := entry(w.data)
-			if !ok {
-				return false
+			var p pair
+			if p, ok = entry(data); ok {
+				a.joined.put(p)
 			}
-			a.joined.put(p)
 		case httpMap:
-			if !a.headers(w.data) {
-				return false
-			}
+			ok = a.headers(data)
 		case httpID, httpScheme, httpQuery, httpFragment, httpProtocol, httpBody:
-			w.text()
+			ok = validText(data)
 		}
+		if !ok {
+			return false
+		}
+		b = rest
 	}
-	return !w.bad
+	return true
 }
 
 func (a *attributes) headers(b []byte) bool {
-	w := wire{left: b}
-	for w.next() {
-		if w.tag != mapHeaders {
-			continue
-		}
-		var h rawHeader
-		f := wire{left: w.data}
-		for f.next() {
-			switch f.tag {
-			case headerKey:
-				h.key = f.text()
-			case headerText:
-				h.text = f.text()
-			case headerBytes:
-				h.bytes = f.data
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		if tag == mapHeaders {
+			a.raw = append(a.raw, rawHeader{})
+			if !a.raw[len(a.raw)-1].scan(data) {
+				return false
 			}
-		}
-		if f.bad {
+		} else if tag == 0 {
 			return false
 		}
-		a.raw = append(a.raw, h)
+		b = rest
 	}
-	return !w.bad
+	return true
+}
+
+func (h *rawHeader) scan(b []byte) bool {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		ok := tag != 0
+		switch tag {
+		case headerKey:
+			ok = text(&h.key, data)
+		case headerText:
+			ok = text(&h.text, data)
+		case headerBytes:
+			h.bytes = data
+		}
+		if !ok {
+			return false
+		}
+		b = rest
+	}
+	return true
 }

@@ -148,8 +148,8 @@ func (c *check) reset() {
 }
 
 func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {
-	caller, ok := identity.CallerFrom(ctx)
-	if !ok || caller.Workload.IsZero() {
+	caller := identity.CallerIn(ctx)
+	if caller == nil || caller.Workload.IsZero() {
 		s.metrics.unproven.Inc()
 		return nil, status.Error(codes.Unauthenticated, "the caller did not prove which pod it is")
 	}
@@ -162,14 +162,14 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 			s.log.Error("check panicked", "pod_uid", caller.Workload.PodUID, "err", fmt.Sprint(v), "stack", string(debug.Stack()))
 			// c may be anything now; it is not used again.
 			d := authz.Decision{Rule: -1, Reason: ReasonInternal}
-			s.metrics.answered(d, 0)
+			s.metrics.answered(&d, 0)
 			a, err = encode((&Denial{}).response(d, false, "", "")), nil
 		}
 	}()
 	s.decide(ctx, c)
 	a = s.encode(c)
 	c.Took = time.Since(c.Time)
-	s.metrics.answered(c.Decision, c.Took)
+	s.metrics.answered(&c.Decision, c.Took)
 	if !c.Decision.Allowed {
 		s.logDenied(ctx, c)
 	}
