@@ -35,7 +35,7 @@ var allowed = map[string]string{
 	"authz/source":               "authz identity",
 	"authz/extauthz":             "authz identity identity/attest",
 	"authz/provider":             "authz/extauthz",
-	"authz/record":               "authz identity",
+	"authz/record":               "authz authz/extauthz identity",
 	"cmd/internal/issuancelog":   "ca/capb",
 	"cmd/internal/run":           "",
 	"cmd/internal/run/runtest":   "identity/attest/attesttest",

@@ -1,0 +1,389 @@
+package record_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/authz/extauthz"
+	"github.com/signet-mesh/signet/authz/record"
+	"github.com/signet-mesh/signet/identity"
+)
+
+const policies = `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: ask, namespace: shop}
+spec: {action: CUSTOM, provider: {name: opa}, rules: [{to: [{operation: {paths: [/ask*]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: deny, namespace: shop}
+spec: {action: DENY, rules: [{when: [{key: "request.headers[x-role]", values: [guest]}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: next, namespace: shop, annotations: {istio.io/dry-run: "true"}}
+spec: {action: DENY, rules: [{to: [{operation: {paths: [/next]}}]}]}
+`
+
+var cart = identity.Workload{Namespace: "shop", ServiceAccount: "cart", Pod: "cart-1", PodUID: "u", Node: "n", Labels: map[string]string{"app": "cart"}}
+
+// answers are those of a provider.
+type answers func(path []byte) (extauthz.ProviderAnswer, error)
+
+func (f answers) Ask(_ context.Context, _ string, message []byte) (extauthz.ProviderAnswer, error) {
+	var r authz.Request
+	if err := extauthz.FromBytes(message, authz.FieldsHTTP, &r); err != nil {
+		return extauthz.ProviderAnswer{}, err
+	}
+	return f(r.Path)
+}
+
+// service is an ext_authz service with a recorder.
+type service struct {
+	t        testing.TB
+	s        *extauthz.Server
+	r        *record.Recorder
+	reg      *prometheus.Registry
+	log      *bytes.Buffer
+	snapshot *authz.Snapshot
+}
+
+func newService(t testing.TB, cfg record.Config) *service {
+	t.Helper()
+	w := &service{t: t, reg: prometheus.NewPedanticRegistry(), log: &bytes.Buffer{}}
+	cfg.Metrics = w.reg
+	cfg.Log = slog.New(slog.NewTextHandler(w.log, nil))
+	var err error
+	if w.r, err = record.New(cfg); err != nil {
+		t.Fatal(err)
+	}
+	rs, _ := authz.Parse("p.yaml", []byte(policies))
+	set, _ := authz.Set{}.Update(rs)
+	w.snapshot, _ = authz.Compile(set, authz.Options{})
+	w.s, err = extauthz.New(extauthz.Config{Snapshot: func() *authz.Snapshot { return w.snapshot }, Records: w.r,
+		Providers: answers(func(path []byte) (extauthz.ProviderAnswer, error) {
+			switch string(path) {
+			case "/ask/allowed":
+				return extauthz.ProviderAnswer{Allowed: true}, nil
+			case "/ask/denied":
+				return extauthz.ProviderAnswer{}, nil
+			}
+			return extauthz.ProviderAnswer{}, errors.New("it is away")
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// check checks a request with headers (NAME, VALUE, …) beside those that carry
+// secrets.
+func (w *service) check(path string, headers ...string) {
+	w.t.Helper()
+	m := &corev3.HeaderMap{}
+	for i, s := range append([]string{":method", "GET", ":path", path, ":authority", "cart", "user-agent", "agent-secret", "authorization", "Bearer token-secret",
+		"cookie", "c=cookie-secret", "x-request-id", "r-1", "traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}, headers...) {
+		if i%2 == 0 {
+			m.Headers = append(m.Headers, &corev3.HeaderValue{Key: s})
+		} else {
+			m.Headers[i/2].RawValue = []byte(s)
+		}
+	}
+	b, err := proto.Marshal(&authv3.CheckRequest{Attributes: &authv3.AttributeContext{
+		Source:  &authv3.AttributeContext_Peer{Principal: "spiffe://cluster.local/ns/web/sa/front"},
+		Request: &authv3.AttributeContext_Request{Http: &authv3.AttributeContext_HttpRequest{HeaderMap: m}},
+	}})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.checkBytes(b)
+}
+
+func (w *service) checkBytes(b []byte) {
+	w.t.Helper()
+	if _, err := w.s.Answer(identity.WithCaller(context.Background(), identity.Caller{Workload: cart}), b); err != nil {
+		w.t.Fatal(err)
+	}
+	// The bytes are used again.
+	clear(b)
+}
+
+// finish runs the recorder for what waits.
+func (w *service) finish() {
+	w.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := w.r.Run(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *service) metric(name, text string) {
+	w.t.Helper()
+	if err := testutil.GatherAndCompare(w.reg, strings.NewReader(text), name); err != nil {
+		w.t.Error(err)
+	}
+}
+
+// TestRecorder records what was decided, and how; each record is decided again.
+func TestRecorder(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	w := newService(t, record.Config{Outputs: []record.Output{record.Stream("stdout", &out)}, Allowed: 1})
+	w.check("/a?q=query-secret")
+	w.check("/b", "x-role", "admin", "x-role", "guest")
+	w.check("/ask/allowed", "x-role", "guest")
+	w.check("/ask/denied")
+	w.check("/ask/failed")
+	w.check("/next")
+	w.checkBytes([]byte("\xff\xff"))
+	w.check("/twice", ":path", "/other")
+	w.finish()
+	var got []string
+	for r, err := range record.Read(bytes.NewReader(out.Bytes())) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, fmt.Sprintf("%s %t %s %d %s %v %v", r.Request.Path, r.Allowed, r.Policy, r.Rule, r.Reason, r.Answers, r.DryRuns))
+		d, ok := record.Replay(w.snapshot.For(r.Workload), &r)
+		if d.Allowed != r.Allowed || d.Reason != r.Reason || d.Policy != r.Policy || ok == r.Unread {
+			t.Errorf("decided again: %+v, %t; the record: %+v", d, ok, r)
+		}
+		if r.Workload.PodUID != "u" || r.Workload.Labels["app"] != "cart" || r.Generation != 1 && !r.Unread || r.Time.IsZero() || r.Latency <= 0 {
+			t.Errorf("record %+v", r)
+		}
+		if !r.Unread && (r.RequestID != "r-1" || r.TraceID != "4bf92f3577b34da6a3ce929d0e0e4736" || string(r.Request.Principal) != "spiffe://cluster.local/ns/web/sa/front") {
+			t.Errorf("record %+v", r)
+		}
+	}
+	dry := "[{DENY true { -1 true}}]"
+	want := []string{
+		"/a?q= true  -1 no-allow-policy [] " + dry,
+		"/b false shop/deny 0 deny-rule [] " + dry,
+		"/ask/allowed false shop/deny 0 deny-rule [{opa true }] " + dry,
+		"/ask/denied false shop/ask 0 provider-denied [{opa false provider-denied}] []",
+		"/ask/failed false shop/ask 0 provider-failed [{opa false provider-failed}] []",
+		"/next true  -1 no-allow-policy [] [{DENY false {shop/next 0 true}}]",
+		" false  -1 check-request [] []",
+		" false  -1 check-request [] []",
+	}
+	if g, w := strings.Join(got, "\n"), strings.Join(want, "\n"); g != w {
+		t.Errorf("recorded\n%s\nwant\n%s", g, w)
+	}
+	text := out.String()
+	if strings.Contains(text, "secret") || !strings.Contains(text, `"name":"authorization","form":"hidden"`) || !strings.Contains(text, `"value":"guest"`) || !strings.Contains(text, `"error":"asking extension provider opa: it is away"`) {
+		t.Errorf("records\n%s", text)
+	}
+	w.metric("signet_dry_run_decisions_total", `
+# HELP signet_dry_run_decisions_total What dry-run policies would have decided, by action (DENY, ALLOW) and decision (allow, deny), beside the decision that was (enforced: allow, deny).
+# TYPE signet_dry_run_decisions_total counter
+signet_dry_run_decisions_total{action="DENY",decision="allow",enforced="allow"} 1
+signet_dry_run_decisions_total{action="DENY",decision="allow",enforced="deny"} 2
+signet_dry_run_decisions_total{action="DENY",decision="deny",enforced="allow"} 1
+`)
+}
+
+// TestAllowedAreSampled: denials always, allowed requests by their share and bound.
+func TestAllowedAreSampled(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		share     float64
+		perSecond int
+		least     int
+		most      int
+	}{{0, 0, 0, 0}, {1, 10, 10, 10}, {1, 5000, 2000, 2000}, {0.5, 5000, 850, 1150}} {
+		synctest.Test(t, func(t *testing.T) { // where no time passes
+			var out bytes.Buffer
+			w := newService(t, record.Config{Outputs: []record.Output{record.Stream("stdout", &out)}, Allowed: tt.share, AllowedPerSecond: tt.perSecond})
+			for range 2000 {
+				w.check("/a")
+			}
+			for range 20 {
+				w.check("/b", "x-role", "guest")
+			}
+			w.finish()
+			allowed, denied := strings.Count(out.String(), `"decision":"allow"`), strings.Count(out.String(), `"decision":"deny"`)
+			if allowed < tt.least || allowed > tt.most || denied != 20 {
+				t.Errorf("share %v, %d a second: %d allowed, %d denied", tt.share, tt.perSecond, allowed, denied)
+			}
+			if n := testutil.ToFloat64(collector(t, w.reg, "signet_records_unsampled_total")); int(n) != 2000-allowed {
+				t.Errorf("%v unsampled", n)
+			}
+		})
+	}
+}
+
+// collector is one metric of a registry.
+func collector(t *testing.T, reg *prometheus.Registry, name string) prometheus.Collector {
+	t.Helper()
+	all, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := prometheus.NewGauge(prometheus.GaugeOpts{Name: "x"})
+	for _, f := range all {
+		if f.GetName() == name {
+			for _, m := range f.GetMetric() {
+				g.Add(m.GetCounter().GetValue())
+			}
+		}
+	}
+	return g
+}
+
+// TestNothingWaitsForRecords: what is too much is dropped and counted, and an output
+// that never comes back holds up neither checks nor the end.
+func TestNothingWaitsForRecords(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		stuck := make(chan struct{})
+		defer close(stuck)
+		var good bytes.Buffer
+		w := newService(t, record.Config{QueueBytes: 64 << 10, Outputs: []record.Output{
+			record.Stream("stuck", writer(func(b []byte) (int, error) { <-stuck; return len(b), nil })), record.Stream("good", &good)}})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- w.r.Run(ctx) }()
+		const n = 3000
+		for i := range n {
+			w.check(fmt.Sprintf("/%d", i), "x-role", "guest")
+			if i%50 == 0 {
+				synctest.Wait()
+			}
+		}
+		synctest.Wait()
+		if got := strings.Count(good.String(), "\n"); got != n {
+			t.Errorf("%d records at the good output", got)
+		}
+		start := time.Now()
+		cancel()
+		if err := <-ended; err != nil || time.Since(start) > 5*time.Second {
+			t.Errorf("ended after %v: %v", time.Since(start), err)
+		}
+		if lost := testutil.ToFloat64(collector(t, w.reg, "signet_records_lost_total")); lost < n-200 {
+			t.Errorf("%v lost", lost)
+		}
+		if !strings.Contains(w.log.String(), "are lost") {
+			t.Errorf("log %s", w.log)
+		}
+	})
+	// Before Run, and where it cannot keep up.
+	w := newService(t, record.Config{QueueBytes: 64 << 10, Outputs: []record.Output{record.Stream("stdout", io.Discard)}})
+	for range 1000 {
+		w.check("/a", "x-role", "guest")
+	}
+	w.finish()
+	lost := testutil.ToFloat64(collector(t, w.reg, "signet_records_lost_total"))
+	written := testutil.ToFloat64(collector(t, w.reg, "signet_records_written_total"))
+	if lost < 500 || written < 50 || lost+written != 1000 {
+		t.Errorf("%v lost, %v written", lost, written)
+	}
+}
+
+type writer func(b []byte) (int, error)
+
+func (w writer) Write(b []byte) (int, error) { return w(b) }
+
+// TestRecorderBesideChecks is for the race detector.
+func TestRecorderBesideChecks(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	n := 0
+	w := newService(t, record.Config{Allowed: 1, AllowedPerSecond: 1 << 20, Outputs: []record.Output{record.Stream("x", writer(func(b []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		for r, err := range record.Read(bytes.NewReader(b)) {
+			if err != nil || string(r.Request.Method) != "GET" {
+				t.Errorf("%v: %+v", err, r)
+			}
+			n++
+		}
+		return len(b), nil
+	}))}})
+	ctx, cancel := context.WithCancel(t.Context())
+	var all, run sync.WaitGroup
+	run.Go(func() { w.r.Run(ctx) })
+	for i := range 4 {
+		all.Go(func() {
+			for range 200 {
+				w.check(fmt.Sprintf("/%d", i), "x-role", []string{"guest", "admin"}[i%2])
+			}
+		})
+	}
+	all.Wait()
+	cancel()
+	run.Wait()
+	if n != 800 {
+		t.Errorf("%d records", n)
+	}
+}
+
+// TestPoliciesAreCountedUpToABound keeps the number of series bounded.
+func TestPoliciesAreCountedUpToABound(t *testing.T) {
+	t.Parallel()
+	w := newService(t, record.Config{MaxPolicies: 1})
+	w.check("/a")
+	w.check("/b", "x-role", "guest")
+	w.check("/ask/denied")
+	w.check("/b", "x-role", "guest")
+	w.metric("signet_policy_decisions_total", `
+# HELP signet_policy_decisions_total Decisions, by the policy that decided (NAMESPACE/NAME; none: no policy did; other: there are too many to count each) and decision (allow, deny).
+# TYPE signet_policy_decisions_total counter
+signet_policy_decisions_total{decision="allow",policy="none"} 1
+signet_policy_decisions_total{decision="allow",policy="other"} 0
+signet_policy_decisions_total{decision="allow",policy="shop/deny"} 0
+signet_policy_decisions_total{decision="deny",policy="none"} 0
+signet_policy_decisions_total{decision="deny",policy="other"} 1
+signet_policy_decisions_total{decision="deny",policy="shop/deny"} 2
+`)
+}
+
+func TestConfigsAreRefused(t *testing.T) {
+	t.Parallel()
+	for _, cfg := range []record.Config{{Allowed: -0.1}, {Allowed: 1.1}, {AllowedPerSecond: -1}, {QueueBytes: -1}, {MaxPolicies: -1}} {
+		if _, err := record.New(cfg); err == nil {
+			t.Errorf("%+v is taken", cfg)
+		}
+	}
+}
+
+// BenchmarkAdd is what a check pays for its record.
+func BenchmarkAdd(b *testing.B) {
+	for name, cfg := range map[string]record.Config{
+		"counted": {}, "unsampled": {Outputs: []record.Output{record.Stream("x", io.Discard)}},
+		"recorded": {Outputs: []record.Output{record.Stream("x", io.Discard)}, Allowed: 1, AllowedPerSecond: 1 << 40, QueueBytes: 1 << 30},
+	} {
+		b.Run(name, func(b *testing.B) {
+			w := newService(b, cfg)
+			ctx, cancel := context.WithCancel(b.Context())
+			done := make(chan error)
+			go func() { done <- w.r.Run(ctx) }()
+			p := w.snapshot.For(cart)
+			req := authz.Request{}
+			r := &extauthz.Record{Time: time.Now(), Workload: &cart, Message: make([]byte, 1000), Request: &req, Snapshot: w.snapshot, Program: p, Decision: p.Decide(&req)}
+			r.Decision.Allowed = true
+			b.ReportAllocs()
+			for b.Loop() {
+				w.r.Add(r)
+			}
+			cancel()
+			<-done
+		})
+	}
+}
