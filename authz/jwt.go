@@ -11,7 +11,9 @@ import (
 	security "istio.io/api/security/v1beta1"
 )
 
-// TokenRule is one rule of a RequestAuthentication that selects a workload.
+// TokenRule is one rule of a RequestAuthentication that selects a workload. It is
+// immutable; those of one [Program] are the same at each call, so that a pointer
+// names one.
 type TokenRule struct {
 	// Namespace and Name are those of the resource, Index is the rule's index in
 	// it.
@@ -22,17 +24,12 @@ type TokenRule struct {
 	Line   int
 	// Spec is the rule. It must not be changed.
 	Spec *security.JWTRule
-}
 
-// tokenRule is a compiled TokenRule.
-type tokenRule struct {
-	*TokenRule
-	by        *Rule // what a decision names
-	issuer    string
-	audiences []string
-	headers   []tokenHeader
-	params    []string
-	cookies   []string
+	audiences []string // as sameAudience compares them
+	// Places of tokens, in the order in which Envoy looks at them.
+	headers []tokenHeader
+	params  []string
+	cookies []string
 }
 
 // tokenHeader is a place of a token: after the prefix, wherever that stands in the
@@ -42,18 +39,55 @@ type tokenHeader struct {
 	prefix []byte
 }
 
-func newTokenRule(t *TokenRule, by *Rule) tokenRule {
-	j := t.Spec
-	r := tokenRule{TokenRule: t, by: by, issuer: j.GetIssuer(), audiences: j.GetAudiences(), params: j.GetFromParams(), cookies: j.GetFromCookies()}
-	for _, h := range j.GetFromHeaders() {
-		r.headers = append(r.headers, tokenHeader{lowerASCII(h.GetName()), []byte(h.GetPrefix())})
-	}
-	if len(r.headers)+len(r.params)+len(r.cookies) == 0 {
-		r.headers = []tokenHeader{{"authorization", []byte("Bearer ")}}
-		r.params = []string{"access_token"}
-	}
-	return r
+// Token is a token that a request has where a rule looks for one.
+type Token struct {
+	// Header and Param say what it came in: the name of a header in lower case, or
+	// of a query parameter; both empty for a cookie.
+	Header, Param string
+
+	text []byte // percent encoded where Param is set
 }
+
+// Text is all that stands there; it may share memory with the request.
+func (t Token) Text() []byte {
+	if t.Param == "" {
+		return t.text
+	}
+	return unescape(t.text)
+}
+
+// compiled has what the rule says in the form that requests are held against.
+func (t TokenRule) compiled() *TokenRule {
+	j := t.Spec
+	for _, a := range j.GetAudiences() {
+		t.audiences = append(t.audiences, sameAudience(a))
+	}
+	for _, h := range j.GetFromHeaders() {
+		t.headers = append(t.headers, tokenHeader{lowerASCII(h.GetName()), []byte(h.GetPrefix())})
+	}
+	t.params, t.cookies = slices.Clone(j.GetFromParams()), slices.Clone(j.GetFromCookies())
+	if len(t.headers)+len(t.params)+len(t.cookies) == 0 {
+		t.headers = []tokenHeader{{"authorization", []byte("Bearer ")}}
+		t.params = []string{"access_token"}
+	}
+	// A place that is named twice is one.
+	slices.SortFunc(t.headers, func(a, b tokenHeader) int {
+		return strings.Compare(a.name+string(a.prefix), b.name+string(b.prefix))
+	})
+	t.headers = slices.CompactFunc(t.headers, func(a, b tokenHeader) bool { return a.name+string(a.prefix) == b.name+string(b.prefix) })
+	slices.Sort(t.params)
+	slices.Sort(t.cookies)
+	t.params, t.cookies = slices.Compact(t.params), slices.Compact(t.cookies)
+	return &t
+}
+
+// tokenRule is a TokenRule of a program.
+type tokenRule struct {
+	*TokenRule
+	by *Rule // what a decision names
+}
+
+func newTokenRule(t TokenRule, by *Rule) tokenRule { return tokenRule{t.compiled(), by} }
 
 // tokens are the rules of all RequestAuthentications that select a workload:
 // they add up. A request without a token passes without a request identity; one
@@ -61,11 +95,11 @@ func newTokenRule(t *TokenRule, by *Rule) tokenRule {
 type tokens []tokenRule
 
 // check refuses a request with a bad token, or one that may have one. Whether a
-// token is good was found by the proxy, which hands on its claims; a token without
-// them was not.
+// token is good was found by whoever made the request, who hands on its claims; a
+// token without them was not.
 // It returns in whose name and why, or an empty reason.
 func (ts tokens) check(v *view) (*Rule, Reason) {
-	if !v.HTTP || v.preflight() {
+	if !v.HTTP || v.Preflight() {
 		return nil, ""
 	}
 	if v.Known&FieldClaims == 0 {
@@ -74,7 +108,7 @@ func (ts tokens) check(v *view) (*Rule, Reason) {
 	if v.Claims == nil {
 		var doubt *Rule
 		for i := range ts {
-			switch ts[i].present(v) {
+			switch ts[i].present(v.Request) {
 			case yes:
 				return ts[i].by, ReasonTokenRefused
 			case maybe:
@@ -87,7 +121,7 @@ func (ts tokens) check(v *view) (*Rule, Reason) {
 		return nil, ""
 	}
 	fields := v.Claims.GetFields()
-	iss, ok := fields["iss"].GetKind().(*structpb.Value_StringValue)
+	_, ok := fields["iss"].GetKind().(*structpb.Value_StringValue)
 	if !ok && fields["iss"] != nil {
 		return ts[0].by, ReasonTokenForeign
 	}
@@ -95,40 +129,56 @@ func (ts tokens) check(v *view) (*Rule, Reason) {
 		return ts[0].by, ReasonTokenForeign
 	}
 	for i := range ts {
-		if (ts[i].issuer == "" || iss != nil && iss.StringValue == ts[i].issuer) && ts[i].audience(fields["aud"]) {
+		if ts[i].TakesIssuer(fields["iss"].GetStringValue()) && ts[i].TakesAudience(fields["aud"]) {
 			return nil, ""
 		}
 	}
 	return ts[0].by, ReasonTokenForeign
 }
 
-// audience reports whether the rule takes one of the audiences.
-func (t *tokenRule) audience(aud *structpb.Value) bool {
+// TakesIssuer reports whether the rule takes tokens of an issuer, which is empty
+// where the token names none. A rule without an issuer takes all.
+func (t *TokenRule) TakesIssuer(iss string) bool {
+	return t.Spec.GetIssuer() == "" || t.Spec.GetIssuer() == iss
+}
+
+// TakesAudience reports whether the rule takes one of a token's audiences, text or
+// a list. As in Envoy a scheme http or https and a last slash do not matter.
+func (t *TokenRule) TakesAudience(aud *structpb.Value) bool {
 	if len(t.audiences) == 0 {
 		return true
 	}
 	if s, ok := aud.GetKind().(*structpb.Value_StringValue); ok {
-		return slices.Contains(t.audiences, s.StringValue)
+		return slices.Contains(t.audiences, sameAudience(s.StringValue))
 	}
 	for _, e := range aud.GetListValue().GetValues() {
-		if slices.Contains(t.audiences, e.GetStringValue()) {
+		if s, ok := e.GetKind().(*structpb.Value_StringValue); ok && slices.Contains(t.audiences, sameAudience(s.StringValue)) {
 			return true
 		}
 	}
 	return false
 }
 
-// preflight reports whether the request certainly is a CORS preflight, which Istio
-// has jwt_authn let by: both headers must have a value.
-func (v *view) preflight() bool {
-	return v.Known&(FieldMethod|FieldHeaders) == FieldMethod|FieldHeaders && string(v.Method) == "OPTIONS" &&
-		v.has("origin") && v.has("access-control-request-method")
+// sameAudience is what is compared of an audience.
+func sameAudience(aud string) string {
+	rest, ok := strings.CutPrefix(aud, "http://")
+	if !ok {
+		rest = strings.TrimPrefix(aud, "https://")
+	}
+	return strings.TrimSuffix(rest, "/")
+}
+
+// Preflight reports whether the request certainly is a CORS preflight, in which
+// Istio has nobody look for tokens: both of its headers must have a value.
+func (r *Request) Preflight() bool {
+	return r.Known&(FieldMethod|FieldHeaders) == FieldMethod|FieldHeaders && string(r.Method) == "OPTIONS" &&
+		r.has("origin") && r.has("access-control-request-method")
 }
 
 // has reports whether a header is there with a value.
-func (v *view) has(name string) bool {
-	for i := range v.Headers {
-		if h := &v.Headers[i]; h.Name == name && len(h.Value) > 0 {
+func (r *Request) has(name string) bool {
+	for i := range r.Headers {
+		if h := &r.Headers[i]; h.Name == name && len(h.Value) > 0 {
 			return true
 		}
 	}
@@ -136,96 +186,152 @@ func (v *view) has(name string) bool {
 }
 
 // present says whether the request has a token where the rule looks for one.
-func (t *tokenRule) present(v *view) truth {
-	best := no
-	if v.Known&FieldHeaders == 0 && len(t.headers)+len(t.cookies) > 0 {
-		best = maybe // those that are there may not be all
+func (t *TokenRule) present(r *Request) truth {
+	for range t.Tokens(r) {
+		return yes
 	}
-	for i := range v.Headers {
-		h := &v.Headers[i]
-		for _, at := range t.headers {
-			if h.Name == at.name && (len(at.prefix) == 0 || bytes.Contains(h.Value, at.prefix)) {
-				return yes
-			}
-		}
-		if h.Name == "cookie" && len(t.cookies) > 0 && hasCookie(h.Value, t.cookies) {
-			return yes
-		}
-		if h.Form == HeaderHidden && t.looksAt(h.Name) {
-			best = maybe
+	if !t.Complete(r) {
+		return maybe // those that are there may not be all
+	}
+	return no
+}
+
+// Complete reports whether all is known of the request that [TokenRule.Tokens] looks
+// at.
+func (t *TokenRule) Complete(r *Request) bool {
+	for i := range r.Headers {
+		if r.Headers[i].Form == HeaderHidden && t.looksAt(r.Headers[i].Name) {
+			return false
 		}
 	}
-	if len(t.params) > 0 {
+	return (r.Known&FieldHeaders != 0 || len(t.headers)+len(t.cookies) == 0) &&
 		// A path that is not known byte by byte still shows its parameters.
-		if hasParam(v.Request.Path, t.params) {
-			return yes
-		}
-		if v.Known&FieldPath == 0 && v.Request.Path == nil {
-			best = maybe
-		}
-	}
-	return best
+		(r.Known&FieldPath != 0 || r.Path != nil || len(t.params) == 0)
 }
 
 // looksAt reports whether the rule looks for tokens in a header.
-func (t *tokenRule) looksAt(name string) bool {
+func (t *TokenRule) looksAt(name string) bool {
 	return name == "cookie" && len(t.cookies) > 0 ||
 		slices.ContainsFunc(t.headers, func(at tokenHeader) bool { return at.name == name })
 }
 
-func hasCookie(header []byte, names []string) bool {
-	for len(header) > 0 {
-		var pair []byte
-		pair, header, _ = bytes.Cut(header, []byte(";"))
-		name, _, ok := bytes.Cut(bytes.TrimSpace(pair), []byte("="))
-		if ok && contains(names, name) {
-			return true
+// Tokens iterates over the tokens that the request has where the rule looks for
+// them, in Envoy's order: headers, query parameters, cookies. Of a parameter or a
+// cookie that is there twice it is the first.
+func (t *TokenRule) Tokens(r *Request) iter.Seq[Token] {
+	return func(yield func(Token) bool) {
+		for _, at := range t.headers {
+			for i := range r.Headers {
+				h := &r.Headers[i]
+				if h.Name != at.name {
+					continue
+				}
+				if text, ok := at.after(h.Value); ok && !yield(Token{text: text, Header: at.name}) {
+					return
+				}
+			}
+		}
+		for _, name := range t.params {
+			if text, ok := param(r.Path, name); ok && !yield(Token{text: text, Param: name}) {
+				return
+			}
+		}
+		for _, name := range t.cookies {
+			if text, ok := r.cookie(name); ok && !yield(Token{text: text}) {
+				return
+			}
 		}
 	}
-	return false
 }
 
-func hasParam(path []byte, names []string) bool {
+// after is the token in a header's value. As in Envoy, what stands between the
+// prefix and the first character that a token can have does not count.
+func (h tokenHeader) after(value []byte) ([]byte, bool) {
+	if len(h.prefix) == 0 {
+		return value, true
+	}
+	_, rest, ok := bytes.Cut(value, h.prefix)
+	if !ok {
+		return nil, false
+	}
+	for i, c := range rest {
+		if 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_' || c == '.' {
+			return rest[i:], true
+		}
+	}
+	return value, true // no token, but something that is taken for one
+}
+
+// cookie is the value of a cookie.
+func (r *Request) cookie(name string) ([]byte, bool) {
+	for i := range r.Headers {
+		if r.Headers[i].Name != "cookie" {
+			continue
+		}
+		for pair := range bytes.SplitSeq(r.Headers[i].Value, []byte(";")) {
+			key, value, ok := bytes.Cut(bytes.TrimLeft(pair, " "), []byte("="))
+			if !ok || string(key) != name {
+				continue
+			}
+			// RFC 6265 section 4.1.1: it may stand in quotes.
+			if n := len(value); n >= 2 && value[0] == '"' && value[n-1] == '"' {
+				value = value[1 : n-1]
+			}
+			return value, true
+		}
+	}
+	return nil, false
+}
+
+// param is the value of a query parameter of a path, as it stands there.
+func param(path []byte, name string) ([]byte, bool) {
 	_, query, _ := bytes.Cut(path, []byte("?"))
 	query, _, _ = bytes.Cut(query, []byte("#"))
 	for len(query) > 0 {
 		var pair []byte
 		pair, query, _ = bytes.Cut(query, []byte("&"))
-		name, _, _ := bytes.Cut(pair, []byte("="))
-		for _, want := range names {
-			if unescapesTo(name, want) {
-				return true
-			}
+		key, value, _ := bytes.Cut(pair, []byte("="))
+		if unescapesTo(key, name) {
+			return value, true
 		}
 	}
-	return false
+	return nil, false
 }
 
-func contains(names []string, b []byte) bool {
-	for _, n := range names {
-		if n == string(b) {
-			return true
-		}
+// unescape undoes percent encoding; what is none stays.
+func unescape(b []byte) []byte {
+	if bytes.IndexByte(b, '%') < 0 {
+		return b
 	}
-	return false
+	out := make([]byte, 0, len(b))
+	for len(b) > 0 {
+		c, n := unescaped(b)
+		out, b = append(out, c), b[n:]
+	}
+	return out
 }
 
 // unescapesTo reports whether b is want once its percent encoding is undone.
 func unescapesTo(b []byte, want string) bool {
 	for len(b) > 0 {
-		c, n := b[0], 1
-		if c == '%' && len(b) > 2 {
-			hi, lo := strings.IndexByte(hexDigits, b[1]), strings.IndexByte(hexDigits, b[2])
-			if hi >= 0 && lo >= 0 {
-				c, n = byte(unhex(hi)<<4|unhex(lo)), 3
-			}
-		}
+		c, n := unescaped(b)
 		if want == "" || want[0] != c {
 			return false
 		}
 		b, want = b[n:], want[1:]
 	}
 	return want == ""
+}
+
+// unescaped is the first byte of b, which is not empty, and how many it takes there.
+func unescaped(b []byte) (c byte, n int) {
+	if b[0] == '%' && len(b) > 2 {
+		hi, lo := strings.IndexByte(hexDigits, b[1]), strings.IndexByte(hexDigits, b[2])
+		if hi >= 0 && lo >= 0 {
+			return byte(unhex(hi)<<4 | unhex(lo)), 3
+		}
+	}
+	return b[0], 1
 }
 
 const hexDigits = "0123456789abcdefABCDEF"
@@ -235,6 +341,17 @@ func unhex(i int) int {
 		i -= 6
 	}
 	return i
+}
+
+// Verifies are the rules by which a token of a request to the workload is verified,
+// in the order in which Istio has Envoy try them: by issuer. It is nil where no
+// RequestAuthentication selects the workload, and where everything is refused
+// before tokens are looked at. It must not be changed.
+func (p *Program) Verifies() []*TokenRule {
+	if p == nil || len(p.refused) > 0 {
+		return nil
+	}
+	return p.verifies
 }
 
 // TokenRules iterates over the rules of the RequestAuthentications that select

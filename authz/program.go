@@ -102,6 +102,8 @@ type Program struct {
 	refused []*Rule
 	peer    peerModes
 	tokens  tokens
+	// verifies are tokens by issuer.
+	verifies []*TokenRule
 	// custom are the CUSTOM rules by provider, in the order of the providers'
 	// names. several says that Istio would not ask several.
 	custom  []provider

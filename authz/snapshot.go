@@ -228,7 +228,7 @@ func (c *compiler) compile(r *resource) *policy {
 	for i, spec := range r.token.GetJwtRules() {
 		by := *p.whole
 		by.Index, by.Line = i, r.ruleLines[i]
-		p.tokens = append(p.tokens, newTokenRule(&TokenRule{
+		p.tokens = append(p.tokens, newTokenRule(TokenRule{
 			Namespace: r.namespace, Name: r.name, Index: i, Origin: r.origin, Line: by.Line, Spec: spec,
 		}, &by))
 	}
@@ -455,6 +455,10 @@ func newProgram(policies []*policy, o *Options, before *Program) *Program {
 	slices.SortFunc(p.tokens, func(a, b tokenRule) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Index, b.Index))
 	})
+	for _, t := range p.tokens {
+		p.verifies = append(p.verifies, t.TokenRule)
+	}
+	slices.SortStableFunc(p.verifies, func(a, b *TokenRule) int { return cmp.Compare(a.Spec.GetIssuer(), b.Spec.GetIssuer()) })
 	p.peer = compose(peers, o.root())
 	for _, at := range slices.SortedFunc(maps.Keys(layers), layer.compare) {
 		var rules *ruleset
