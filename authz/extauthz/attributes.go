@@ -137,16 +137,27 @@ const keptSpace = 256
 
 // reset makes a empty and keeps its space.
 func (a *attributes) reset() {
-	raw, joined, labels, parts := a.raw, a.joined.list, a.labels.list, a.metadataBytes
-	*a = attributes{raw: kept(raw), joined: pairs{list: kept(joined)}, labels: pairs{list: kept(labels)}, metadataBytes: kept(parts)}
+	a.there, a.http, a.tls = false, false, false
+	a.source, a.destination = peerAttributes{}, peerAttributes{}
+	a.method, a.path, a.host, a.sni = nil, nil, nil, nil
+	a.raw = kept(a.raw)
+	a.labels.reset()
+	a.joined.reset()
+	a.metadata = nil
+	a.metadataBytes = kept(a.metadataBytes)
 }
 
-// kept is the space of s, if it is not too much, without what is in it.
+func (ps *pairs) reset() {
+	ps.list = kept(ps.list)
+	ps.seen, ps.index = 0, nil
+}
+
+// kept is the space of s, if it is not too much. What lies in it is not cleared: it
+// is memory of messages that gRPC uses again too.
 func kept[T any](s []T) []T {
 	if cap(s) > keptSpace {
 		return nil
 	}
-	clear(s)
 	return s[:0]
 }
 

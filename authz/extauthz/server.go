@@ -144,7 +144,9 @@ type check struct {
 // reset makes c empty and keeps its space.
 func (c *check) reset() {
 	c.attributes.reset()
-	*c = check{attributes: c.attributes, request: authz.Request{Headers: kept(c.request.Headers)}}
+	c.Record = Record{}
+	c.request = authz.Request{Headers: kept(c.request.Headers)}
+	c.verified, c.passed, c.denied = Verified{}, nil, nil
 }
 
 func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {

@@ -76,8 +76,9 @@ type Record struct {
 	Workload *identity.Workload
 	// Message is the CheckRequest, in bytes as it came; it may be malformed.
 	Message []byte
-	// Request is what was read of Message to decide, as much as Program needs. It
-	// is incomplete where no policy was asked (Program is nil).
+	// Request is what was read of Message to decide, as much as Program needs:
+	// headers that no policy reads are not in it ([FromBytes] reads all). It is
+	// incomplete where no policy was asked (Program is nil).
 	Request *authz.Request
 	// Snapshot and Program are the policies that decided; nil where none did.
 	Snapshot *authz.Snapshot

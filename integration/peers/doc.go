@@ -1,3 +1,3 @@
-// Package peers holds nothing but a benchmark: Signet's engine beside those that
+// Package peers holds nothing but benchmarks: Signet's engine, and its server of checks, beside those that
 // are Go modules, on the same policies and requests.
 package peers
