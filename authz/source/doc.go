@@ -1,5 +1,5 @@
-// Package source brings policies from where they are kept to where decisions are
-// made, and never lets half a change through.
+// Package source brings policies, and the keys of tokens that they name, from where
+// they are kept to where decisions are made, and never lets half a change through.
 //
 // # Folder
 //
@@ -71,7 +71,28 @@
 //     applied them anew. So removals take 100 ms longer than other changes.
 //   - A bad edit leaves the resource's last good version, also across a restart.
 //
+// # Key sets
+//
+// [KeySets] are the keys by which tokens are verified, where a RequestAuthentication
+// names them by jwksUri, or names only an issuer, whose OpenID configuration says
+// where they are. Only what rules of this node's pods want is fetched: over TLS,
+// from public addresses, and from others where the configuration allows them. The
+// address is checked when it is connected to, so that neither a redirect nor a name
+// that resolves to something else leads elsewhere; no proxy is used. Answers are
+// bounded in size and time, sets in number, for each namespace too.
+//
+// A set is fetched again every twenty minutes, and when a token has the ID of a key
+// that is not in it. An answer that cannot be had or used changes nothing: the last
+// good keys stay for as long as it takes, over a restart too, and metrics say how
+// old they are. A set that never could be fetched has no keys, so that every token
+// that needs it is refused.
+//
 // # Trust
+//
+// An attacker who can write a RequestAuthentication can have its node's agent send
+// GET requests with TLS to public addresses of his choice, a few a minute, and learns
+// no more of the answers than whether tokens verify. An attacker who can stand in
+// for the server that a jwksUri names makes tokens for those who trust it.
 //
 // An attacker who can write policies in the cluster decides, for the namespaces in
 // which Kubernetes lets him; in the root namespace, for all. One who can stand in

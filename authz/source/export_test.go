@@ -1,9 +1,13 @@
 package source
 
 import (
+	"context"
+	"net/http"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-mesh/signet/authz"
 )
 
 // Limits, for tests at the limits.
@@ -49,3 +53,26 @@ func SavedForTest(tb interface{ Fatal(...any) }, text string) []byte {
 	}
 	return withHeader(time.Now(), body)
 }
+
+// FetchKeys fetches the keys that a rule names, at once.
+func FetchKeys(ctx context.Context, k *KeySets, rule *authz.TokenRule) error {
+	_, _, err := k.fetch(ctx, originOf(rule), ruleTimeout(rule))
+	return err
+}
+
+// SetTransport has k fetch by other means than the network. It must be called before
+// Run.
+func SetTransport(k *KeySets, t http.RoundTripper) { k.client.Transport = t }
+
+// Limits of KeySets.
+const (
+	MaxKeyBytes         = maxKeyBytes
+	MaxKeySets          = maxKeySets
+	MaxNamespaceKeySets = maxNamespaceKeySets
+	UnknownKeyRefresh   = unknownKeyRefresh
+	KeyLinger           = keyLinger
+	MaxKeyRetry         = maxKeyRetry
+)
+
+// Permitted says why keys must not be fetched from an address, or nothing.
+var Permitted = permitted
