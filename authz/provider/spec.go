@@ -32,8 +32,8 @@ const (
 type Spec struct {
 	// Name is what CUSTOM policies call it (provider.name).
 	Name string `yaml:"name"`
-	GRPC *GRPC  `yaml:"envoyExtAuthzGrpc"`
-	HTTP *HTTP  `yaml:"envoyExtAuthzHttp"`
+	GRPC *GRPC  `yaml:"envoyExtAuthzGrpc,omitempty"`
+	HTTP *HTTP  `yaml:"envoyExtAuthzHttp,omitempty"`
 }
 
 // Address is where a provider is and how it is asked, for either kind.
@@ -55,11 +55,11 @@ type Address struct {
 	// denied. 0 means [DefaultMaxInFlight].
 	MaxInFlight int `yaml:"maxInFlight"`
 	// TLS is used where it is set; else the provider is spoken to in plaintext.
-	TLS *TLS `yaml:"tls"`
+	TLS *TLS `yaml:"tls,omitempty"`
 	// IncludeRequestBodyInCheck has the body of the request sent, which the proxy
 	// must send to the agent (with_request_body). A gRPC provider gets it wherever
 	// the proxy sends it.
-	IncludeRequestBodyInCheck *Body `yaml:"includeRequestBodyInCheck"`
+	IncludeRequestBodyInCheck *Body `yaml:"includeRequestBodyInCheck,omitempty"`
 }
 
 // TLS says how a provider's certificate is verified, and the client's own.

@@ -26,13 +26,16 @@ type OTLPConfig struct {
 	Endpoint string
 	// Headers go with each request.
 	Headers map[string]string
-	// Timeout is how long a request may take; 0 means ten seconds.
+	// Timeout is how long a request may take; 0 means [DefaultOTLPTimeout].
 	Timeout time.Duration
 	// Node is told as k8s.node.name, Version as service.version.
 	Node, Version string
 	// Client sends; nil means one of its own.
 	Client *http.Client
 }
+
+// DefaultOTLPTimeout is how long a request to a collector may take.
+const DefaultOTLPTimeout = 10 * time.Second
 
 // OTLP sends records to a collector of OpenTelemetry (OTLP 1.10, over HTTP in
 // binary protobuf). The body of a log record is the record's line; what one filters
@@ -60,7 +63,7 @@ func NewOTLP(cfg OTLPConfig) (*OTLP, error) {
 		u.Path = "/v1/logs"
 	}
 	if cfg.Timeout <= 0 {
-		cfg.Timeout = 10 * time.Second
+		cfg.Timeout = DefaultOTLPTimeout
 	}
 	if cfg.Client == nil {
 		cfg.Client = &http.Client{

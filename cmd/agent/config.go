@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/authz/extauthz"
+	"github.com/signet-mesh/signet/authz/provider"
+	"github.com/signet-mesh/signet/authz/record"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/identity/attest"
 )
@@ -62,7 +64,34 @@ type config struct {
 		TrustDomainAliases []string `yaml:"trustDomainAliases"`
 		// EnvoyVersion is that of the proxies; empty means the newest known.
 		EnvoyVersion string `yaml:"envoyVersion"`
+		// MultipleProviders lets CUSTOM policies of a workload name several providers.
+		MultipleProviders bool `yaml:"multipleProviders"`
 	} `yaml:"policies"`
+	// ExtensionProviders are those that CUSTOM policies name.
+	ExtensionProviders []provider.Spec `yaml:"extensionProviders"`
+	// Records says which decisions are recorded, and where.
+	Records struct {
+		// File is a path, "stdout", or empty.
+		File      string `yaml:"file"`
+		FileBytes int64  `yaml:"fileBytes"`
+		Files     int    `yaml:"files"`
+		// Allowed is the share of allowed requests, from 0 to 1.
+		Allowed          float64 `yaml:"allowed"`
+		AllowedPerSecond int     `yaml:"allowedPerSecond"`
+		// Redact are headers that are never shown, Headers and Claims what is shown
+		// beside what policies read.
+		Redact      []string `yaml:"redact"`
+		Headers     []string `yaml:"headers"`
+		Claims      []string `yaml:"claims"`
+		Query       bool     `yaml:"query"`
+		QueueBytes  int      `yaml:"queueBytes"`
+		MaxPolicies int      `yaml:"maxPolicies"`
+		OTLP        struct {
+			Endpoint string            `yaml:"endpoint"`
+			Headers  map[string]string `yaml:"headers"`
+			Timeout  time.Duration     `yaml:"timeout"`
+		} `yaml:"otlp"`
+	} `yaml:"records"`
 	Checks struct {
 		// Denial is what clients of denied requests get, Namespaces what they get in
 		// those namespaces instead.
@@ -105,6 +134,10 @@ func defaults() config {
 	c.Tokens.Audience = "signet"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
 	c.Policies.RootNamespace = "istio-system"
+	c.Records.File, c.Records.FileBytes, c.Records.Files = toStdout, record.DefaultFileBytes, record.DefaultFiles
+	c.Records.AllowedPerSecond, c.Records.Redact = record.DefaultAllowedPerSecond, record.DefaultRedacted()
+	c.Records.QueueBytes, c.Records.MaxPolicies = record.DefaultQueueBytes, record.DefaultMaxPolicies
+	c.Records.OTLP.Timeout = record.DefaultOTLPTimeout
 	c.Log = run.LogConfig{Format: "text", Level: "info"}
 	c.HTTP.Listen = ":9102"
 	return c

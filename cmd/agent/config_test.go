@@ -21,6 +21,7 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := "node: node-a\nstateDir: \"\"\nsocket: " + dir + "/agent.sock\npolicies: {dir: " + dir + "/policies}\ntokens: {issuer: \"https://issuer.test\", jwksFile: " + runtest.JWKSFile(t) + "}\n"
+	pinned := good + "ca: {rootFile: a, tokenFile: b}\n"
 	for name, c := range map[string]struct{ yaml, says string }{
 		"an unknown key":                         {"nodes: x\n", `unknown key "nodes"`},
 		"a relative socket":                      {"socket: agent.sock\n", "absolute path"},
@@ -35,6 +36,11 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"two pins":                               {good + "ca: {rootFile: a, rootHash: b}\n", "give one"},
 		"a denial that lets through":             {good + "ca: {rootFile: a, tokenFile: b}\nchecks: {namespaces: {x: {status: 200}}}\n", "namespace x are answered: status 200"},
 		"a denial with an unknown key":           {good + "checks: {namespaces: {x: {policy: true}}}\n", "policy"},
+		"a provider that fails open":             {pinned + "extensionProviders: [{name: opa, envoyExtAuthzGrpc: {service: opa, port: 9191, failOpen: true}}]\n", `extensionProviders: extension provider "opa": failOpen`},
+		"a provider of no kind":                  {pinned + "extensionProviders: [{name: opa}]\n", "exactly one of"},
+		"a relative file of records":             {pinned + "records: {file: decisions.jsonl}\n", "records.file"},
+		"a share of records above all":           {pinned + "records: {allowed: 2}\n", "from 0 to 1"},
+		"a collector that is no URL":             {pinned + "records: {otlp: {endpoint: \"collector:4318\"}}\n", "records.otlp"},
 		"no node":                                {strings.Replace(good, "node: node-a\n", "", 1) + "ca: {rootFile: a}\n", "node"},
 		"a folder of policies that is not there": {strings.Replace(good, dir+"/policies", dir+"/nothing", 1), "policies"},
 		"a folder of state below the socket's":   {strings.Replace(good, `stateDir: ""`, "stateDir: "+dir+"/state", 1), "state"},

@@ -50,7 +50,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	root := &cobra.Command{Use: "signet-agent", Short: "The node agent of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
 	var path, node string
 	serve := &cobra.Command{Use: "serve", Short: "Serve the node's proxies until interrupted", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, node, stderr) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, node, stdout, stderr) }}
 	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
 	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
@@ -72,7 +72,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	return root.ExecuteContext(ctx)
 }
 
-func serve(ctx context.Context, path, node string, stderr io.Writer) error {
+func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) error {
 	c, err := loadConfig(path, node)
 	if err != nil {
 		return err
@@ -158,8 +158,18 @@ func serve(ctx context.Context, path, node string, stderr io.Writer) error {
 	if streams, err = sds.New(sds.Config{Source: secrets, Log: log, Metrics: reg}); err != nil {
 		return err
 	}
+	providers, err := c.providers(reg)
+	if err != nil {
+		return err
+	}
+	defer providers.Close()
+	records, err := c.recorder(stdout, log, reg)
+	if err != nil {
+		return err
+	}
 	denial, denials := c.denials()
-	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Denial: denial, Denials: denials, Log: log, Metrics: reg})
+	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Providers: providers, Records: records,
+		Denial: denial, Denials: denials, Log: log, Metrics: reg})
 	if err != nil {
 		return err
 	}
@@ -202,7 +212,7 @@ func serve(ctx context.Context, path, node string, stderr io.Writer) error {
 			log.Info("shutting down", "reason", cause)
 		},
 		append(world.loops(client),
-			client.Run, svids.Run, world.policies.Run,
+			client.Run, svids.Run, world.policies.Run, records.Run,
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),

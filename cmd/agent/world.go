@@ -42,7 +42,7 @@ func (c config) world(saved *saved, td spiffeid.TrustDomain, log *slog.Logger, r
 	if err := c.tokenKeys(&w, saved, log); err != nil {
 		return world{}, err
 	}
-	options := authz.Options{TrustDomain: td, TrustDomainAliases: c.Policies.TrustDomainAliases, RootNamespace: c.Policies.RootNamespace}
+	options := authz.Options{TrustDomain: td, TrustDomainAliases: c.Policies.TrustDomainAliases, RootNamespace: c.Policies.RootNamespace, MultipleProviders: c.Policies.MultipleProviders}
 	if v := c.Policies.EnvoyVersion; v != "" {
 		var err error
 		if options.Envoy, err = authz.ParseEnvoyVersion(v); err != nil {

@@ -119,7 +119,7 @@ func ServeHTTP(ctx context.Context, c HTTPConfig, reg *prometheus.Registry, h *H
 
 func handler(c HTTPConfig, reg *prometheus.Registry, h *Health) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		// Alive means that this server answers. What is wrong elsewhere is no
 		// reason to be killed: it would drop SVIDs that are still good.

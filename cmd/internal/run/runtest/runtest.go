@@ -50,9 +50,13 @@ func KeysAreDocumented(t *testing.T, config any, page, section string) {
 
 func keys(t reflect.Type, prefix string, into map[string]bool) {
 	for f := range t.Fields() {
-		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		name, option, _ := strings.Cut(f.Tag.Get("yaml"), ",")
 		path := prefix + name
 		switch {
+		case option == "inline":
+			keys(f.Type, prefix, into)
+		case f.Type.Kind() == reflect.Pointer && f.Type.Elem().Kind() == reflect.Struct:
+			keys(f.Type.Elem(), path+".", into)
 		case f.Type.Kind() == reflect.Struct:
 			keys(f.Type, path+".", into)
 		case f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct:
