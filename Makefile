@@ -35,11 +35,12 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; ten million CheckRequests; fuzz targets for ten minutes each
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race -timeout 20m ./integration -run TestAgentKilledUnderIssuance -kill-agent 1m -v
 	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
+	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
 	go run ./integration/fuzz -time 10m ./...
 

@@ -1,0 +1,440 @@
+package integration_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/grpc"
+
+	"github.com/signet-mesh/signet/integration/envoytest"
+)
+
+var churn = flag.Duration("churn", 4*time.Second, "how long checks go on under churn of policies")
+
+// edition is one version of the policies. Bit i of a mask is about the path /p{i}.
+type edition struct {
+	n         int
+	allowed   uint8 // to w1, over mutual TLS
+	denied    uint8 // to everybody
+	plaintext uint8 // to everybody
+	tcp       bool  // bare connections are taken
+}
+
+func (e edition) yaml(inboundPort, tcpPort string) string {
+	paths := func(mask uint8) string {
+		list := []string{"/never"}
+		for i := range 8 {
+			if mask&(1<<i) != 0 {
+				list = append(list, fmt.Sprintf("/p%d", i))
+			}
+		}
+		return "[" + strings.Join(list, ", ") + "]"
+	}
+	tcp := ""
+	if e.tcp {
+		tcp = fmt.Sprintf("  - {to: [{operation: {ports: [%q]}}]}\n", tcpPort)
+	}
+	return fmt.Sprintf(`apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: allow, namespace: default}
+spec:
+  selector: {matchLabels: {app: w0}}
+  rules:
+  - {from: [{source: {principals: [cluster.local/ns/default/sa/w1]}}], to: [{operation: {methods: [GET], paths: %s}}]}
+  - {to: [{operation: {methods: [GET], paths: %s}}]}
+  - {to: [{operation: {paths: [/edition/%d]}}]}
+%s---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: deny, namespace: default}
+spec:
+  action: DENY
+  rules: # of a bare connection the port alone is read
+  - {to: [{operation: {ports: [%q], paths: %s}}]}
+`, paths(e.allowed), paths(e.plaintext), e.n, tcp, inboundPort, paths(e.denied))
+}
+
+// allows is the decision of the edition about a path: for w1, for anybody else, and
+// for a connection (path -1).
+func (e edition) allows(who string, path int) bool {
+	switch {
+	case path < 0:
+		return e.tcp
+	case e.denied&(1<<path) != 0:
+		return false
+	case e.plaintext&(1<<path) != 0:
+		return true
+	}
+	return who == "w1" && e.allowed&(1<<path) != 0
+}
+
+// history is when which edition may have been in force: from when it was written
+// until the next one was seen to decide.
+type history struct {
+	mu       sync.Mutex
+	editions []period // guarded by mu
+	// away is when the agent was away; the last may go on.
+	away []lifetime // guarded by mu
+}
+
+type period struct {
+	edition
+	lifetime
+}
+
+type lifetime struct{ from, to time.Time } // to is zero while it goes on
+
+func (s lifetime) meets(from, to time.Time) bool {
+	return !s.from.After(to) && (s.to.IsZero() || !s.to.Before(from))
+}
+
+// possible says which decisions are right for a request that lived so long: an
+// edition that was in force meanwhile allows, one denies; and whether the agent
+// was away.
+func (h *history) possible(who string, path int, from, to time.Time) (allow, deny, away bool, editions int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.editions {
+		if p.meets(from, to) {
+			editions++
+			if p.allows(who, path) {
+				allow = true
+			} else {
+				deny = true
+			}
+		}
+	}
+	for _, s := range h.away {
+		away = away || s.meets(from, to)
+	}
+	return allow, deny, away, editions
+}
+
+// counts are what became of requests.
+type counts struct {
+	sure, during, allowed, denied, unanswered, wrong atomic.Int64
+}
+
+// TestNoWrongDecisionUnderChurn: clients of a real Envoy, over mutual TLS, plaintext
+// and bare connections, while the policies change several times a second and the agent
+// is restarted, orderly and not. Each answer has to be the decision of an edition of
+// the policies that was in force while the request lived. No answer at all (403 without
+// a reason, a closed connection) is allowed only while the agent is away.
+func TestNoWrongDecisionUnderChurn(t *testing.T) {
+	tcpAddr, inbound := freeAddr(t), freeAddr(t)
+	_, tcpPort, _ := net.SplitHostPort(tcpAddr)
+	_, inboundPort, _ := net.SplitHostPort(inbound)
+	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "app") }))
+	t.Cleanup(app.Close)
+	echo := echoServer(t)
+
+	s := newStandalone(t, programs(t), 3, edition{}.yaml(inboundPort, tcpPort), func(s *standalone) {
+		s.before = func() {
+			f, err := os.OpenFile(filepath.Join(s.dir, "signet-agent.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteString("checks: {denial: {reason: true}}\n"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	s.write("w0-token", s.token("signet", "default", "w0", "uid-w0", "node-a"))
+	file := filepath.Join(s.dir, "envoy.yaml")
+	if out, err := exec.Command(filepath.Join(s.bin, "signet"), "envoy", "bootstrap", "-o", file, "--socket", s.dir+"/sock/agent.sock", "--token-file", s.dir+"/w0-token",
+		"--inbound", inbound, "--app", strings.TrimPrefix(app.URL, "http://")).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	addTCP(t, file, tcpAddr, echo)
+	envoy := envoytest.Start(t, file)
+	envoy.WaitReady(t)
+
+	h := &history{editions: []period{{lifetime: lifetime{from: time.Now()}}}}
+	ctx, stop := context.WithTimeout(t.Context(), *churn)
+	defer stop()
+	var got counts
+	var group sync.WaitGroup
+	certificates := map[string]*tls.Certificate{"w1": s.svid(t, 1), "w2": s.svid(t, 2), "": nil}
+	for i := range 64 {
+		who := []string{"w1", "w1", "w2", ""}[i%4]
+		group.Go(func() {
+			if i%16 == 15 {
+				got.connect(ctx, t, h, tcpAddr)
+			} else {
+				got.request(ctx, t, h, inbound, who, certificates[who])
+			}
+		})
+	}
+	writes := s.change(ctx, t, h, inboundPort, tcpPort)
+	group.Wait()
+	t.Logf("note: %d answers in %s under %d editions of the policies and %d restarts of the agent: %d by the one edition in force, %d while it changed; %d allowed, %d denied, %d unanswered while the agent was away, %d wrong",
+		got.sure.Load()+got.during.Load()+got.unanswered.Load(), *churn, writes, len(h.away), got.sure.Load(), got.during.Load(), got.allowed.Load(), got.denied.Load(), got.unanswered.Load(), got.wrong.Load())
+	if n := got.wrong.Load(); n > 0 {
+		t.Errorf("%d wrong decisions", n)
+	}
+	if got.allowed.Load() == 0 || got.denied.Load() == 0 || got.sure.Load() < got.during.Load()/10 || writes < 5 || len(h.away) == 0 {
+		t.Error("too little happened for that to mean anything")
+	}
+}
+
+// change writes editions, makes sure of each, and restarts the agent now and then,
+// until ctx ends.
+func (s *standalone) change(ctx context.Context, t *testing.T, h *history, inboundPort, tcpPort string) (written int) {
+	client := authv3.NewAuthorizationClient(s.dial())
+	calls := s.as(t.Context(), 0)
+	for n := 1; ctx.Err() == nil; n++ {
+		e := edition{n, uint8(rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), rand.IntN(2) == 0}
+		s.write("next.yaml", e.yaml(inboundPort, tcpPort))
+		h.mu.Lock()
+		h.editions = append(h.editions, period{e, lifetime{from: time.Now()}})
+		h.mu.Unlock()
+		if err := os.Rename(s.dir+"/next.yaml", s.dir+"/policies/policies.yaml"); err != nil {
+			t.Error(err)
+			return n
+		}
+		if n%12 == 6 {
+			s.restart(t, h, []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[n/12%2])
+		}
+		for { // until the agent decides by it
+			r, err := client.Check(calls, &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
+				Source: &authv3.AttributeContext_Peer{}, Destination: &authv3.AttributeContext_Peer{},
+				Request: &authv3.AttributeContext_Request{Http: &authv3.AttributeContext_HttpRequest{Method: "GET", Path: fmt.Sprintf("/edition/%d", n), Host: "x"}},
+			}}, grpc.WaitForReady(true))
+			if err == nil && r.GetOkResponse() != nil {
+				break
+			}
+			if t.Context().Err() != nil {
+				t.Errorf("edition %d: %v", n, err)
+				return n
+			}
+			time.Sleep(time.Millisecond) // others want the processor
+		}
+		seen := time.Now()
+		h.mu.Lock()
+		h.editions[len(h.editions)-2].to = seen
+		h.mu.Unlock()
+		written = n
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(50+rand.IntN(200)) * time.Millisecond):
+		}
+	}
+	return written
+}
+
+func (s *standalone) restart(t *testing.T, h *history, sig syscall.Signal) {
+	h.mu.Lock()
+	h.away = append(h.away, lifetime{from: time.Now()})
+	h.mu.Unlock()
+	s.stop("signet-agent", sig)
+	s.start("signet-agent")
+	h.mu.Lock()
+	// Envoy may still be waiting before its next attempt.
+	h.away[len(h.away)-1].to = time.Now().Add(time.Second)
+	h.mu.Unlock()
+}
+
+// judge counts an answer: allowed, denied, or none.
+func (c *counts) judge(t *testing.T, h *history, who string, path int, from time.Time, allowed, denied bool, detail string) {
+	to := time.Now()
+	mayAllow, mayDeny, away, editions := h.possible(who, path, from, to)
+	switch {
+	case allowed && mayAllow, denied && mayDeny:
+		if editions == 1 {
+			c.sure.Add(1)
+		} else {
+			c.during.Add(1)
+		}
+		if allowed {
+			c.allowed.Add(1)
+		} else {
+			c.denied.Add(1)
+		}
+	case !allowed && away:
+		c.unanswered.Add(1)
+	default:
+		if c.wrong.Add(1) <= 5 {
+			t.Errorf("%q asked for path %d from %s for %s: allowed %v, denied %v (%s); possible were allow %v, deny %v, by %d editions", who, path, from, to.Sub(from), allowed, denied, detail, mayAllow, mayDeny, editions)
+		}
+	}
+}
+
+// request asks for paths over one connection until ctx ends.
+func (c *counts) request(ctx context.Context, t *testing.T, h *history, address, who string, certificate *tls.Certificate) {
+	transport := &http.Transport{MaxConnsPerHost: 1}
+	defer transport.CloseIdleConnections()
+	scheme := "http"
+	if certificate != nil {
+		scheme = "https"
+		// Whom Envoy speaks as is not what is tested here.
+		transport.TLSClientConfig = &tls.Config{Certificates: []tls.Certificate{*certificate}, InsecureSkipVerify: true}
+	}
+	client := &http.Client{Transport: transport, Timeout: 20 * time.Second}
+	for ctx.Err() == nil {
+		path := rand.IntN(8)
+		from := time.Now()
+		resp, err := client.Get(fmt.Sprintf("%s://%s/p%d?q=1", scheme, address, path))
+		if err != nil {
+			t.Errorf("%q: %v", who, err)
+			return
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		reason := resp.Header.Get("x-signet-reason")
+		switch {
+		case err != nil:
+			t.Errorf("%q: %v", who, err)
+			return
+		case resp.StatusCode == 200 && string(body) == "app":
+			c.judge(t, h, who, path, from, true, false, "200")
+		case resp.StatusCode == 403:
+			c.judge(t, h, who, path, from, false, reason == "deny-rule" || reason == "no-allow-rule", "403 "+reason)
+		default:
+			t.Errorf("%q: status %d, %q", who, resp.StatusCode, body)
+			return
+		}
+		time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // the load, not a synchronisation
+	}
+}
+
+// connect opens bare connections until ctx ends.
+func (c *counts) connect(ctx context.Context, t *testing.T, h *history, address string) {
+	for ctx.Err() == nil {
+		from := time.Now()
+		conn, err := net.DialTimeout("tcp", address, 20*time.Second)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_ = conn.SetDeadline(from.Add(20 * time.Second))
+		_, err = conn.Write([]byte("x"))
+		if err == nil {
+			_, err = io.ReadFull(conn, make([]byte, 1))
+		}
+		conn.Close()
+		var timeout net.Error
+		if errors.As(err, &timeout) && timeout.Timeout() {
+			t.Error(err)
+			return
+		}
+		c.judge(t, h, "", -1, from, err == nil, err != nil, fmt.Sprint(err))
+		time.Sleep(time.Duration(rand.IntN(60)) * time.Millisecond)
+	}
+}
+
+// svid fetches the certificate of workload i, as its proxy would.
+func (s *standalone) svid(t *testing.T, i int) *tls.Certificate {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(s.as(t.Context(), i), 20*time.Second)
+	defer cancel()
+	r, err := fetch(ctx, s.dial(), "default")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var secret tlsv3.Secret
+	if err := r.GetResources()[0].UnmarshalTo(&secret); err != nil {
+		t.Fatal(err)
+	}
+	bytesOf := func(d *corev3.DataSource) []byte { return d.GetInlineBytes() }
+	c, err := tls.X509KeyPair(bytesOf(secret.GetTlsCertificate().GetCertificateChain()), bytesOf(secret.GetTlsCertificate().GetPrivateKey()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &c
+}
+
+// echoServer answers each connection with what it sends.
+func echoServer(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	group.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			group.Go(func() {
+				defer conn.Close()
+				_, _ = io.Copy(conn, conn)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		group.Wait()
+	})
+	return l.Addr().String()
+}
+
+// addTCP adds a listener for bare connections, each decided by the agent, to a
+// configuration of `signet envoy bootstrap`.
+func addTCP(t *testing.T, file, address, upstream string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := func(address string) string {
+		host, port, _ := net.SplitHostPort(address)
+		return fmt.Sprintf("{socket_address: {address: %s, port_value: %s}}", host, port)
+	}
+	before, after, ok := strings.Cut(string(b), "\n  clusters:\n")
+	if !ok {
+		t.Fatal("the configuration has no clusters")
+	}
+	listener := fmt.Sprintf(`
+    - name: tcp
+      address: %s
+      filter_chains:
+        - filters:
+            - name: envoy.filters.network.ext_authz
+              typed_config:
+                "@type": type.googleapis.com/envoy.extensions.filters.network.ext_authz.v3.ExtAuthz
+                stat_prefix: tcp
+                transport_api_version: V3
+                failure_mode_allow: false
+                grpc_service:
+                  envoy_grpc: {cluster_name: signet-agent}
+                  timeout: 3s
+                  retry_policy: {retry_on: "unavailable,connect-failure,reset", num_retries: 60, retry_back_off: {base_interval: 0.05s, max_interval: 0.25s}}
+            - name: envoy.filters.network.tcp_proxy
+              typed_config:
+                "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+                stat_prefix: tcp
+                cluster: echo
+`, socket(address))
+	cluster := fmt.Sprintf(`    - name: echo
+      type: STATIC
+      load_assignment:
+        cluster_name: echo
+        endpoints: [{lb_endpoints: [{endpoint: {address: %s}}]}]
+`, socket(upstream))
+	if err := os.WriteFile(file, []byte(before+listener+"\n  clusters:\n"+cluster+after), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
