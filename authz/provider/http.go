@@ -165,6 +165,11 @@ func (h *httpAsker) addBody(r *http.Request, of *authv3.AttributeContext_HttpReq
 	const mark = "x-envoy-auth-partial-body" // Envoy's own, where it sends bodies; the client's is dropped there
 	i := slices.IndexFunc(headers, func(hd header) bool { return hd.name == mark })
 	if i < 0 {
+		// Envoy sets it only where there is a body. A method that usually has one must
+		// say that there is none.
+		if bodiless(r.Method, headers) {
+			return nil
+		}
 		return errors.New("the proxy does not send bodies of requests; set with_request_body in its ext_authz filter")
 	}
 	body, partial := of.GetRawBody(), headers[i].value != "false"
@@ -183,6 +188,22 @@ func (h *httpAsker) addBody(r *http.Request, of *authv3.AttributeContext_HttpReq
 		r.Body = http.NoBody
 	}
 	return nil
+}
+
+// bodiless reports whether the headers of a request say that it has no body.
+func bodiless(method string, headers []header) bool {
+	none := method == http.MethodGet || method == http.MethodHead || method == http.MethodOptions || method == http.MethodDelete
+	for _, hd := range headers {
+		switch hd.name {
+		case "transfer-encoding":
+			return false
+		case "content-length":
+			if none = hd.value == "0"; !none {
+				return false
+			}
+		}
+	}
+	return none
 }
 
 type header struct{ name, value string }
@@ -259,7 +280,7 @@ func (h *httpAsker) allowed(answer http.Header) (extauthz.ProviderAnswer, error)
 				ok.Headers = append(ok.Headers, option(lower, v, i > 0))
 			}
 			if h.onAllow.match(lower) {
-				ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, option(lower, v, i > 0))
+				ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, option(lower, v, true))
 			}
 		}
 	}

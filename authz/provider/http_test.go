@@ -270,7 +270,24 @@ func TestHTTPProviderGetsTheBody(t *testing.T) {
 	}
 	whole.closed(request("/ask", body("123456", "false")), extauthz.ReasonProviderFailed)
 	whole.closed(request("/ask", body("123", "true")), extauthz.ReasonProviderFailed)
-	whole.closed(request("/ask", body("123", "")), extauthz.ReasonProviderFailed)
+	// A proxy that sends no bodies: only what certainly has none.
+	says := func(method string, headers ...string) func(h *authv3.AttributeContext_HttpRequest) {
+		return func(h *authv3.AttributeContext_HttpRequest) {
+			h.Method, h.HeaderMap.Headers[0] = method, header(":method", method)
+			for i := 0; i < len(headers); i += 2 {
+				h.HeaderMap.Headers = append(h.HeaderMap.Headers, header(headers[i], headers[i+1]))
+			}
+		}
+	}
+	for _, c := range []func(h *authv3.AttributeContext_HttpRequest){says("GET"), says("DELETE"), says("POST", "content-length", "0"), says("GET", "content-length", "0")} {
+		if whole.check(request("/ask", c)); !whole.last.Allowed || got != " 0" {
+			t.Errorf("got %q: %+v", got, whole.last)
+		}
+	}
+	for _, c := range []func(h *authv3.AttributeContext_HttpRequest){says("POST"), says("PATCH"), says("GET", "content-length", "5"), says("GET", "transfer-encoding", "chunked"),
+		says("POST", "content-length", "0", "content-length", "5"), says("POST", "content-length", "0", "transfer-encoding", "chunked")} {
+		whole.closed(request("/ask", c), extauthz.ReasonProviderFailed)
+	}
 	if part.check(request("/ask", body("123456", "false"))); !part.last.Allowed || got != "12345 5" || mark != "true" {
 		t.Errorf("got %q %q: %+v", got, mark, part.last)
 	}

@@ -101,7 +101,7 @@ type HTTP struct {
 	IncludeAdditionalHeadersInCheck map[string]string `yaml:"includeAdditionalHeadersInCheck"`
 	// HeadersToUpstreamOnAllow are headers of the answer that are set in the request.
 	HeadersToUpstreamOnAllow []string `yaml:"headersToUpstreamOnAllow"`
-	// HeadersToDownstreamOnAllow are headers of the answer that are set in the
+	// HeadersToDownstreamOnAllow are headers of the answer that are added to the
 	// workload's answer.
 	HeadersToDownstreamOnAllow []string `yaml:"headersToDownstreamOnAllow"`
 	// HeadersToDownstreamOnDeny are headers of the answer that a denied client gets,
