@@ -26,16 +26,18 @@ var (
 func TestDocsNameRealTests(t *testing.T) {
 	t.Parallel()
 	var source []byte
-	err := filepath.WalkDir("../authz", func(path string, _ fs.DirEntry, err error) error {
-		if err == nil && strings.HasSuffix(path, "_test.go") {
-			var b []byte
-			b, err = os.ReadFile(path)
-			source = append(source, b...)
+	for _, dir := range []string{"../authz", "oracle"} {
+		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+			if err == nil && strings.HasSuffix(path, "_test.go") {
+				var b []byte
+				b, err = os.ReadFile(path)
+				source = append(source, b...)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	names := 0
 	for _, m := range regexp.MustCompile("`((?:corpus|lint)/[a-z0-9-]+|Test[A-Za-z]+)`").FindAllStringSubmatch(readText(t, "../docs/policies.md"), -1) {

@@ -127,7 +127,7 @@ func (ds *denials) answer(c *check) *answer {
 	d := &c.Decision
 	as, grpc := ds.of(c.Workload.Namespace), c.attributes.grpc()
 	if tokenRefused(d.Reason) {
-		return encode(as.response(*d, grpc, c.verified.Refused, c.attributes.realm()))
+		return encode(as.response(*d, grpc, &c.verified, c.attributes.realm()))
 	}
 	k := denialKey{as, grpc, d.Kind, d.Policy, string(d.Reason), d.Rule}
 	ds.mu.RLock()
@@ -136,7 +136,7 @@ func (ds *denials) answer(c *check) *answer {
 	if a != nil {
 		return a
 	}
-	a = encode(as.response(*d, grpc, "", ""))
+	a = encode(as.response(*d, grpc, nil, ""))
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	if len(ds.made) >= maxDenials {
@@ -152,15 +152,23 @@ func tokenRefused(r authz.Reason) bool {
 	return r == authz.ReasonTokenRefused || r == authz.ReasonTokenForeign
 }
 
-// response is a denial. refused and realm are of a token that was refused.
-func (as *Denial) response(d authz.Decision, grpc bool, refused, realm string) *authv3.CheckResponse {
+// response is a denial. token and realm are of a token that was refused; token may be
+// nil.
+func (as *Denial) response(d authz.Decision, grpc bool, token *Verified, realm string) *authv3.CheckResponse {
 	code, status, text := codes.PermissionDenied, cmp.Or(as.Status, http.StatusForbidden), cmp.Or(as.Text, deniedBody)
 	if grpc {
 		// The proxy makes the gRPC status of the HTTP one.
 		status = http.StatusForbidden
 	}
-	if tokenRefused(d.Reason) {
-		code, status, text = codes.Unauthenticated, http.StatusUnauthorized, cmp.Or(refused, tokenBody)
+	challenge := tokenRefused(d.Reason)
+	if challenge {
+		code, status, text = codes.Unauthenticated, http.StatusUnauthorized, tokenBody
+		if token != nil {
+			text = cmp.Or(token.Refused, tokenBody)
+		}
+		if token != nil && token.Forbidden {
+			code, status = codes.PermissionDenied, http.StatusForbidden
+		}
 	}
 	var headers []*corev3.HeaderValueOption
 	set := func(name, value string) {
@@ -173,7 +181,7 @@ func (as *Denial) response(d authz.Decision, grpc bool, refused, realm string) *
 		set("content-type", "application/json")
 		text = jsonBody(status, text)
 	}
-	if code == codes.Unauthenticated {
+	if challenge {
 		// As Envoy's jwt_authn has it, RFC 6750 section 3.
 		set("www-authenticate", `Bearer realm="`+realm+`", error="invalid_token"`)
 	}
@@ -211,7 +219,7 @@ func jsonBody(status int, text string) string {
 
 // deniedBy is the denial of a provider, as it stands, but for what would not be one.
 func (as *Denial) deniedBy(d authz.Decision, grpc bool, by *authv3.CheckResponse) *authv3.CheckResponse {
-	r := as.response(d, grpc, "", "")
+	r := as.response(d, grpc, nil, "")
 	if c := codes.Code(by.GetStatus().GetCode()); c == codes.Unauthenticated {
 		r.Status.Code = int32(c)
 	}
@@ -230,15 +238,12 @@ func (as *Denial) deniedBy(d authz.Decision, grpc bool, by *authv3.CheckResponse
 	return r
 }
 
-// allowed lets a request through, changed as the tokens and then the providers say.
+// allowed lets a request through, changed as the providers and then the tokens say.
 func allowed(tokens *authv3.OkHttpResponse, providers []*authv3.CheckResponse) *authv3.CheckResponse {
 	ok := &authv3.OkHttpResponse{}
 	r := &authv3.CheckResponse{
 		Status:       &statuspb.Status{Code: int32(codes.OK)},
 		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: ok},
-	}
-	if tokens != nil {
-		proto.Merge(ok, tokens)
 	}
 	for _, p := range providers {
 		if o := p.GetOkResponse(); o != nil {
@@ -250,6 +255,9 @@ func allowed(tokens *authv3.OkHttpResponse, providers []*authv3.CheckResponse) *
 			}
 			proto.Merge(r.DynamicMetadata, m)
 		}
+	}
+	if tokens != nil { // in Istio they come after CUSTOM, so their headers stand
+		proto.Merge(ok, tokens)
 	}
 	return r
 }

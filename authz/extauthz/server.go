@@ -165,7 +165,7 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 			// c may be anything now; it is not used again.
 			d := authz.Decision{Rule: -1, Reason: ReasonInternal}
 			s.metrics.answered(&d, 0)
-			a, err = encode((&Denial{}).response(d, false, "", "")), nil
+			a, err = encode((&Denial{}).response(d, false, nil, "")), nil
 		}
 	}()
 	s.decide(ctx, c)

@@ -31,6 +31,9 @@ type Verified struct {
 	// Refused is the body of the answer 401 if a token was refused, as "Jwt is
 	// expired"; empty means "Jwt verification fails".
 	Refused string
+	// Forbidden makes the answer to a refused token 403 instead, as Envoy's is where
+	// it is for another audience.
+	Forbidden bool
 	// Err is why a token was refused, for logs and records; nil where none was. It
 	// must not hold the token.
 	Err error

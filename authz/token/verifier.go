@@ -15,6 +15,7 @@ import (
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/http/httpguts"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -311,7 +312,7 @@ func (r *Result) forward(t *parsed) {
 		r.SetHeaders = append(r.SetHeaders, Header{strings.ToLower(name), t.payload})
 	}
 	for _, o := range r.Rule.Spec.GetOutputClaimToHeaders() {
-		if text := claimText(t.claims, o.GetClaim()); text != "" && headerText(text) {
+		if text := claimText(t.claims, o.GetClaim()); text != "" && httpguts.ValidHeaderFieldValue(text) {
 			r.SetHeaders = append(r.SetHeaders, Header{strings.ToLower(o.GetHeader()), text})
 		}
 	}
@@ -368,9 +369,6 @@ func claimText(claims *structpb.Struct, path string) string {
 	}
 	return ""
 }
-
-// headerText reports whether a header can hold a text: a claim must not end one.
-func headerText(s string) bool { return !strings.ContainsAny(s, "\r\n\x00") }
 
 // compactJSON removes the spaces that protojson puts in at random.
 func compactJSON(text []byte) []byte {

@@ -9,6 +9,7 @@ import (
 	"github.com/signet-mesh/signet/authz/extauthz"
 	"github.com/signet-mesh/signet/authz/provider"
 	"github.com/signet-mesh/signet/authz/record"
+	"github.com/signet-mesh/signet/authz/source"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/identity/attest"
 )
@@ -66,6 +67,16 @@ type config struct {
 		EnvoyVersion string `yaml:"envoyVersion"`
 		// MultipleProviders lets CUSTOM policies of a workload name several providers.
 		MultipleProviders bool `yaml:"multipleProviders"`
+		// Keys says how the keys of requests' tokens are fetched, which
+		// RequestAuthentications name by URI.
+		Keys struct {
+			Refresh time.Duration `yaml:"refresh"`
+			// AllowAddresses are addresses and blocks that are no public ones.
+			AllowAddresses []string `yaml:"allowAddresses"`
+			AllowPlaintext bool     `yaml:"allowPlaintext"`
+			// RootsFile has authorities of servers, beside those of the system.
+			RootsFile string `yaml:"rootsFile"`
+		} `yaml:"keys"`
 	} `yaml:"policies"`
 	// ExtensionProviders are those that CUSTOM policies name.
 	ExtensionProviders []provider.Spec `yaml:"extensionProviders"`
@@ -138,6 +149,7 @@ func defaults() config {
 	c.Records.AllowedPerSecond, c.Records.Redact = record.DefaultAllowedPerSecond, record.DefaultRedacted()
 	c.Records.QueueBytes, c.Records.MaxPolicies = record.DefaultQueueBytes, record.DefaultMaxPolicies
 	c.Records.OTLP.Timeout = record.DefaultOTLPTimeout
+	c.Policies.Keys.Refresh = source.DefaultKeyRefresh
 	c.Log = run.LogConfig{Format: "text", Level: "info"}
 	c.HTTP.Listen = ":9102"
 	return c

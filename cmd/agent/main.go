@@ -117,6 +117,11 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 	if err != nil {
 		return err
 	}
+	tokens, err := c.requestTokens(saved, log, reg)
+	if err != nil {
+		return err
+	}
+	world.exports[savedRequestKeys] = tokens.keys.Export
 	attestor, err := attest.New(attest.Config{Issuer: c.Tokens.Issuer, Audience: c.Tokens.Audience, Keys: world.keys, Pods: pods, Node: c.Node,
 		AnyServiceAccount: true, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Outage: world.outage, Metrics: reg})
 	if err != nil {
@@ -168,7 +173,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 	denial, denials := c.denials()
-	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Providers: providers, Records: records,
+	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Tokens: tokens, Providers: providers, Records: records,
 		Denial: denial, Denials: denials, Log: log, Metrics: reg})
 	if err != nil {
 		return err
@@ -212,7 +217,8 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 			log.Info("shutting down", "reason", cause)
 		},
 		append(world.loops(client),
-			client.Run, svids.Run, world.policies.Run, records.Run,
+			client.Run, svids.Run, world.policies.Run, tokens.keys.Run, records.Run,
+			func(ctx context.Context) error { return tokens.watch(ctx, world.policies, pods, c.Node) },
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),

@@ -89,6 +89,8 @@ const (
 	savedKeys     = "token-keys"
 	savedTokens   = "tokens" // hashes of those that were accepted
 	savedOutage   = "outage" // of the API server
+	// savedRequestKeys are the keys of requests' tokens.
+	savedRequestKeys = "request-keys"
 )
 
 // export is something to be saved, and a channel that is closed when it changes.

@@ -17,16 +17,20 @@ import (
 	"k8s.io/klog/v2"
 )
 
+// policies are those of a folder or of a cluster.
+type policies interface {
+	Snapshot() *authz.Snapshot
+	Changed() <-chan struct{}
+	Ready() error
+	Run(context.Context) error
+}
+
 // world is where policies and the keys of tokens come from: the API server and the
 // authority, or files.
 type world struct {
-	policies interface {
-		Snapshot() *authz.Snapshot
-		Ready() error
-		Run(context.Context) error
-	}
-	keys    attest.KeySource
-	keysErr func() error
+	policies policies
+	keys     attest.KeySource
+	keysErr  func() error
 	// unknownKeys are for the authority to look for; nil where there are files.
 	unknownKeys func() ([]string, <-chan struct{})
 	// outage reports whether kubelet cannot replace tokens, and since when; nil: it always can.
