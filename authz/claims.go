@@ -78,34 +78,34 @@ type identityValue struct{ issuer, subject patterns }
 // with an empty subject.
 func newIdentities(values []string) identityTest {
 	one := func(s shape, text string) patterns { return patterns{list: []pattern{{shape: s, text: text}}} }
+	anything := one(nonempty, "")
 	out := make(identityTest, len(values))
 	for n, v := range values {
-		i := strings.LastIndexByte(v, '/')
-		slash := i >= 0
 		iss, sub := v, ""
-		if slash {
-			iss, sub = v[:i], v[i+1:]
+		slash := strings.LastIndexByte(v, '/')
+		if slash >= 0 {
+			iss, sub = v[:slash], v[slash+1:]
 		}
-		var t identityValue
 		switch {
 		case v == "*":
-			t = identityValue{one(nonempty, ""), one(nonempty, "")}
-		case strings.HasPrefix(v, "*") && slash && iss == "*":
-			t = identityValue{one(nonempty, ""), one(exactly, sub)}
-		case strings.HasPrefix(v, "*") && slash:
-			t = identityValue{one(suffixed, iss[1:]), one(exactly, sub)}
+			out[n] = identityValue{anything, anything}
 		case strings.HasPrefix(v, "*"):
-			t = identityValue{one(nonempty, ""), one(suffixed, v[1:])}
-		case strings.HasSuffix(v, "*") && slash && sub == "*":
-			t = identityValue{one(exactly, iss), one(nonempty, "")}
-		case strings.HasSuffix(v, "*") && slash:
-			t = identityValue{one(exactly, iss), one(prefixed, sub[:len(sub)-1])}
+			if slash < 0 {
+				out[n] = identityValue{anything, one(suffixed, v[1:])}
+			} else {
+				out[n] = identityValue{patterns{list: []pattern{newPattern(iss, nonempty)}}, one(exactly, sub)}
+			}
+		case sub == "*":
+			out[n] = identityValue{one(exactly, iss), anything}
 		case strings.HasSuffix(v, "*"):
-			t = identityValue{one(prefixed, v[:len(v)-1]), one(nonempty, "")}
+			if slash < 0 {
+				out[n] = identityValue{one(prefixed, v[:len(v)-1]), anything}
+			} else {
+				out[n] = identityValue{one(exactly, iss), one(prefixed, sub[:len(sub)-1])}
+			}
 		default:
-			t = identityValue{one(exactly, iss), one(exactly, sub)}
+			out[n] = identityValue{one(exactly, iss), one(exactly, sub)}
 		}
-		out[n] = t
 	}
 	return out
 }

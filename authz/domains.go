@@ -4,7 +4,6 @@ import (
 	"slices"
 	"strings"
 
-	"google.golang.org/protobuf/proto"
 	security "istio.io/api/security/v1beta1"
 )
 
@@ -25,45 +24,31 @@ func newDomains(o Options) domains {
 	return append(domains{td}, o.TrustDomainAliases...)
 }
 
-// expand is the rule with its principals and trust domains in all of their trust
-// domains, and the principals of foreign ones. A rule that stays as it is is not
-// copied.
-func (d domains) expand(r *security.Rule) (out *security.Rule, foreign []string) {
-	out = r
-	// replace changes a list if that makes a difference; to gives the list of
-	// the copy.
-	replace := func(list []string, expanded []string, to func() *[]string) {
-		if slices.Equal(list, expanded) {
-			return
-		}
-		if out == r {
-			out = proto.CloneOf(r)
-		}
-		*to() = expanded
-	}
-	principals := func(list []string, to func() *[]string) {
-		expanded, f := d.principals(list)
+// expand gives the rule its principals and trust domains in all of their trust
+// domains. It returns the principals of foreign ones.
+func (d domains) expand(r *security.Rule) (foreign []string) {
+	principals := func(list *[]string) {
+		var f []string
+		*list, f = d.principals(*list)
 		foreign = append(foreign, f...)
-		replace(list, expanded, to)
 	}
-	for i, from := range r.GetFrom() {
-		s := from.GetSource()
-		principals(s.GetPrincipals(), func() *[]string { return &out.From[i].Source.Principals })
-		principals(s.GetNotPrincipals(), func() *[]string { return &out.From[i].Source.NotPrincipals })
-		replace(s.GetTrustDomains(), d.names(s.GetTrustDomains()), func() *[]string { return &out.From[i].Source.TrustDomains })
-		replace(s.GetNotTrustDomains(), d.names(s.GetNotTrustDomains()), func() *[]string { return &out.From[i].Source.NotTrustDomains })
+	for _, from := range r.GetFrom() {
+		if s := from.GetSource(); s != nil {
+			principals(&s.Principals)
+			principals(&s.NotPrincipals)
+			s.TrustDomains, s.NotTrustDomains = d.names(s.TrustDomains), d.names(s.NotTrustDomains)
+		}
 	}
-	for i, when := range r.GetWhen() {
+	for _, when := range r.GetWhen() {
 		switch when.GetKey() {
 		case "source.principal":
-			principals(when.GetValues(), func() *[]string { return &out.When[i].Values })
-			principals(when.GetNotValues(), func() *[]string { return &out.When[i].NotValues })
+			principals(&when.Values)
+			principals(&when.NotValues)
 		case "source.trustDomain":
-			replace(when.GetValues(), d.names(when.GetValues()), func() *[]string { return &out.When[i].Values })
-			replace(when.GetNotValues(), d.names(when.GetNotValues()), func() *[]string { return &out.When[i].NotValues })
+			when.Values, when.NotValues = d.names(when.Values), d.names(when.NotValues)
 		}
 	}
-	return out, foreign
+	return foreign
 }
 
 // names are trust domains with the mesh's own written out: unlike in principals,

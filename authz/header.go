@@ -155,7 +155,6 @@ func (v *view) joinedHeader(h *headerTest) truth {
 // is false if there is none that is an address, so that Envoy takes the peer's;
 // sure is false if that cannot be known.
 func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
-	values := 0
 	var value []byte
 	for i := range headers {
 		if headers[i].Name != "x-forwarded-for" {
@@ -164,21 +163,11 @@ func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
 		if headers[i].Form >= HeaderUnclear {
 			return netip.Addr{}, false, false
 		}
-		values++
 		value = headers[i].Value
 	}
-	switch i := bytes.LastIndexByte(value, ','); {
-	case i >= 0 && i < len(value)-1:
-		value = value[i+1:]
-	case i >= 0, values > 1 && len(value) == 0:
-		// With nothing after its last comma Envoy takes the whole text, which
-		// has a comma and so is no address.
-		return netip.Addr{}, false, true
-	}
-	value = bytes.Trim(value, " \t\n\v\f\r")
-	if len(value) == 0 || len(value) > 64 {
-		return netip.Addr{}, false, true
-	}
+	// Where nothing follows the last comma Envoy takes the whole text, which has a
+	// comma and so is no address; neither is nothing.
+	value = bytes.Trim(value[bytes.LastIndexByte(value, ',')+1:], " \t\n\v\f\r")
 	if bytes.IndexByte(value, ':') < 0 {
 		a, ok = parseIPv4(value)
 		return a, ok, true
@@ -199,28 +188,18 @@ func forwardedFor(headers []Header) (a netip.Addr, ok, sure bool) {
 func parseIPv4(b []byte) (netip.Addr, bool) {
 	var a [4]byte
 	for i := range a {
-		field := b
-		if i < 3 {
-			end := bytes.IndexByte(b, '.')
-			if end < 0 {
-				return netip.Addr{}, false
-			}
-			field, b = b[:end], b[end+1:]
-		}
-		if len(field) == 0 || len(field) > 3 || len(field) > 1 && field[0] == '0' {
+		field, rest, more := bytes.Cut(b, []byte("."))
+		if more != (i < 3) || len(field) == 0 || len(field) > 1 && field[0] == '0' {
 			return netip.Addr{}, false
 		}
 		n := 0
 		for _, c := range field {
-			if c < '0' || c > '9' {
+			n = n*10 + int(c) - '0'
+			if c < '0' || c > '9' || n > 255 {
 				return netip.Addr{}, false
 			}
-			n = n*10 + int(c-'0')
 		}
-		if n > 255 {
-			return netip.Addr{}, false
-		}
-		a[i] = byte(n)
+		a[i], b = byte(n), rest
 	}
 	return netip.AddrFrom4(a), true
 }

@@ -532,45 +532,13 @@ func (c *condition) match(v *view) truth {
 	case readsRemoteIP:
 		return v.remoteIP(c.values.(*nets))
 	case readsPrincipal:
-		p := c.values.(*patterns)
-		t := v.peer
-		if t == yes {
-			t = p.match(v.Principal)
-			for _, n := range v.OtherNames {
-				t = max(t, p.match(n))
-			}
-		}
-		return t
+		return ofPeer(v, c.values.(*patterns))
 	case readsNamespace:
-		p := c.values.(*namespaces)
-		t := v.peer
-		if t == yes {
-			t = p.match(v.Principal)
-			for _, n := range v.OtherNames {
-				t = max(t, p.match(n))
-			}
-		}
-		return t
+		return ofPeer(v, c.values.(*namespaces))
 	case readsAccount:
-		p := c.values.(accounts)
-		t := v.peer
-		if t == yes {
-			t = p.match(v.Principal)
-			for _, n := range v.OtherNames {
-				t = max(t, p.match(n))
-			}
-		}
-		return t
+		return ofPeer(v, c.values.(accounts))
 	case readsTrustDomain:
-		p := c.values.(trustDomains)
-		t := v.peer
-		if t == yes {
-			t = p.match(v.Principal)
-			for _, n := range v.OtherNames {
-				t = max(t, p.match(n))
-			}
-		}
-		return t
+		return ofPeer(v, c.values.(trustDomains))
 	case readsSNI:
 		return v.serverName(c.values.(*patterns))
 	case readsHeader:
@@ -583,6 +551,18 @@ func (c *condition) match(v *view) truth {
 		return v.metadata(c.values.(*metadataTest))
 	}
 	return maybe
+}
+
+// ofPeer holds the names of the peer against values, of which one must match.
+func ofPeer[V interface{ match(name []byte) truth }](v *view, values V) truth {
+	if v.peer != yes {
+		return v.peer
+	}
+	t := values.match(v.Principal)
+	for _, n := range v.OtherNames {
+		t = max(t, values.match(n))
+	}
+	return t
 }
 
 // text holds an attribute against patterns. An absent one matches none, so it

@@ -258,8 +258,7 @@ func (c *compiler) compile(r *resource) *policy {
 		meta.Index, meta.Line = i, r.ruleLines[i]
 		meta.order = order(r.key, i)
 		meta.of = p
-		rule, foreign := c.domains.expand(rule)
-		for _, v := range foreign {
+		for _, v := range c.domains.expand(rule) {
 			p.problems = append(p.problems, Problem{
 				Origin: r.origin, Line: meta.Line, Resource: r.id(), Field: fmt.Sprintf("spec.rules[%d]", i), Severity: SeverityWarning,
 				Message: fmt.Sprintf("principal %s is of a trust domain that is neither the mesh's nor an alias of it", clip(v)),
@@ -288,8 +287,8 @@ func (r *resource) spec() (*security.AuthorizationPolicy, error) {
 func (p *policy) specs() []*security.Rule {
 	spec, _ := p.spec() // compiling has read it
 	rules := spec.GetRules()
-	for i := range rules {
-		rules[i], _ = p.by.domains.expand(rules[i])
+	for _, r := range rules {
+		p.by.domains.expand(r)
 	}
 	return rules
 }

@@ -43,7 +43,7 @@ const packageDir = "authz"
 
 var files = []string{
 	"claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
-	"program.go", "radix.go", "rule.go", "snapshot.go", "target.go", "template.go",
+	"program.go", "radix.go", "rule.go", "search.go", "snapshot.go", "table.go", "target.go", "template.go",
 }
 
 // patience is how long the tests may take on a mutant; one that makes them hang
