@@ -168,19 +168,14 @@ func (v *view) metadata(t *metadataTest) truth {
 // is not nested like that is one name, as in Istio.
 func claimPath(s string) (path []string, ok bool) {
 	for rest := s; rest != ""; {
-		end := strings.IndexByte(rest, ']')
-		if rest[0] != '[' || end < 0 || strings.IndexByte(rest[1:end], '[') >= 0 {
-			path = nil
-			break
+		name, more, closed := strings.Cut(rest[1:], "]")
+		if rest[0] != '[' || !closed || strings.Contains(name, "[") {
+			name, ok = bracketed(s)
+			return []string{name}, ok
 		}
-		path = append(path, rest[1:end])
-		rest = rest[end+1:]
+		path, rest = append(path, name), more
 	}
-	if path != nil {
-		return path, true
-	}
-	name, ok := bracketed(s)
-	return []string{name}, ok
+	return path, path != nil
 }
 
 // bracketed is the name in one pair of brackets.

@@ -49,9 +49,10 @@ func (v *view) header(h *headerTest) truth {
 				t = yes
 			}
 		}
-		if best = max(best, t); best == yes {
-			break
+		if t == yes {
+			return yes
 		}
+		best = max(best, t)
 	}
 	return best
 }
@@ -66,8 +67,10 @@ func (p *patterns) present() bool {
 	return false
 }
 
-// maxPieces bounds in how many ways a joined value is split.
-const maxPieces = 64
+// maxPieces bounds in how many ways a joined value is split: a client may send any
+// number of commas, and n pieces are n(n+1)/2 texts to match for each rule that reads
+// the header. Beyond it nothing is known of the value, but that it is there.
+const maxPieces = 16
 
 // matchJoined holds a value against the patterns that may be several, joined by
 // commas, for every way to split it.

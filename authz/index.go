@@ -119,7 +119,7 @@ func newIndex(rules []*rule) *index {
 		b.rule(r)
 	}
 	b.of = append(b.of, int32(len(b.demands)))
-	return b.index(all, nil)
+	return b.index(all)
 }
 
 func (b *indexer) dimension(reads attribute, name string, path []string) int32 {
@@ -282,8 +282,9 @@ func (b *indexer) patterns(d int32, p *patterns) bool {
 	return true
 }
 
-// index indexes some of the rules by other dimensions than those.
-func (b *indexer) index(list []int32, without []int32) *index {
+// index indexes some of the rules. It ends, because what they all share is never
+// chosen: each index below has fewer.
+func (b *indexer) index(list []int32) *index {
 	x := &index{}
 	if len(list) <= few {
 		x.always = list
@@ -292,9 +293,6 @@ func (b *indexer) index(list []int32, without []int32) *index {
 	shared := make(map[demand]int32, 2*len(list))
 	for _, n := range list {
 		for _, d := range b.demands[b.of[n]:b.of[n+1]] {
-			if slices.Contains(without, d.dimension) {
-				continue
-			}
 			for _, v := range b.values[d.start:d.end] {
 				shared[v]++
 			}
@@ -304,9 +302,6 @@ func (b *indexer) index(list []int32, without []int32) *index {
 	for _, n := range list {
 		best, cost, rank := demands{dimension: -1}, int32(len(list)), attribute(0)
 		for _, d := range b.demands[b.of[n]:b.of[n+1]] {
-			if slices.Contains(without, d.dimension) {
-				continue
-			}
 			c := (d.end - d.start) / 64 // one with fewer values takes less space
 			for _, v := range b.values[d.start:d.end] {
 				c = max(c, shared[v])
@@ -324,12 +319,11 @@ func (b *indexer) index(list []int32, without []int32) *index {
 		x.branch(b.dimensions[best.dimension], b.paths[best.dimension]).add(n, b.values[best.start:best.end])
 	}
 	for _, g := range x.branches {
-		without := append(slices.Clone(without), b.known[g.dimension])
 		g.postings(func(p *posting) {
 			if len(p.rules) <= crowded {
 				return
 			}
-			if below := b.index(p.rules, without); len(below.branches) > 0 {
+			if below := b.index(p.rules); len(below.branches) > 0 {
 				p.rules, p.below = nil, below
 			}
 		})

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -224,7 +223,7 @@ func (g generator) edgeDocument(name string) []byte {
 // at which an index could part from the rules behind it.
 func TestTheIndexLosesNoRule(t *testing.T) {
 	t.Parallel()
-	seed := uint64(time.Now().UnixNano())
+	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 5))}
 	worlds, requests := 120, 300
 	if testing.Short() || raceEnabled {
@@ -263,7 +262,7 @@ func TestTheIndexLosesNoRule(t *testing.T) {
 	}
 	t.Logf("seed %d: %d policies, %v", seed, good, decided)
 	for _, reason := range []authz.Reason{authz.ReasonAllowRule, authz.ReasonDenyRule, authz.ReasonDenyUnknown, authz.ReasonAllowUnknown, authz.ReasonNoAllowRule} {
-		if decided[reason] < 100 {
+		if decided[reason] < 20 {
 			t.Errorf("only %d decisions %s", decided[reason], reason)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/identity"
@@ -84,7 +83,7 @@ func readsEnough(t *testing.T, p *authz.Program, r authz.Request) {
 // bit it is derived.
 func TestKnowingLessNeverOpens(t *testing.T) {
 	t.Parallel()
-	seed := uint64(time.Now().UnixNano())
+	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 6))}
 	worlds := 2000
 	if testing.Short() || raceEnabled {

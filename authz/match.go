@@ -229,33 +229,35 @@ func (p *patterns) match(b []byte) truth {
 // lower writes b without upper-case letters into buf, if it fits; else it makes
 // a copy.
 func lower(b []byte, buf []byte) []byte {
-	upper := false
-	for _, c := range b {
-		upper = upper || 'A' <= c && c <= 'Z'
-	}
-	if !upper {
+	if !hasUpper(b) {
 		return b
 	}
 	if len(b) > len(buf) {
 		buf = make([]byte, len(b))
 	}
 	for i, c := range b {
-		if 'A' <= c && c <= 'Z' {
-			c += 'a' - 'A'
-		}
-		buf[i] = c
+		buf[i] = lowerByte(c)
 	}
 	return buf[:len(b)]
 }
 
-func lowerASCII(s string) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			return r + 'a' - 'A'
+func hasUpper(b []byte) bool {
+	for _, c := range b {
+		if c != lowerByte(c) {
+			return true
 		}
-		return r
-	}, s)
+	}
+	return false
 }
+
+func lowerByte(c byte) byte {
+	if 'A' <= c && c <= 'Z' {
+		c += 'a' - 'A'
+	}
+	return c
+}
+
+func lowerASCII(s string) string { return string(lower([]byte(s), nil)) }
 
 // bytesOf is the bytes of s, which must not be written to: patterns read bytes
 // and metadata has strings, and copying would allocate.
@@ -312,7 +314,7 @@ func plainNamespace(v string) bool { return !strings.ContainsAny(v, "*/") }
 
 func (n *namespaces) match(name []byte) truth {
 	found := false
-	for rest := name; !found && len(n.plain) > 0; {
+	for rest := name; !found; {
 		var ns []byte
 		if ns, rest = nextNamespace(rest); ns == nil {
 			break
@@ -338,26 +340,20 @@ func (n *namespaces) match(name []byte) truth {
 }
 
 // nextNamespace finds the next segment that follows "/ns/" and is followed by a
-// slash. It returns nil if there is none, else the segment and where to go on:
-// a name may have several.
+// slash. It returns nil if there is none, else the segment, which may be empty, and
+// where to go on: a name may have several.
 func nextNamespace(name []byte) (ns, rest []byte) {
 	const mark = "/ns/"
-	for {
-		i := bytes.Index(name, []byte(mark))
-		if i < 0 {
-			return nil, nil
-		}
-		rest = name[i+len(mark)-1:] // "/ns/ns/" holds two marks
-		segment := rest[1:]
-		end := bytes.IndexByte(segment, '/')
-		if end < 0 {
-			return nil, nil
-		}
-		if end > 0 {
-			return segment[:end], rest
-		}
-		name = rest
+	i := bytes.Index(name, []byte(mark))
+	if i < 0 {
+		return nil, nil
 	}
+	rest = name[i+len(mark)-1:] // "/ns/ns/" holds two marks
+	ns, _, more := bytes.Cut(rest[1:], []byte("/"))
+	if !more {
+		return nil, nil
+	}
+	return ns, rest
 }
 
 // inOrder reports whether the pieces occur in b one after the other.

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,12 +29,7 @@ func parseNet(v string) (p netip.Prefix, zone, ok bool) {
 		return p.Masked(), false, err == nil
 	}
 	a, err := netip.ParseAddr(v)
-	if err != nil {
-		return netip.Prefix{}, false, false
-	}
-	zone = a.Zone() != ""
-	a = a.WithZone("")
-	return netip.PrefixFrom(a, a.BitLen()), zone, true
+	return netip.PrefixFrom(a.WithZone(""), a.BitLen()), a.Zone() != "", err == nil
 }
 
 func newNets(values []string) *nets {
@@ -51,17 +47,13 @@ func newNets(values []string) *nets {
 			n.list = append(n.list, span{p.Addr(), lastOf(p), p})
 		}
 	}
-	slices.SortFunc(n.list, func(a, b span) int { return a.first.Compare(b.first) })
+	// Blocks overlap only where one holds the other; the larger one comes first.
+	slices.SortFunc(n.list, func(a, b span) int { return cmp.Or(a.first.Compare(b.first), b.last.Compare(a.last)) })
 	out := n.list[:0]
 	for _, s := range n.list {
-		if k := len(out) - 1; k >= 0 && s.first.BitLen() == out[k].last.BitLen() && s.first.Compare(out[k].last) <= 0 {
-			// Blocks overlap only where one holds the other.
-			if s.last.Compare(out[k].last) > 0 {
-				out[k] = s
-			}
-			continue
+		if len(out) == 0 || s.last.Compare(out[len(out)-1].last) > 0 {
+			out = append(out, s)
 		}
-		out = append(out, s)
 	}
 	n.list = out
 	return n
@@ -80,7 +72,8 @@ func lastOf(p netip.Prefix) netip.Addr {
 // match takes an address without a zone. A block of IPv4-mapped addresses
 // matches no IPv4 peer, as in Envoy.
 func (n *nets) match(a netip.Addr) truth {
-	lo, hi := 0, len(n.list)
+	// Addresses of IPv4 are below those of IPv6.
+	lo, hi := 0, len(n.list) // by hand: slices.BinarySearchFunc has the request escape
 	for lo < hi {
 		if m := int(uint(lo+hi) >> 1); n.list[m].first.Compare(a) <= 0 {
 			lo = m + 1
@@ -88,7 +81,7 @@ func (n *nets) match(a netip.Addr) truth {
 			hi = m
 		}
 	}
-	if lo > 0 && n.list[lo-1].last.Compare(a) >= 0 && n.list[lo-1].last.BitLen() == a.BitLen() {
+	if lo > 0 && n.list[lo-1].last.Compare(a) >= 0 {
 		return yes
 	}
 	if slices.Contains(n.zoned, a) {

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"cmp"
+	"slices"
 
 	security "istio.io/api/security/v1beta1"
 )
@@ -63,9 +64,10 @@ func (p *peerModes) at(port uint16) peerMode {
 // ComposePeerAuthentication does: mesh, then namespace, then workload, each
 // inheriting what it leaves UNSET; of several in one scope the oldest wins, and
 // among equally old ones the first by name, then namespace. Modes by port come
-// from the workload's winner alone. The policies are in any order.
+// from the workload's winner alone. The policies are in any order, and are sorted.
 func compose(policies []*policy, root string) peerModes {
 	var mesh, namespace, workload *policy
+	slices.SortFunc(policies, older)
 	for _, p := range policies {
 		scope := &namespace
 		switch {
@@ -74,7 +76,7 @@ func compose(policies []*policy, root string) peerModes {
 		case p.key.namespace == root:
 			scope = &mesh
 		}
-		if *scope == nil || older(p, *scope) < 0 {
+		if *scope == nil {
 			*scope = p
 		}
 	}

@@ -68,11 +68,8 @@ type Rule struct {
 
 // spec is the rule's specification, or nil.
 func (r *Rule) spec() *security.Rule {
-	switch {
-	case r == nil:
+	if r == nil || r.of == nil {
 		return nil
-	case r.Spec != nil || r.of == nil:
-		return r.Spec
 	}
 	return r.of.specs()[r.Index]
 }
@@ -180,11 +177,9 @@ func (p *Program) decide(d *Decision, r *Request, asked int) {
 		return
 	}
 	v := newView(r, p.language)
-	for _, c := range v.host {
-		if 'A' <= c && c <= 'Z' {
-			p.folded(d, &v, asked)
-			return
-		}
+	if hasUpper(v.host) {
+		p.folded(d, &v, asked)
+		return
 	}
 	p.policies(d, &v, asked)
 }

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -495,7 +494,7 @@ func TestDecideDoesNotAllocateForAnyPolicy(t *testing.T) {
 		t.Log("the race detector allocates; the numbers are the program's only without it")
 		return
 	}
-	seed := uint64(time.Now().UnixNano())
+	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 3))}
 	for range 150 {
 		w := g.world()

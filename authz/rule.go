@@ -268,7 +268,6 @@ func (b *builder) when(cs conditions, w *security.Condition) conditions {
 	case strings.HasPrefix(k, keyHeaders):
 		name, ok := bracketed(strings.TrimPrefix(k, keyHeaders))
 		if !ok {
-			b.http = true
 			b.fail()
 			return cs
 		}
@@ -277,14 +276,15 @@ func (b *builder) when(cs conditions, w *security.Condition) conditions {
 	case strings.HasPrefix(k, keyClaims):
 		path, ok := claimPath(strings.TrimPrefix(k, keyClaims))
 		if !ok {
-			b.http = true
 			b.fail()
 			return cs
 		}
 		return b.claim(cs, path, values, not)
 	}
-	// An unknown attribute, which admission refuses. Istio leaves out the rule,
-	// whatever its action; nothing like that may open a door here.
+	// An unknown attribute. The rule is left out whatever its action, as Istio does,
+	// which would open a door if it were a DENY. It does not come to that: admission
+	// refuses such keys, and a policy that it refuses is never compiled, but kept in its
+	// last good version or enforced as denying what it selects.
 	b.failed = true
 	return cs
 }
@@ -445,10 +445,10 @@ type view struct {
 	peer truth
 	// path has no query and no fragment, host no upper-case letters.
 	path, host []byte
-	// remote is the remote address once somebody asked for it, derived then yes
-	// or maybe.
+	// remote is the remote address once somebody asked for it, which derived says;
+	// zero if it cannot be known.
 	remote  netip.Addr
-	derived truth
+	derived bool
 	// joins says that the values of a header are matched as one.
 	joins bool
 }
@@ -492,9 +492,11 @@ func anyOf(alternatives []conditions, v *view) truth {
 	}
 	best := no
 	for _, cs := range alternatives {
-		if best = max(best, cs.match(v)); best == yes {
-			break
+		t := cs.match(v)
+		if t == yes {
+			return yes
 		}
+		best = max(best, t)
 	}
 	return best
 }
@@ -507,9 +509,10 @@ func (cs conditions) match(v *view) truth {
 		if c.not {
 			u = u.not()
 		}
-		if t = min(t, u); t == no {
-			break
+		if u == no {
+			return no
 		}
+		t = min(t, u)
 	}
 	return t
 }
@@ -531,14 +534,8 @@ func (c *condition) match(v *view) truth {
 		return v.destination(c.values.(*nets))
 	case readsRemoteIP:
 		return v.remoteIP(c.values.(*nets))
-	case readsPrincipal:
-		return ofPeer(v, c.values.(*patterns))
-	case readsNamespace:
-		return ofPeer(v, c.values.(*namespaces))
-	case readsAccount:
-		return ofPeer(v, c.values.(accounts))
-	case readsTrustDomain:
-		return ofPeer(v, c.values.(trustDomains))
+	case readsPrincipal, readsNamespace, readsAccount, readsTrustDomain:
+		return c.ofPeer(v)
 	case readsSNI:
 		return v.serverName(c.values.(*patterns))
 	case readsHeader:
@@ -553,16 +550,28 @@ func (c *condition) match(v *view) truth {
 	return maybe
 }
 
-// ofPeer holds the names of the peer against values, of which one must match.
-func ofPeer[V interface{ match(name []byte) truth }](v *view, values V) truth {
+// ofPeer holds the names of the peer against the values, of which one must match.
+func (c *condition) ofPeer(v *view) truth {
 	if v.peer != yes {
 		return v.peer
 	}
-	t := values.match(v.Principal)
+	t := c.name(v.Principal)
 	for _, n := range v.OtherNames {
-		t = max(t, values.match(n))
+		t = max(t, c.name(n))
 	}
 	return t
+}
+
+func (c *condition) name(n []byte) truth {
+	switch c.reads {
+	case readsPrincipal:
+		return c.values.(*patterns).match(n)
+	case readsNamespace:
+		return c.values.(*namespaces).match(n)
+	case readsAccount:
+		return c.values.(accounts).match(n)
+	}
+	return c.values.(trustDomains).match(n)
 }
 
 // text holds an attribute against patterns. An absent one matches none, so it
@@ -600,53 +609,44 @@ func (v *view) destination(n *nets) truth {
 }
 
 func (v *view) remoteIP(n *nets) truth {
-	if v.derived == no {
-		v.remote, v.derived = v.deriveRemote()
+	if a := v.remoteAddress(); a.IsValid() {
+		return n.match(a)
 	}
-	if v.derived != yes {
-		return maybe
+	return maybe
+}
+
+func (v *view) remoteAddress() netip.Addr {
+	if !v.derived {
+		v.remote, v.derived = v.deriveRemote(), true
 	}
-	return n.match(v.remote)
+	return v.remote
 }
 
 // deriveRemote is the original client as a sidecar of Istio has it: the last
-// entry of X-Forwarded-For, which the client controls, or else the peer.
-func (v *view) deriveRemote() (netip.Addr, truth) {
+// entry of X-Forwarded-For, which the client controls, or else the peer. It is zero
+// if that cannot be known.
+func (v *view) deriveRemote() (a netip.Addr) {
 	if v.Known&FieldRemoteIP != 0 {
-		if !v.RemoteIP.IsValid() {
-			return netip.Addr{}, maybe
-		}
-		return v.RemoteIP.WithZone(""), yes
+		return v.RemoteIP.WithZone("")
 	}
 	if v.HTTP {
 		if v.Known&FieldHeaders == 0 {
-			return netip.Addr{}, maybe
+			return a
 		}
-		switch a, ok, sure := forwardedFor(v.Headers); {
-		case !sure:
-			return netip.Addr{}, maybe
-		case ok:
-			return a, yes
+		if a, ok, sure := forwardedFor(v.Headers); ok || !sure {
+			return a
 		}
 	}
-	if v.Known&FieldSourceIP == 0 || !v.SourceIP.IsValid() {
-		return netip.Addr{}, maybe
+	if v.Known&FieldSourceIP == 0 {
+		return a
 	}
-	return v.SourceIP.Unmap().WithZone(""), yes
+	return v.SourceIP.Unmap().WithZone("")
 }
 
 func (v *view) port(ps ports) truth {
 	if v.Known&FieldDestinationPort == 0 {
 		return maybe
 	}
-	if len(ps) > manyValues {
-		_, found := slices.BinarySearch(ps, v.DestinationPort)
-		return toTruth(found)
-	}
-	for _, p := range ps {
-		if p == v.DestinationPort {
-			return yes
-		}
-	}
-	return no
+	_, found := slices.BinarySearch(ps, v.DestinationPort)
+	return toTruth(found)
 }

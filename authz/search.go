@@ -156,10 +156,7 @@ func (q *search) branch(g *branch) {
 	case readsDestinationIP:
 		q.address(g, v.Known&FieldDestinationIP != 0, v.DestinationIP.Unmap().WithZone(""))
 	case readsRemoteIP:
-		if v.derived == no {
-			v.remote, v.derived = v.deriveRemote()
-		}
-		q.address(g, v.derived == yes, v.remote)
+		q.address(g, true, v.remoteAddress())
 	default:
 		q.try(g.all)
 	}

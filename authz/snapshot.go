@@ -176,11 +176,12 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 
 	bySerial := func(a, b *policy) int { return cmp.Compare(a.serial, b.serial) }
 	slices.SortFunc(mesh, bySerial)
-	next.others = next.space(mesh, s.others)
-	next.spaces = make(map[string]*space, len(own))
+	next.others = next.space(mesh, s.others, false)
+	next.spaces = make(map[string]*space, len(own)+1)
+	next.spaces[root] = next.space(mesh, s.spaces[root], true)
 	for ns, policies := range own {
 		slices.SortFunc(policies, bySerial)
-		next.spaces[ns] = next.space(slices.Concat(mesh, policies), s.spaces[ns])
+		next.spaces[ns] = next.space(slices.Concat(mesh, policies), s.spaces[ns], false)
 	}
 	return next, problems
 }
@@ -300,7 +301,9 @@ func order(k key, rule int) string {
 
 // space is the policies that can select a workload of one namespace.
 type space struct {
-	options  *Options
+	options *Options
+	// root says that it is the root namespace.
+	root     bool
 	policies []*policy
 	// labels are the names of the labels that selectors of the policies read,
 	// sorted. Workloads that agree on them have the same program.
@@ -322,7 +325,7 @@ const maxClasses = 4096
 
 // space is that of the policies: the one of the snapshot before if they are the
 // same, else a new one which has its programs.
-func (s *Snapshot) space(policies []*policy, before *space) *space {
+func (s *Snapshot) space(policies []*policy, before *space, root bool) *space {
 	if before != nil && slices.Equal(before.policies, policies) {
 		return before
 	}
@@ -336,7 +339,7 @@ func (s *Snapshot) space(policies []*policy, before *space) *space {
 		}
 	}
 	sp := &space{
-		options: &s.compiler.options, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
+		options: &s.compiler.options, root: root, policies: policies, labels: slices.Sorted(maps.Keys(labels)),
 		classes: make(map[string]*Program), programs: make(map[string]*Program),
 	}
 	if before != nil {
@@ -365,25 +368,19 @@ func (s *Snapshot) For(w identity.Workload) *Program {
 	if sp == nil { // nobody compiled it
 		return nil
 	}
-	return sp.program(w.Labels, w.Namespace == s.options.root())
+	return sp.program(w.Labels)
 }
 
-// program is that of a workload with the labels; root says that it is in the
-// root namespace.
-func (s *space) program(labels map[string]string, root bool) *Program {
-	var buf [256]byte
-	class := buf[:0]
-	if root {
-		class = append(class, 1)
-	}
+// program is that of a workload with the labels.
+func (s *space) program(labels map[string]string) *Program {
+	class := make([]byte, 0, 256) // on the stack
 	for _, name := range s.labels {
-		v, ok := labels[name]
-		if !ok {
+		if v, ok := labels[name]; ok {
+			class = binary.AppendUvarint(class, uint64(len(v))+1)
+			class = append(class, v...)
+		} else {
 			class = append(class, 0)
-			continue
 		}
-		class = binary.AppendUvarint(class, uint64(len(v))+1)
-		class = append(class, v...)
 	}
 	s.mu.RLock()
 	p := s.classes[string(class)]
@@ -403,7 +400,7 @@ func (s *space) program(labels map[string]string, root bool) *Program {
 	var chosen []*policy
 	var members []byte
 	for _, pol := range s.policies {
-		if pol.selects(labels, pol.root == root) {
+		if pol.selects(labels, pol.root == s.root) {
 			chosen = append(chosen, pol)
 			members = binary.AppendUvarint(members, pol.serial)
 		}
@@ -448,6 +445,8 @@ func newProgram(policies []*policy, o *Options, before *Program) *Program {
 			layers[at] = append(layers[at], pol)
 		}
 	}
+	// The policies are in the order in which they were compiled, which is no order to
+	// report by: a restart, or another replica, would name others.
 	slices.SortFunc(p.refused, func(a, b *Rule) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.policy, b.policy), cmp.Compare(a.Origin, b.Origin), cmp.Compare(a.Line, b.Line))
 	})

@@ -6,7 +6,6 @@ import (
 	"iter"
 	"math/rand/v2"
 	"testing"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -19,7 +18,7 @@ import (
 // compiled anew does, for requests and for bare connections.
 func TestUpdateDecidesAsCompile(t *testing.T) {
 	t.Parallel()
-	seed := uint64(time.Now().UnixNano())
+	seed := seeded(t)
 	t.Logf("seed %d", seed)
 	g := generator{rand.New(rand.NewPCG(seed, 2))}
 	opts := authz.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("own.td"), TrustDomainAliases: []string{"old.td"}, RootNamespace: "root", MultipleProviders: true}
