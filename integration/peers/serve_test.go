@@ -121,6 +121,13 @@ func policyText(n, version int) string {
 		n, strings.Join(principals, ", "), prefix(n), version)
 }
 
+// Anybody may GET /open, which is asked through a proxy without TLS.
+const (
+	openPolicy = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: open, namespace: default}\n" +
+		"spec: {rules: [{to: [{operation: {methods: [GET], paths: [/open]}}]}]}\n"
+	openRule = "allow if {\n\tinput.attributes.request.http.method == \"GET\"\n\tinput.attributes.request.http.path == \"/open\"\n}\n"
+)
+
 func serveSignet(policies int) (*grpc.Server, func()) {
 	must := func(err error) {
 		if err != nil {
@@ -131,6 +138,7 @@ func serveSignet(policies int) (*grpc.Server, func()) {
 	for i := range policies {
 		b.WriteString(policyText(i, 0))
 	}
+	b.WriteString(openPolicy)
 	resources, problems := authz.Parse("p.yaml", []byte(b.String()))
 	if len(problems) > 0 {
 		panic(problems[0].String())
@@ -272,6 +280,7 @@ func serveOPA(policies int, input func(*authv3.CheckRequest) (ast.Value, error))
 					"spiffe://"+client(i, j), prefix(i))
 			}
 		}
+		b.WriteString(openRule)
 		q, err := rego.New(rego.Query("data.mesh.allow"), rego.Module("mesh.rego", b.String())).PrepareForEval(context.Background())
 		if err != nil {
 			panic(err)
