@@ -79,9 +79,23 @@ func (c Caller) LogValue() slog.Value { return slog.StringValue(c.String()) }
 
 type callerKey struct{}
 
+// callerContext is a context with a caller, as one piece of memory: each RPC has one.
+type callerContext struct {
+	context.Context
+	caller Caller
+}
+
+// Value implements context.Context.
+func (c *callerContext) Value(key any) any {
+	if key == (callerKey{}) {
+		return &c.caller
+	}
+	return c.Context.Value(key)
+}
+
 // WithCaller returns a context that carries the proven caller of an RPC.
 func WithCaller(ctx context.Context, c Caller) context.Context {
-	return context.WithValue(ctx, callerKey{}, &c)
+	return &callerContext{ctx, c}
 }
 
 // CallerFrom is the proven caller of the RPC that ctx belongs to. ok is false

@@ -33,6 +33,10 @@ import (
 // never end by themselves; proxies reopen them at the next agent.
 const drain = time.Second
 
+// streamWorkers are goroutines that wait for RPCs: more than the SDS streams of most
+// nodes, few enough that their stacks take some megabytes at most.
+const streamWorkers = 256
+
 // handover is how long a predecessor may take to leave.
 const handover = 5 * time.Second
 
@@ -185,6 +189,10 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		// agent hold more than headers.
 		grpc.InTapHandle(gate.Tap),
 		grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
+		// A goroutine of its own for each check would grow its stack each time, which
+		// takes longer than to decide. Streams that stay keep workers for themselves;
+		// where none is left gRPC starts goroutines as before.
+		grpc.NumStreamWorkers(streamWorkers),
 		// Bounds of what one proxy can make the agent hold; a CheckRequest has
 		// some kilobytes, and Envoy opens another connection where streams run out.
 		grpc.MaxRecvMsgSize(256<<10), grpc.MaxHeaderListSize(32<<10), grpc.MaxConcurrentStreams(1000),

@@ -108,7 +108,7 @@ func (g *Gate) Tap(ctx context.Context, info *tap.Info) (context.Context, error)
 	if _, ok := g.open[info.FullMethodName]; ok {
 		return ctx, nil
 	}
-	if _, err := g.caller(ctx); err != nil {
+	if _, err := g.caller(ctx, info.Header["authorization"]); err != nil {
 		return ctx, g.refuse(ctx, info.FullMethodName, err)
 	}
 	return ctx, nil
@@ -120,7 +120,7 @@ func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h
 	if _, ok := g.open[info.FullMethod]; ok {
 		return handler(ctx, req)
 	}
-	caller, err := g.caller(ctx)
+	caller, err := g.caller(ctx, metadata.ValueFromIncomingContext(ctx, "authorization"))
 	if err != nil {
 		return nil, g.refuse(ctx, info.FullMethod, err)
 	}
@@ -138,7 +138,7 @@ func (g *Gate) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo
 	if _, ok := g.open[info.FullMethod]; ok {
 		return handler(srv, ss)
 	}
-	caller, err := g.caller(ss.Context())
+	caller, err := g.caller(ss.Context(), metadata.ValueFromIncomingContext(ss.Context(), "authorization"))
 	if err != nil {
 		return g.refuse(ss.Context(), info.FullMethod, err)
 	}
@@ -187,10 +187,11 @@ func (g *Gate) endInTime(s *provenStream, caller identity.Caller, cancel context
 	return func() { timer.Stop() }
 }
 
-// caller verifies the token in an RPC's metadata.
-func (g *Gate) caller(ctx context.Context) (c identity.Caller, err error) {
+// caller verifies the token in an RPC's metadata, of which values are those of
+// authorization.
+func (g *Gate) caller(ctx context.Context, values []string) (c identity.Caller, err error) {
 	var token string
-	switch values := metadata.ValueFromIncomingContext(ctx, "authorization"); {
+	switch {
 	case len(values) == 1:
 		token = trimScheme(values[0])
 	case len(values) > 1:

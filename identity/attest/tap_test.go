@@ -38,7 +38,7 @@ func TestTheTapDecidesOnHeadersAlone(t *testing.T) {
 		"a bad one, where none is needed": {"/test.Gated/Open", []string{"x"}, codes.OK},
 	} {
 		ctx := metadata.NewIncomingContext(t.Context(), metadata.MD{"authorization": c.tokens})
-		out, err := gate.Tap(ctx, &tap.Info{FullMethodName: c.method})
+		out, err := gate.Tap(ctx, &tap.Info{FullMethodName: c.method, Header: metadata.MD{"authorization": c.tokens}})
 		if status.Code(err) != c.code {
 			t.Errorf("%s: %v, want %v", name, err, c.code)
 		}

@@ -40,15 +40,17 @@ import (
 //
 //   - signet is package extauthz behind the gate, as signet-agent has it: the proof of
 //     each RPC is verified.
-//   - raw is gRPC with a codec that hands over the bytes and a handler that does
-//     nothing with them, and generated is gRPC as everybody uses it with such a
-//     handler: what a check can cost at least.
+//   - raw is gRPC with a codec that hands over the bytes, with signet-agent's workers
+//     and a handler that does nothing; raw-plain is the same without workers, and
+//     generated is gRPC as everybody uses it with such a handler: what a check can
+//     cost at least.
 //   - opa is a server of our own that does what OPA's plugin for Envoy documents: the
 //     message as JSON, as input of a prepared query. opa-direct spares it the JSON
 //     and makes the input of the four fields that the policy reads.
 var servers = map[string]func(policies int) (*grpc.Server, func()){
 	"signet":     serveSignet,
-	"raw":        serveRaw,
+	"raw":        func(int) (*grpc.Server, func()) { return serveRaw(grpc.NumStreamWorkers(streamWorkers)) },
+	"raw-plain":  func(int) (*grpc.Server, func()) { return serveRaw() },
 	"generated":  serveGenerated,
 	"opa":        func(n int) (*grpc.Server, func()) { return serveOPA(n, opaInput) },
 	"opa-direct": func(n int) (*grpc.Server, func()) { return serveOPA(n, opaDirect) },
@@ -181,7 +183,7 @@ func serveSignet(policies int) (*grpc.Server, func()) {
 	must(err)
 	checks, err := extauthz.New(extauthz.Config{Snapshot: snapshot.Load})
 	must(err)
-	s := grpc.NewServer(grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
+	s := grpc.NewServer(grpc.NumStreamWorkers(streamWorkers), grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
 		grpc.InTapHandle(gate.Tap), grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
 		grpc.MaxRecvMsgSize(256<<10), grpc.MaxHeaderListSize(32<<10), grpc.MaxConcurrentStreams(1000))
 	checks.Register(s)
@@ -202,8 +204,11 @@ func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 func (rawCodec) Marshal(any) (mem.BufferSlice, error) { return rawAnswer, nil }
 
-func serveRaw(int) (*grpc.Server, func()) {
-	s := grpc.NewServer(grpc.ForceServerCodecV2(rawCodec{encoding.GetCodecV2("proto")}))
+// streamWorkers is signet-agent's number.
+const streamWorkers = 256
+
+func serveRaw(options ...grpc.ServerOption) (*grpc.Server, func()) {
+	s := grpc.NewServer(append(options, grpc.ForceServerCodecV2(rawCodec{encoding.GetCodecV2("proto")}))...)
 	s.RegisterService(&grpc.ServiceDesc{ServiceName: authv3.Authorization_ServiceDesc.ServiceName, HandlerType: (*any)(nil),
 		Methods: []grpc.MethodDesc{{MethodName: "Check", Handler: func(_ any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
 			m := new(rawMessage)
