@@ -82,7 +82,8 @@
 // bounded in size and time, sets in number, for each namespace too.
 //
 // A set is fetched again every twenty minutes, and when a token has the ID of a key
-// that is not in it. An answer that cannot be had or used changes nothing: the last
+// that is not in it (every ten seconds at most, every minute if that finds nothing
+// new). An answer that cannot be had or used changes nothing: the last
 // good keys stay for as long as it takes, over a restart too, and metrics say how
 // old they are. A set that never could be fetched has no keys, so that every token
 // that needs it is refused.

@@ -32,8 +32,10 @@ const (
 	// keyRetry is how long after a failure it is tried again at first, and
 	// maxKeyRetry at last.
 	keyRetry, maxKeyRetry = time.Second, 5 * time.Minute
-	// unknownKeyRefresh is how often tokens with unknown keys have a set fetched.
-	unknownKeyRefresh = 10 * time.Second
+	// unknownKeyRefresh is how often tokens with unknown keys have a set fetched, and
+	// maxUnknownKeyRefresh how often where that brought nothing new several times:
+	// anybody can make such tokens, at every node.
+	unknownKeyRefresh, maxUnknownKeyRefresh = 10 * time.Second, time.Minute
 	// keyLinger is how long a set is kept that no rule wants any more.
 	keyLinger = 10 * time.Minute
 	// maxKeySets bounds the sets of a node, and maxNamespaceKeySets those that the
@@ -109,7 +111,11 @@ type keySet struct {
 	due, tried time.Time
 	fetching   bool
 	failures   int
-	unwanted   time.Time // since when no rule wants it; zero: one does
+	// early says that the fetch is for an unknown key; inVain counts those in a row
+	// that brought nothing new.
+	early    bool
+	inVain   int
+	unwanted time.Time // since when no rule wants it; zero: one does
 
 	mu sync.Mutex
 	// For metrics, guarded by mu: when it was last fetched, whether a rule wants it,
@@ -194,8 +200,8 @@ func (k *KeySets) Run(ctx context.Context) error {
 			if s.fetching || !s.unwanted.IsZero() {
 				continue
 			}
-			if s.unknown.Load() && s.failures == 0 {
-				s.due = minTime(s.due, s.tried.Add(unknownKeyRefresh))
+			if early := s.tried.Add(min(unknownKeyRefresh<<min(s.inVain, 8), maxUnknownKeyRefresh)); s.unknown.Load() && s.failures == 0 && early.Before(s.due) {
+				s.due, s.early = early, true
 			}
 			if s.due.After(now) {
 				next = minTime(next, s.due)
@@ -342,9 +348,15 @@ func (k *KeySets) take(f fetched) {
 	if before := s.tellGood(now); s.failures > 0 || before.IsZero() {
 		k.cfg.Log.Info("keys of tokens were fetched", "from", s.String(), "failures", s.failures)
 	}
-	s.failures = 0
+	changed := string(f.text) != string(s.text)
+	if s.early && !changed {
+		s.inVain++
+	} else {
+		s.inVain = 0
+	}
+	s.failures, s.early = 0, false
 	s.due = now.Add(jitter(k.cfg.Refresh))
-	if string(f.text) != string(s.text) {
+	if changed {
 		s.text = f.text
 		s.keys.Store(f.keys)
 		k.saveKeySets()
