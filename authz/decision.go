@@ -158,6 +158,9 @@ type DryRun struct {
 // select the workload. As in Envoy, those of ALLOW are not looked at where DENY
 // has denied, and none are where the request was refused earlier.
 func (d Decision) DryRuns() []DryRun {
+	if !d.shadowDeny.ran && !d.shadowAllow.ran {
+		return nil
+	}
 	var out []DryRun
 	for _, s := range []struct {
 		action Action

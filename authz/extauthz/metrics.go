@@ -3,6 +3,7 @@ package extauthz
 import (
 	"cmp"
 	"maps"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,7 +62,12 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, nil
 }
 
-func (m *metrics) answered(d *authz.Decision, took time.Duration) {
+// slow is what is worth an exemplar.
+const slow = time.Millisecond
+
+// answered counts an answer. One that denies, or took long, has an exemplar if the
+// request can be found by something; of may be nil.
+func (m *metrics) answered(d *authz.Decision, took time.Duration, of *attributes) {
 	k := outcome{d.Verdict(), d.Kind, d.Reason}
 	known := m.known.Load()
 	var c prometheus.Counter
@@ -72,7 +78,37 @@ func (m *metrics) answered(d *authz.Decision, took time.Duration) {
 		c = m.learn(k)
 	}
 	c.Inc()
+	if of != nil && (!d.Allowed || took >= slow) {
+		if by := of.exemplar(); by != nil {
+			m.seconds.(prometheus.ExemplarObserver).ObserveWithExemplar(took.Seconds(), by)
+			return
+		}
+	}
 	m.seconds.Observe(took.Seconds())
+}
+
+// exemplar is what the request can be found by: its trace, else its identifier. The
+// client chooses both, so whatever does not look like one is left out.
+func (a *attributes) exemplar() prometheus.Labels {
+	// W3C Trace Context section 3.2: 00-TRACE-PARENT-FLAGS.
+	if t := a.header("traceparent"); len(t) >= 55 && t[2] == '-' && t[35] == '-' && each(t[3:35], "0123456789abcdef") && !each(t[3:35], "0") {
+		return prometheus.Labels{"trace_id": string(t[3:35])}
+	}
+	const most = 64 // of the 128 characters that an exemplar may have
+	if id := a.header("x-request-id"); len(id) > 0 && len(id) <= most && each(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_.") {
+		return prometheus.Labels{"request_id": string(id)}
+	}
+	return nil
+}
+
+// each reports whether each byte is one of those.
+func each(b []byte, of string) bool {
+	for _, c := range b {
+		if strings.IndexByte(of, c) < 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // outcome is the labels of a counter.

@@ -164,14 +164,15 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 			s.log.Error("check panicked", "pod_uid", caller.Workload.PodUID, "err", fmt.Sprint(v), "stack", string(debug.Stack()))
 			// c may be anything now; it is not used again.
 			d := authz.Decision{Rule: -1, Reason: ReasonInternal}
-			s.metrics.answered(&d, 0)
+			s.metrics.answered(&d, 0, nil)
+			s.recordPanic(&caller.Workload, message, d)
 			a, err = encode((&Denial{}).response(d, false, nil, "")), nil
 		}
 	}()
 	s.decide(ctx, c)
 	a = s.encode(c)
 	c.Took = time.Since(c.Time)
-	s.metrics.answered(&c.Decision, c.Took)
+	s.metrics.answered(&c.Decision, c.Took, &c.attributes)
 	if !c.Decision.Allowed {
 		s.logDenied(ctx, c)
 	}
@@ -181,6 +182,17 @@ func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err err
 	c.reset()
 	s.checks.Put(c)
 	return a, nil
+}
+
+// recordPanic records a denial of which nothing is known but the message. What
+// panicked may have been the records.
+func (s *Server) recordPanic(w *identity.Workload, message []byte, d authz.Decision) {
+	if s.records == nil {
+		return
+	}
+	defer func() { _ = recover() }()
+	s.records.Add(&Record{Time: time.Now(), Workload: w, Message: message, Request: &authz.Request{}, Decision: d,
+		Err: errors.New("a defect of this program, of which its log tells")})
 }
 
 // decide takes a check through its steps: read the message, verify tokens, decide,

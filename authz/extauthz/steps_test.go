@@ -223,12 +223,23 @@ func TestProvidersAreAskedFirst(t *testing.T) {
 	}
 }
 
+// failing are records that panic.
+type failing struct{}
+
+func (*failing) Add(*extauthz.Record) { panic("no") }
+
 func TestPanicsOfStepsDeny(t *testing.T) {
 	t.Parallel()
-	w := newWorldWith(t, extauthz.Config{Snapshot: fixed(compile(t, askPolicy)),
+	var kept records
+	w := newWorldWith(t, extauthz.Config{Snapshot: fixed(compile(t, askPolicy)), Records: &kept,
 		Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) { panic("secret") })})
 	w.deny(check(path("/ask")), extauthz.ReasonInternal)
 	w.allow(check())
+	if len(kept) != 2 || kept[0].Decision.Reason != extauthz.ReasonInternal || kept[0].Err == nil || kept[0].Program != nil || len(kept[0].Message) == 0 {
+		t.Errorf("records %+v", kept)
+	}
+	panicking := newWorldWith(t, extauthz.Config{Snapshot: fixed(compile(t, askPolicy)), Records: (*failing)(nil)})
+	panicking.deny(check(), extauthz.ReasonInternal)
 	if log := w.log.String(); !strings.Contains(log, "check panicked") {
 		t.Errorf("log %q", log)
 	}

@@ -365,6 +365,20 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 	e.close()
 }
 
+// schemeOf is what is shown of a hidden header Authorization, so that a token that
+// was refused still is one: its scheme. It shares no memory with the header.
+func schemeOf(h *authz.Header) []byte {
+	if h.Name != "authorization" {
+		return nil
+	}
+	for _, s := range []string{"Bearer ", "Basic ", "DPoP ", "Digest ", "Negotiate "} {
+		if bytes.HasPrefix(h.Value, []byte(s)) {
+			return []byte(s)
+		}
+	}
+	return nil
+}
+
 // header reports whether a header's value is shown.
 func (s *Shown) header(name string) bool {
 	return !s.Redacted[name] && (s.AllHeaders || s.Headers[name] || essential(name) || slices.Contains(s.Read, authz.Name{Field: authz.FieldHeaders, Name: name}))
@@ -392,7 +406,7 @@ func (e *encoder) header(h *authz.Header, show *Shown) {
 	switch {
 	case form == authz.HeaderHidden:
 	case !show.header(h.Name) || len(value) > maxValue:
-		form, value = authz.HeaderHidden, nil
+		form, value = authz.HeaderHidden, schemeOf(h)
 	}
 	if f := forms[form]; f != "" {
 		e.text("form", f)

@@ -121,7 +121,7 @@ func TestHiddenIsUnknown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if h := r.Request.Headers[3]; h.Name != "authorization" || h.Form != authz.HeaderHidden || h.Value != nil {
+	if h := r.Request.Headers[3]; h.Name != "authorization" || h.Form != authz.HeaderHidden || string(h.Value) != "Bearer " {
 		t.Errorf("the redacted header is %+v", h)
 	}
 	if v, ok := r.Request.Claims.Fields["email"]; !ok || v == nil || v.Kind != nil {

@@ -187,7 +187,7 @@ func TestRecorder(t *testing.T) {
 		t.Errorf("recorded\n%s\nwant\n%s", g, w)
 	}
 	text := out.String()
-	if strings.Contains(text, "secret") || !strings.Contains(text, `"name":"authorization","form":"hidden"`) || !strings.Contains(text, `"value":"guest"`) || !strings.Contains(text, `"error":"asking extension provider opa: it is away"`) {
+	if strings.Contains(text, "secret") || !strings.Contains(text, `"name":"authorization","form":"hidden","value":"Bearer "`) || !strings.Contains(text, `"value":"guest"`) || !strings.Contains(text, `"error":"asking extension provider opa: it is away"`) {
 		t.Errorf("records\n%s", text)
 	}
 	w.metric("signet_dry_run_decisions_total", `
