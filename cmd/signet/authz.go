@@ -40,7 +40,7 @@ func newAuthzCommand() *cobra.Command {
 		Args:  usage(cobra.NoArgs),
 	}
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitError{exitUnusable, err} })
-	c.AddCommand(newAuthzEvalCommand(), newAuthzLintCommand(), newAuthzPeerModeCommand())
+	c.AddCommand(newAuthzEvalCommand(), newAuthzExplainCommand(), newAuthzLintCommand(), newAuthzPeerModeCommand())
 	return c
 }
 
@@ -113,29 +113,43 @@ func (w *workloadFlags) flags(c *cobra.Command) {
 // them to stderr, and fails if they cannot be used and keepGoing does not say
 // otherwise.
 func (w *workloadFlags) program(m *meshFlags, keepGoing bool, stderr io.Writer) (*authz.Program, error) {
-	for _, f := range []struct{ name, value string }{{"--policies", w.policies}, {"--namespace", w.namespace}} {
-		if f.value == "" {
-			return nil, unusable("%s must not be empty; see --help", f.name)
-		}
-	}
-	if _, ok := w.labels[""]; ok {
-		return nil, unusable("--labels: a label has no name")
+	if err := w.check(); err != nil {
+		return nil, err
 	}
 	o, err := m.options()
 	if err != nil {
 		return nil, err
 	}
-	snapshot, err := w.compile(o, keepGoing, stderr)
+	_, snapshot, err := compile(w.policies, o, keepGoing, stderr)
 	if err != nil {
 		return nil, err
 	}
-	return snapshot.For(identity.Workload{Namespace: w.namespace, Labels: w.labels}), nil
+	return snapshot.For(w.workload()), nil
 }
 
-func (w *workloadFlags) compile(o authz.Options, keepGoing bool, stderr io.Writer) (*authz.Snapshot, error) {
-	files, err := policyFiles(w.policies)
+func (w *workloadFlags) check() error {
+	for _, f := range []struct{ name, value string }{{"--policies", w.policies}, {"--namespace", w.namespace}} {
+		if f.value == "" {
+			return unusable("%s must not be empty; see --help", f.name)
+		}
+	}
+	if _, ok := w.labels[""]; ok {
+		return unusable("--labels: a label has no name")
+	}
+	return nil
+}
+
+// workload is the workload that the policies are asked about.
+func (w *workloadFlags) workload() identity.Workload {
+	return identity.Workload{Namespace: w.namespace, Labels: w.labels}
+}
+
+// compile reads and compiles policies. It writes what is wrong with them to stderr,
+// and fails if they cannot be used and keepGoing does not say otherwise.
+func compile(path string, o authz.Options, keepGoing bool, stderr io.Writer) (set authz.Set, snapshot *authz.Snapshot, err error) {
+	files, err := policyFiles(path)
 	if err != nil {
-		return nil, err
+		return set, nil, err
 	}
 	var resources []authz.Resource
 	var problems []authz.Problem
@@ -151,7 +165,7 @@ func (w *workloadFlags) compile(o authz.Options, keepGoing bool, stderr io.Write
 	}
 	set, ps := authz.Set{}.Update(resources)
 	problems = append(problems, ps...)
-	snapshot, ps := authz.Compile(set, o)
+	snapshot, ps = authz.Compile(set, o)
 	problems = append(problems, ps...)
 
 	var refused []error
@@ -163,9 +177,9 @@ func (w *workloadFlags) compile(o authz.Options, keepGoing bool, stderr io.Write
 		fmt.Fprintf(stderr, "%s: %s\n", p.Severity, p)
 	}
 	if len(refused) > 0 {
-		return nil, unusable("the policies cannot be used:\n%w", errors.Join(refused...))
+		return set, nil, unusable("the policies cannot be used:\n%w", errors.Join(refused...))
 	}
-	return snapshot, nil
+	return set, snapshot, nil
 }
 
 // policyFiles are the files to read: the agent reads the same ones of a

@@ -70,15 +70,11 @@ func (e *evaluation) run(stdin io.Reader, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	name, in := "standard input", stdin
-	if e.requests != "-" {
-		f, err := os.Open(e.requests)
-		if err != nil {
-			return unusable("opening the requests: %w", err)
-		}
-		defer f.Close() // read only
-		name, in = e.requests, f
+	name, in, err := openInput(e.requests, stdin, "requests")
+	if err != nil {
+		return err
 	}
+	defer in.Close() // read only
 	out := bufio.NewWriter(stdout)
 	err = decide(program, name, in, out)
 	// What was decided before a line that cannot be used stands.
@@ -145,12 +141,31 @@ func (vs verdicts) of(d authz.Decision) verdict {
 
 // decide answers every request that a reader has.
 func decide(program *authz.Program, name string, in io.Reader, out io.Writer) error {
-	lines := bufio.NewScanner(in)
-	lines.Buffer(make([]byte, 0, 64<<10), maxRequestLine)
 	enc := json.NewEncoder(out)
 	enc.SetEscapeHTML(false)
-	var request authz.Request // FromCheckRequest overwrites all of it
 	texts := make(verdicts)
+	return checkRequests(name, in, func(request *authz.Request, bad *extauthz.RequestError) error {
+		v := verdict{Decision: "deny", Rule: -1}
+		if bad != nil {
+			// The service answers such a request too.
+			v.Reason, v.Text = bad.Reason, "denied: "+bad.Detail
+		} else {
+			v = texts.of(program.Decide(request))
+		}
+		if err := enc.Encode(v); err != nil {
+			return fmt.Errorf("writing decisions: %w", err)
+		}
+		return nil
+	})
+}
+
+// checkRequests reads CheckRequests, one in a line, and has each handled, or what is
+// wrong with it where the service would refuse it. The request is overwritten by the
+// next one.
+func checkRequests(name string, in io.Reader, handle func(*authz.Request, *extauthz.RequestError) error) error {
+	lines := bufio.NewScanner(in)
+	lines.Buffer(make([]byte, 0, 64<<10), maxRequestLine)
+	var request authz.Request // FromCheckRequest overwrites all of it
 	n := 0
 	for lines.Scan() {
 		n++
@@ -162,23 +177,28 @@ func decide(program *authz.Program, name string, in io.Reader, out io.Writer) er
 		if err := protojson.Unmarshal(line, &check); err != nil {
 			return unusable("%s:%d: line is no CheckRequest: %w", name, n, err)
 		}
-		v := verdict{Decision: "deny", Rule: -1}
 		var bad *extauthz.RequestError
-		switch err := extauthz.FromCheckRequest(&check, &request); {
-		case errors.As(err, &bad):
-			// The service answers such a request too.
-			v.Reason, v.Text = bad.Reason, "denied: "+bad.Detail
-		case err != nil:
+		if err := extauthz.FromCheckRequest(&check, &request); err != nil && !errors.As(err, &bad) {
 			return unusable("%s:%d: %w", name, n, err)
-		default:
-			v = texts.of(program.Decide(&request))
 		}
-		if err := enc.Encode(v); err != nil {
-			return fmt.Errorf("writing decisions: %w", err)
+		if err := handle(&request, bad); err != nil {
+			return err
 		}
 	}
 	if err := lines.Err(); err != nil {
 		return unusable("%s:%d: reading requests: %w", name, n+1, err)
 	}
 	return nil
+}
+
+// openInput opens a file, or is standard input for "-". what is for messages.
+func openInput(path string, stdin io.Reader, what string) (name string, in io.ReadCloser, err error) {
+	if path == "-" {
+		return "standard input", io.NopCloser(stdin), nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return "", nil, unusable("opening the %s: %w", what, err)
+	}
+	return path, f, nil
 }
