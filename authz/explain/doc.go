@@ -1,9 +1,11 @@
-// Package explain says why a request was decided as it was, and what would decide it
-// otherwise. It is pure, and decides nothing itself: every decision that it tells of
+// Package explain says why a request was decided as it was and what would decide it
+// otherwise, who may call a workload, and what a change of policies changes. It is pure, and decides nothing itself: every decision that it tells of
 // is one of package authz, of these policies or of changed ones.
 //
 //	explanation := explain.Explain(explain.Case{Set: set, Snapshot: snapshot, Workload: w, Request: r})
 //	err := explanation.Write(os.Stdout) // or as JSON
+//	answer := explain.WhoCan(snapshot, w, explain.Given{})
+//	coverage, err := explain.NewCoverage(answer, envoy) // says the same of each request as Decide
 //
 // # Suggestions
 //

@@ -157,9 +157,8 @@ func (t *tracer) tokenRules(r authz.Resource) (out []Rule) {
 	return out
 }
 
-// subject is the request in a few words.
-func (c *Case) subject() string {
-	r := &c.Request
+// operation is what a request asks for, in a few words.
+func operation(r *authz.Request) string {
 	var b strings.Builder
 	if r.HTTP {
 		method, known := got(ofMethod, r)
@@ -173,6 +172,14 @@ func (c *Case) subject() string {
 	} else {
 		b.WriteString("a connection")
 	}
+	return b.String()
+}
+
+// subject is the request in a few words.
+func (c *Case) subject() string {
+	r := &c.Request
+	var b strings.Builder
+	b.WriteString(operation(r))
 	switch who, known := got(ofPrincipal, r); {
 	case known && r.Authenticated:
 		b.WriteString(" from " + who)

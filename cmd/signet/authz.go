@@ -40,7 +40,10 @@ func newAuthzCommand() *cobra.Command {
 		Args:  usage(cobra.NoArgs),
 	}
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitError{exitUnusable, err} })
-	c.AddCommand(newAuthzEvalCommand(), newAuthzExplainCommand(), newAuthzLintCommand(), newAuthzPeerModeCommand())
+	c.AddCommand(
+		newAuthzDiffCommand(), newAuthzEvalCommand(), newAuthzExplainCommand(), newAuthzLintCommand(),
+		newAuthzPeerModeCommand(), newAuthzWhoCanCommand(),
+	)
 	return c
 }
 
