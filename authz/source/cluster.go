@@ -239,7 +239,8 @@ func (c *Cluster) Run(ctx context.Context) error {
 // nothing changes; zero: not before.
 func (c *Cluster) adopt(ctx context.Context) (again time.Duration) {
 	texts := map[string][]byte{}
-	complete, answered := true, false
+	complete := true
+	var contacts []Contact
 	var errs []error
 	for _, f := range c.feeds {
 		of, synced, err := f.state()
@@ -248,17 +249,15 @@ func (c *Cluster) adopt(ctx context.Context) (again time.Duration) {
 		} else if !synced {
 			errs = append(errs, fmt.Errorf("listing %s: %w", f.resource, errNotSynced))
 		}
-		answered = answered || synced && err == nil || err != nil && !unreachable([]error{err})
+		contacts = append(contacts, f.contact())
 		complete = complete && synced
 		for key, text := range of {
 			texts[f.kind+" "+key] = text
 		}
 	}
-	switch contact := c.contact.Value(); {
-	case unreachable(errs) && contact != ContactAway:
-		c.contact.Store(ContactAway)
-	case !unreachable(errs) && answered && contact != ContactAnswers:
-		c.contact.Store(ContactAnswers)
+	// The worst that any of them says; of ContactNone nothing follows.
+	if next := slices.Max(contacts); next != ContactNone && next != c.contact.Value() {
+		c.contact.Store(next)
 	}
 	if !complete {
 		// A part of the policies is not what the cluster says: what is missing may be
@@ -446,28 +445,24 @@ func (c *Cluster) Contact() (contact Contact, changed <-chan struct{}) { return 
 type Contact uint8
 
 const (
-	// ContactNone: it was asked and has not answered yet.
+	// ContactNone: it was asked and has not answered yet, or only that it is busy.
 	ContactNone Contact = iota
 	// ContactAnswers: it answers, be it that it refuses.
 	ContactAnswers
-	// ContactAway: it cannot be reached, or says that it cannot do its work.
+	// ContactAway: it cannot be reached, says that it cannot do its work, or has been
+	// too busy for a minute.
 	ContactAway
 )
 
-// unreachable reports whether any of the errors says that nobody answered, or that
-// the API server cannot do its work.
-func unreachable(errs []error) bool {
-	return slices.ContainsFunc(errs, func(err error) bool {
-		if errors.Is(err, errNotSynced) {
-			return false // it was not asked yet, or has not answered yet
-		}
-		var s apierrors.APIStatus
-		if errors.As(err, &s) {
-			code := s.Status().Code
-			return code >= 500 || code == 429 || code == 0
-		}
-		return !errors.Is(err, errNoSuchType)
-	})
+// unreachable reports whether the error says that nobody answered, or that the API
+// server cannot do its work.
+func unreachable(err error) bool {
+	var s apierrors.APIStatus
+	if errors.As(err, &s) {
+		code := s.Status().Code
+		return code >= 500 || code == 0
+	}
+	return !errors.Is(err, errNoSuchType)
 }
 
 // errNoSuchType is the API server's answer for a type without a CRD.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -377,6 +378,7 @@ type broken struct {
 	end    atomic.Pointer[chan struct{}]
 	tooOld atomic.Bool
 	failed atomic.Bool // every list fails
+	busy   atomic.Bool // everything is put off
 }
 
 func breakable(t *testing.T, k *kubetest.Cluster) (*broken, *rest.Config) {
@@ -398,6 +400,10 @@ func breakable(t *testing.T, k *kubetest.Cluster) (*broken, *rest.Config) {
 	b.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(r.URL.Path, "/apis/security.istio.io/v1/") {
 			proxy.ServeHTTP(w, r)
+			return
+		}
+		if b.busy.Load() {
+			http.Error(w, "come back later", http.StatusTooManyRequests)
 			return
 		}
 		if r.URL.Query().Get("watch") == "" {
@@ -497,10 +503,51 @@ func TestWatchesThatEndLoseNothing(t *testing.T) {
 	if n := proxy.lists.Load(); n <= lists {
 		t.Errorf("%d lists after versions were too old, before %d", n, lists)
 	}
+	// An API server that puts off requests is said to be busy, and is not away: that
+	// would make expired tokens last.
+	proxy.busy.Store(true)
+	proxy.endWatches()
+	c.notReady("too many requests")
+	if got, _ := c.Contact(); got != source.ContactAnswers {
+		t.Errorf("with a busy API server the contact is %d", got)
+	}
+	create(t, k, policy("closed-6", deny, "/closed-6"))
+	proxy.busy.Store(false)
+	c.soon("shop", "/closed-6", authz.ReasonDenyRule)
+	c.ready()
 	close(stop)
 	if n := <-opened; n > 0 {
 		t.Errorf("%d decisions without the ALLOW policy", n)
 	}
+}
+
+// TestBusyIsNotAway: requests that are put off say nothing of an API server, until that
+// has lasted for a minute.
+func TestBusyIsNotAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := apierrors.NewTooManyRequests("later", 1)
+		f := source.NewFeed()
+		says := func(want source.Contact, errs ...error) {
+			t.Helper()
+			for _, err := range errs {
+				f.Tried(t.Context(), err)
+			}
+			if got := f.Contact(); got != want {
+				t.Errorf("after %v the contact is %d, want %d", errs, got, want)
+			}
+		}
+		says(source.ContactNone)
+		says(source.ContactNone, busy)
+		says(source.ContactAway, errors.New("connection refused"))
+		says(source.ContactNone, busy) // perhaps it is only coming back
+		time.Sleep(time.Minute - time.Nanosecond)
+		says(source.ContactNone, busy)
+		time.Sleep(time.Nanosecond)
+		says(source.ContactAway, busy)
+		says(source.ContactAnswers, apierrors.NewForbidden(schema.GroupResource{}, "", nil))
+		says(source.ContactNone, busy)
+		says(source.ContactAway, apierrors.NewServiceUnavailable("no"))
+	})
 }
 
 // TestOnlyOneStateCounts: while one of the types cannot be listed, nothing of the

@@ -76,3 +76,13 @@ const (
 
 // Permitted says why keys must not be fetched from an address, or nothing.
 var Permitted = permitted
+
+// Feed is how requests for one type go.
+type Feed struct{ f *feed }
+
+func NewFeed() Feed { return Feed{&feed{resource: "things", wake: func() {}}} }
+
+// Tried notes how a request went.
+func (f Feed) Tried(ctx context.Context, err error) { f.f.tried(ctx, "listing", err) }
+
+func (f Feed) Contact() Contact { return f.f.contact() }

@@ -27,6 +27,9 @@ const (
 	// API server; it doubles, with as much again at random.
 	firstBackoff = 200 * time.Millisecond
 	maxBackoff   = 5 * time.Second
+	// busyFor is how long the API server may put off requests (429) until it counts as
+	// away.
+	busyFor = time.Minute
 )
 
 // feed follows the resources of one kind. Its methods Add to Resync are what
@@ -41,6 +44,7 @@ type feed struct {
 	texts  map[string][]byte // by NAMESPACE/NAME; guarded by mu
 	synced bool              // the list was complete once; guarded by mu
 	err    error             // why the last request failed; guarded by mu
+	busy   time.Time         // since when the API server puts off requests; zero: it does not; guarded by mu
 }
 
 // state is what a feed has: all resources as of one moment, whether that was ever
@@ -49,6 +53,26 @@ func (f *feed) state() (texts map[string][]byte, synced bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return maps.Clone(f.texts), f.synced, f.err
+}
+
+// contact is what the last request says of the API server. One that puts off requests
+// is neither here nor there, until that has lasted for busyFor: everybody comes back
+// at once after an outage, and who makes it busy must not make tokens last longer.
+func (f *feed) contact() Contact {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case apierrors.IsTooManyRequests(f.err):
+		if time.Since(f.busy) >= busyFor {
+			return ContactAway
+		}
+		return ContactNone
+	case f.err != nil && unreachable(f.err):
+		return ContactAway
+	case f.err != nil || f.synced:
+		return ContactAnswers
+	}
+	return ContactNone
 }
 
 // run follows the resources until ctx ends.
@@ -116,6 +140,11 @@ func (f *feed) tried(ctx context.Context, what string, err error) {
 	f.mu.Lock()
 	before := f.err
 	f.err = err
+	if !apierrors.IsTooManyRequests(err) {
+		f.busy = time.Time{}
+	} else if f.busy.IsZero() {
+		f.busy = time.Now()
+	}
 	f.mu.Unlock()
 	if err != nil || before != nil {
 		f.wake()
