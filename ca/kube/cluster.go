@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
 	"time"
 
 	"github.com/signet-mesh/signet/identity"
@@ -33,7 +32,7 @@ type Config struct {
 	// Issuer, if not empty, is the only issuer of tokens that is accepted; another
 	// one at the API server is an error. Empty takes what the API server says.
 	Issuer string
-	// Name tells this replica from others in the Lease. Empty means the host name.
+	// Name tells this replica from every other one in the Lease. Required.
 	Name string
 	// Log receives what operators should read; nil discards it.
 	Log *slog.Logger
@@ -44,16 +43,20 @@ type Config struct {
 // Cluster is a Kubernetes cluster as an authority sees it. It is safe for
 // concurrent use. Nothing is watched before [Cluster.Run].
 type Cluster struct {
-	cfg     Config
-	log     *slog.Logger
-	rest    *rest.Config
-	http    *http.Client
-	core    *corev1.CoreV1Client
-	leases  *coordinationv1.CoordinationV1Client
-	view    *view
-	keys    *keys
-	reviews *reviews
-	metrics *metrics
+	cfg    Config
+	log    *slog.Logger
+	rest   *rest.Config
+	http   *http.Client
+	core   *corev1.CoreV1Client
+	leases *coordinationv1.CoordinationV1Client
+	// Duties are done with these: they change nothing while term is not on.
+	dutyHTTP *http.Client
+	duty     *corev1.CoreV1Client
+	term     term
+	view     *view
+	keys     *keys
+	reviews  *reviews
+	metrics  *metrics
 }
 
 // Open prepares everything and contacts nobody: an API server that is away is
@@ -64,16 +67,11 @@ func Open(cfg Config) (*Cluster, error) {
 		return nil, errors.New("connecting to Kubernetes: no API server is configured")
 	case cfg.Namespace == "":
 		return nil, errors.New("connecting to Kubernetes: the namespace of the installation is required")
+	case cfg.Name == "":
+		return nil, errors.New("connecting to Kubernetes: this replica has no name")
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Name == "" {
-		name, err := os.Hostname()
-		if err != nil {
-			return nil, fmt.Errorf("connecting to Kubernetes: naming this replica: %w", err)
-		}
-		cfg.Name = name
 	}
 	rc := rest.CopyConfig(cfg.REST)
 	rc.UserAgent = "signet-ca"
@@ -96,6 +94,14 @@ func (c *Cluster) connect() error {
 		return err
 	}
 	if c.core, err = corev1.NewForConfigAndClient(c.rest, c.http); err != nil {
+		return err
+	}
+	transport := c.http.Transport
+	if transport == nil {
+		transport = http.DefaultTransport
+	}
+	c.dutyHTTP = &http.Client{Transport: termTransport{&c.term, transport}, Timeout: c.http.Timeout}
+	if c.duty, err = corev1.NewForConfigAndClient(c.rest, c.dutyHTTP); err != nil {
 		return err
 	}
 	if c.leases, err = coordinationv1.NewForConfigAndClient(c.rest, c.http); err != nil {

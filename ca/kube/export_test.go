@@ -3,10 +3,12 @@ package kube
 import (
 	"context"
 	"log/slog"
+	"net/http"
 
 	"github.com/signet-mesh/signet/identity"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/leaderelection/resourcelock"
 )
 
 // Feed is what the reflectors of a Cluster write into.
@@ -23,7 +25,7 @@ func Fed(api reviewer, fetch func(context.Context) (issuer string, jwks []byte, 
 	c.reviews = newReviews(api, c.metrics)
 	c.view.gone = c.reviews.forget
 	c.keys = newKeys(fetch, want, c.log, c.metrics)
-	return c, Feed{podStore{c.view}, uidStore{c.view.nodeUIDs()}, uidStore{c.view.accountUIDs()}}
+	return c, Feed{c.view.podStore(), c.view.nodeUIDs().store(), c.view.accountUIDs().store()}
 }
 
 // RunFed is Run without the watches and duties.
@@ -50,3 +52,21 @@ const MaxReviews = maxReviews
 func (c *Cluster) Review(ctx context.Context, audience, token string, w identity.Workload) error {
 	return c.reviews.check(ctx, audience, token, w)
 }
+
+// Term is how long one replica may do what only the elected one may.
+type Term struct{ t term }
+
+func (t *Term) On() bool { return t.t.on() }
+
+// Elect does the duties while the lock is held.
+func (t *Term) Elect(ctx context.Context, lock resourcelock.Interface, duties func(context.Context)) error {
+	return t.t.elect(ctx, lock, duties)
+}
+
+// Transport refuses what the duties must not do.
+func (t *Term) Transport(rt http.RoundTripper) http.RoundTripper { return termTransport{&t.t, rt} }
+
+const (
+	LeaseDuration = leaseDuration
+	RetryPeriod   = retryPeriod
+)

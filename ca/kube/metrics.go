@@ -37,9 +37,9 @@ func newMetrics(r prometheus.Registerer, v *view) (*metrics, error) {
 	}
 	pods := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_kube_pods", Help: "Pods that count as alive."},
 		func() float64 { return float64(v.pods.Len()) })
-	away := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_kube_away", Help: "1 while the API server cannot be watched; what it said last is used."},
+	away := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_kube_away", Help: "1 while the API server cannot be watched, or has put off requests for a minute; what it said last is used."},
 		func() float64 {
-			if v.trouble() != nil {
+			if v.away() {
 				return 1
 			}
 			return 0

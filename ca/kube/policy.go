@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/workqueue"
 )
 
 // PolicyProblem is a reason why a policy is not enforced as it is written.
@@ -41,6 +42,9 @@ const policyCondition = "signet.dev/Enforced"
 // takes 1024.
 const maxPolicyMessage = 1000
 
+// eventTimeout bounds writing an Event.
+const eventTimeout = 5 * time.Second
+
 var policyResources = []schema.GroupVersionResource{
 	{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"},
 	{Group: "security.istio.io", Version: "v1", Resource: "peerauthentications"},
@@ -54,16 +58,16 @@ func (c *Cluster) reportPolicies(ctx context.Context, check func([]byte) []Polic
 	// types, so that nothing of them is lost before they are checked.
 	plain := rest.CopyConfig(c.rest)
 	plain.ContentType, plain.AcceptContentTypes = "application/json", "application/json"
-	api, err := dynamic.NewForConfigAndClient(plain, c.http)
+	api, err := dynamic.NewForConfigAndClient(plain, c.dutyHTTP)
 	if err != nil {
 		return fmt.Errorf("watching policies: %w", err)
 	}
 	var g errgroup.Group
 	for _, gvr := range policyResources {
-		queue := newPolicyQueue()
+		todo := newPolicies()
 		r := api.Resource(gvr)
 		g.Go(func() error {
-			c.reflect(ctx, gvr.Resource, &unstructured.Unstructured{}, queue, &cache.ListWatch{
+			c.reflect(ctx, gvr.Resource, &unstructured.Unstructured{}, todo.store(), &cache.ListWatch{
 				ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 					return r.List(ctx, o)
 				},
@@ -74,28 +78,22 @@ func (c *Cluster) reportPolicies(ctx context.Context, check func([]byte) []Polic
 			return nil
 		})
 		g.Go(func() error {
-			for attempt := 0; ; {
-				o := queue.next(ctx)
-				if o == nil {
+			defer context.AfterFunc(ctx, todo.queue.ShutDown)()
+			todo.work(func(o *unstructured.Unstructured, attempt int) error {
+				if ctx.Err() != nil {
 					return nil
 				}
 				err := c.reportPolicy(ctx, r, o, check)
 				switch {
-				case err == nil || apierrors.IsConflict(err) || apierrors.IsNotFound(err):
-					// It changed or went meanwhile; the watch brings what there is.
-					attempt = 0
-				case ctx.Err() != nil:
+				case err == nil || ctx.Err() != nil || apierrors.IsConflict(err) || apierrors.IsNotFound(err):
+					// It changed or went meanwhile: the watch brings what there is.
 					return nil
-				default:
-					if attempt++; attempt == 1 {
-						c.log.Warn("reporting a policy that is not enforced failed; it is tried again", "kind", o.GetKind(), "namespace", o.GetNamespace(), "policy", o.GetName(), "err", err)
-					}
-					queue.retry(o)
-					if !pause(ctx, time.Second) {
-						return nil
-					}
+				case attempt == 0:
+					c.log.Warn("reporting a policy that is not enforced failed; it is tried again", "kind", o.GetKind(), "namespace", o.GetNamespace(), "policy", o.GetName(), "err", err)
 				}
-			}
+				return err
+			})
+			return nil
 		})
 	}
 	return g.Wait()
@@ -113,7 +111,8 @@ type condition struct {
 
 // reportPolicy writes the Event and then the condition, so that a replica which
 // ends in between is followed by one that writes both; the Event's name makes the
-// second writing of it fail, as it should.
+// second writing of it fail, as it should. An Event that cannot be written (a quota, a
+// namespace that is going) holds the condition back by eventTimeout at most.
 func (c *Cluster) reportPolicy(ctx context.Context, api dynamic.NamespaceableResourceInterface, o *unstructured.Unstructured, check func([]byte) []PolicyProblem) error {
 	body := o.DeepCopy()
 	delete(body.Object, "status")
@@ -146,10 +145,9 @@ func (c *Cluster) reportPolicy(ctx context.Context, api dynamic.NamespaceableRes
 			want.LastTransitionTime = t
 		}
 	}
+	var untold error
 	if want.Status == "False" {
-		if err := c.policyEvent(ctx, o, want, now); err != nil {
-			return err
-		}
+		untold = c.policyEvent(ctx, o, want, now)
 	}
 	// The resource version makes the list of conditions, which is replaced whole,
 	// that of the policy that was read.
@@ -162,6 +160,9 @@ func (c *Cluster) reportPolicy(ctx context.Context, api dynamic.NamespaceableRes
 	}
 	if _, err := api.Namespace(o.GetNamespace()).Patch(ctx, o.GetName(), types.MergePatchType, patch, metav1.PatchOptions{}, "status"); err != nil {
 		return fmt.Errorf("writing its condition: %w", err)
+	}
+	if untold != nil {
+		c.log.Warn("a policy's condition was written, and the Event that says the same was not", "kind", o.GetKind(), "namespace", o.GetNamespace(), "policy", o.GetName(), "err", untold)
 	}
 	c.metrics.policies.WithLabelValues(want.Status).Inc()
 	c.log.Info("reported a policy's condition", "kind", o.GetKind(), "namespace", o.GetNamespace(), "policy", o.GetName(), "enforced", want.Status, "reason", want.Reason)
@@ -188,7 +189,9 @@ func (c *Cluster) policyEvent(ctx context.Context, o *unstructured.Unstructured,
 	if len(name) > 200 {
 		name = strings.TrimRight(name[:200], ".-")
 	}
-	_, err := c.core.Events(o.GetNamespace()).Create(ctx, &corev1.Event{
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	_, err := c.duty.Events(o.GetNamespace()).Create(ctx, &corev1.Event{
 		ObjectMeta: metav1.ObjectMeta{Namespace: o.GetNamespace(), Name: name + "." + hex.EncodeToString(sum[:8])},
 		InvolvedObject: corev1.ObjectReference{APIVersion: o.GetAPIVersion(), Kind: o.GetKind(), Namespace: o.GetNamespace(), Name: o.GetName(),
 			UID: o.GetUID(), ResourceVersion: o.GetResourceVersion()},
@@ -196,10 +199,10 @@ func (c *Cluster) policyEvent(ctx context.Context, o *unstructured.Unstructured,
 		Source: corev1.EventSource{Component: "signet-ca"}, ReportingController: "signet.dev/ca", ReportingInstance: c.cfg.Name,
 		FirstTimestamp: metav1.NewTime(now), LastTimestamp: metav1.NewTime(now), Count: 1,
 	}, metav1.CreateOptions{})
-	if err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("writing an Event about it: %w", err)
+	if apierrors.IsAlreadyExists(err) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // clip cuts s to n bytes at the end of a character.
@@ -210,100 +213,71 @@ func clip(s string, n int) string {
 	return strings.ToValidUTF8(s[:n-len("…")], "") + "…"
 }
 
-// policyQueue holds the newest version of each policy that was not looked at yet.
-type policyQueue struct {
+// policies are those that have to be looked at: the newest version of each. One that
+// failed is tried again ever more slowly, and keeps nobody else waiting.
+type policies struct {
+	queue workqueue.TypedRateLimitingInterface[string]
 	mu    sync.Mutex
-	todo  map[string]*unstructured.Unstructured // guarded by mu
-	order []string                              // keys of todo, guarded by mu
-	more  chan struct{}                         // one element
+	todo  map[string]*unstructured.Unstructured // by NAMESPACE/NAME; guarded by mu
 }
 
-func newPolicyQueue() *policyQueue {
-	return &policyQueue{todo: map[string]*unstructured.Unstructured{}, more: make(chan struct{}, 1)}
+func newPolicies() *policies {
+	return &policies{todo: map[string]*unstructured.Unstructured{},
+		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](time.Second, time.Minute))}
 }
 
-// next is a policy to look at; nil when ctx ended.
-func (q *policyQueue) next(ctx context.Context) *unstructured.Unstructured {
+// work hands each to report, with the number of attempts that failed before, until the
+// queue is shut down.
+func (p *policies) work(report func(o *unstructured.Unstructured, attempt int) error) {
 	for {
-		q.mu.Lock()
-		for len(q.order) > 0 {
-			k := q.order[0]
-			q.order = q.order[1:]
-			if o := q.todo[k]; o != nil {
-				delete(q.todo, k)
-				q.mu.Unlock()
-				return o
+		k, down := p.queue.Get()
+		if down {
+			return
+		}
+		p.mu.Lock()
+		o := p.todo[k]
+		p.mu.Unlock()
+		if o != nil && report(o, p.queue.NumRequeues(k)) != nil {
+			p.queue.AddRateLimited(k)
+		} else {
+			p.queue.Forget(k)
+			p.mu.Lock()
+			if p.todo[k] == o {
+				delete(p.todo, k)
 			}
+			p.mu.Unlock()
 		}
-		q.mu.Unlock()
-		select {
-		case <-q.more:
-		case <-ctx.Done():
-			return nil
-		}
+		p.queue.Done(k)
 	}
 }
 
-func (q *policyQueue) put(o *unstructured.Unstructured, newer bool) {
-	k := key(o.GetNamespace(), o.GetName())
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.todo[k] == nil {
-		q.order = append(q.order, k)
-	} else if !newer {
-		return
+// store is the reflector's way to them.
+func (p *policies) store() store[unstructured.Unstructured] {
+	put := func(o *unstructured.Unstructured) {
+		k := key(o.GetNamespace(), o.GetName())
+		p.mu.Lock()
+		p.todo[k] = o
+		p.mu.Unlock()
+		p.queue.Add(k)
 	}
-	q.todo[k] = o
-	select {
-	case q.more <- struct{}{}:
-	default:
-	}
-}
-
-// retry puts back a policy that was looked at, unless a newer version waits.
-func (q *policyQueue) retry(o *unstructured.Unstructured) { q.put(o, false) }
-
-func (q *policyQueue) Add(obj any) error {
-	o, ok := obj.(*unstructured.Unstructured)
-	if !ok {
-		return fmt.Errorf("%T instead of a policy", obj)
-	}
-	q.put(o, true)
-	return nil
-}
-
-func (q *policyQueue) Update(obj any) error { return q.Add(obj) }
-
-func (q *policyQueue) Delete(obj any) error {
-	if o, ok := obj.(*unstructured.Unstructured); ok {
-		q.mu.Lock()
-		delete(q.todo, key(o.GetNamespace(), o.GetName()))
-		q.mu.Unlock()
-	}
-	return nil
-}
-
-func (q *policyQueue) Replace(list []any, _ string) error {
-	q.mu.Lock()
-	clear(q.todo)
-	q.order = nil
-	q.mu.Unlock()
-	for _, obj := range list {
-		if err := q.Add(obj); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (*policyQueue) Resync() error { return nil }
-
-// Transformer drops who manages which field.
-func (*policyQueue) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) {
-		if o, ok := obj.(*unstructured.Unstructured); ok {
+	return store[unstructured.Unstructured]{
+		put: put,
+		remove: func(o *unstructured.Unstructured) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			delete(p.todo, key(o.GetNamespace(), o.GetName()))
+		},
+		replace: func(all []*unstructured.Unstructured) {
+			p.mu.Lock()
+			clear(p.todo)
+			p.mu.Unlock()
+			for _, o := range all {
+				put(o)
+			}
+		},
+		strip: func(o *unstructured.Unstructured) *unstructured.Unstructured {
 			o.SetManagedFields(nil)
-		}
-		return obj, nil
+			return o
+		},
 	}
 }

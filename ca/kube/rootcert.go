@@ -43,11 +43,12 @@ type rootCerts struct {
 	namespaces map[string]bool              // names of those that are not being deleted; nil: not read yet; guarded by mu
 	maps       map[string]*corev1.ConfigMap // by namespace; nil: not read yet; guarded by mu
 	due        map[string]struct{}          // namespaces to look at; guarded by mu
+	written    map[string]rewrite           // by namespace that there is; guarded by mu
 	changed    chan struct{}                // has room for one: due is not empty
 }
 
 func newRootCerts() *rootCerts {
-	return &rootCerts{due: map[string]struct{}{}, changed: make(chan struct{}, 1)}
+	return &rootCerts{due: map[string]struct{}{}, written: map[string]rewrite{}, changed: make(chan struct{}, 1)}
 }
 
 // look notes that namespaces are due; none means all. mu is held.
@@ -97,7 +98,7 @@ func (c *Cluster) publishRootCerts(ctx context.Context, trust func() (*identity.
 	defer func() { _ = watches.Wait() }()
 	all := names.Resource(schema.GroupVersionResource{Version: "v1", Resource: "namespaces"})
 	watches.Go(func() error {
-		c.reflect(ctx, namespacesResource, &metav1.PartialObjectMetadata{}, namespaceStore{known}, &cache.ListWatch{
+		c.reflect(ctx, namespacesResource, &metav1.PartialObjectMetadata{}, known.namespaceStore(), &cache.ListWatch{
 			ListWithContextFunc:  func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return all.List(ctx, o) },
 			WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) { return all.Watch(ctx, o) },
 		})
@@ -106,7 +107,7 @@ func (c *Cluster) publishRootCerts(ctx context.Context, trust func() (*identity.
 	only := fields.OneTermEqualSelector("metadata.name", RootCertConfigMap).String()
 	cms := c.core.ConfigMaps("")
 	watches.Go(func() error {
-		c.reflect(ctx, rootCertResource, &corev1.ConfigMap{}, rootCertStore{known}, &cache.ListWatch{
+		c.reflect(ctx, rootCertResource, &corev1.ConfigMap{}, known.mapStore(), &cache.ListWatch{
 			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 				o.FieldSelector = only
 				return cms.List(ctx, o)
@@ -118,14 +119,13 @@ func (c *Cluster) publishRootCerts(ctx context.Context, trust func() (*identity.
 		})
 		return nil
 	})
-	written := map[string]rewrite{}
 	failed := false
 	for {
 		t, trustChanged := trust()
 		now := time.Now()
 		wait := time.Minute
 		for n, have := range known.take() {
-			if next := written[n].next(); now.Before(next) {
+			if next := known.next(n); now.Before(next) {
 				known.again(n)
 				wait = min(wait, next.Sub(now))
 				continue
@@ -143,7 +143,7 @@ func (c *Cluster) publishRootCerts(ctx context.Context, trust func() (*identity.
 				wait = min(wait, time.Second)
 			case wrote:
 				failed = false
-				written[n] = written[n].after(now)
+				known.wrote(n, now)
 				c.metrics.rootCerts.Inc()
 			}
 		}
@@ -168,6 +168,22 @@ func (r *rootCerts) again(namespace string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.due[namespace] = struct{}{}
+}
+
+// next is when the ConfigMap of a namespace may be written again.
+func (r *rootCerts) next(namespace string) time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.written[namespace].next()
+}
+
+// wrote notes that it was written, unless the namespace went meanwhile.
+func (r *rootCerts) wrote(namespace string, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.namespaces[namespace] {
+		r.written[namespace] = r.written[namespace].after(now)
+	}
 }
 
 // rewrite is when a namespace's ConfigMap was written last, and how often in a row.
@@ -196,7 +212,7 @@ func (w rewrite) after(now time.Time) rewrite {
 // putRootCert makes a namespace's ConfigMap what it must be, where have (nil: it
 // does not exist) differs. Other keys, labels and annotations stay.
 func (c *Cluster) putRootCert(ctx context.Context, namespace string, have *corev1.ConfigMap, t *identity.Trust) (wrote bool, err error) {
-	api := c.core.ConfigMaps(namespace)
+	api := c.duty.ConfigMaps(namespace)
 	roots := string(t.PEM())
 	if have == nil {
 		m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: RootCertConfigMap, Labels: map[string]string{rootCertLabel: "true"}},
@@ -257,118 +273,76 @@ func (c *Cluster) PutTLSSecret(ctx context.Context, namespace, name string, file
 }
 
 // namespaceStore is the reflector's way to the names of namespaces.
-type namespaceStore struct{ r *rootCerts }
-
-func (s namespaceStore) Add(obj any) error {
-	o, ok := obj.(*metav1.PartialObjectMetadata)
-	if !ok {
-		return fmt.Errorf("%T instead of metadata", obj)
+func (r *rootCerts) namespaceStore() store[metav1.PartialObjectMetadata] {
+	remove := func(name string) {
+		delete(r.namespaces, name)
+		delete(r.written, name)
 	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	if s.r.namespaces == nil {
-		s.r.namespaces = map[string]bool{}
+	return store[metav1.PartialObjectMetadata]{
+		put: func(o *metav1.PartialObjectMetadata) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.namespaces == nil {
+				r.namespaces = map[string]bool{}
+			}
+			if o.DeletionTimestamp != nil {
+				remove(o.Name)
+			} else if !r.namespaces[o.Name] {
+				r.namespaces[o.Name] = true
+				r.look(o.Name)
+			}
+		},
+		remove: func(o *metav1.PartialObjectMetadata) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			remove(o.Name)
+		},
+		replace: func(list []*metav1.PartialObjectMetadata) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.namespaces = make(map[string]bool, len(list))
+			for _, o := range list {
+				if o.DeletionTimestamp == nil {
+					r.namespaces[o.Name] = true
+				}
+			}
+			maps.DeleteFunc(r.written, func(name string, _ rewrite) bool { return !r.namespaces[name] })
+			r.look()
+		},
+		strip: nameOnly,
 	}
-	if o.DeletionTimestamp != nil {
-		delete(s.r.namespaces, o.Name)
-		return nil
-	}
-	if !s.r.namespaces[o.Name] {
-		s.r.namespaces[o.Name] = true
-		s.r.look(o.Name)
-	}
-	return nil
 }
 
-func (s namespaceStore) Update(obj any) error { return s.Add(obj) }
-
-func (s namespaceStore) Delete(obj any) error {
-	o, ok := obj.(*metav1.PartialObjectMetadata)
-	if !ok {
-		return fmt.Errorf("%T instead of metadata", obj)
-	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	delete(s.r.namespaces, o.Name)
-	return nil
-}
-
-func (s namespaceStore) Replace(list []any, _ string) error {
-	all := make(map[string]bool, len(list))
-	for _, obj := range list {
-		o, ok := obj.(*metav1.PartialObjectMetadata)
-		if !ok {
-			return fmt.Errorf("%T instead of metadata", obj)
-		}
-		if o.DeletionTimestamp == nil {
-			all[o.Name] = true
-		}
-	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	s.r.namespaces = all
-	s.r.look()
-	return nil
-}
-
-func (namespaceStore) Resync() error { return nil }
-
-// rootCertStore is the reflector's way to the ConfigMaps.
-type rootCertStore struct{ r *rootCerts }
-
-func (s rootCertStore) Add(obj any) error {
-	o, ok := obj.(*corev1.ConfigMap)
-	if !ok {
-		return fmt.Errorf("%T instead of a ConfigMap", obj)
-	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	if s.r.maps == nil {
-		s.r.maps = map[string]*corev1.ConfigMap{}
-	}
-	s.r.maps[o.Namespace] = o
-	s.r.look(o.Namespace)
-	return nil
-}
-
-func (s rootCertStore) Update(obj any) error { return s.Add(obj) }
-
-func (s rootCertStore) Delete(obj any) error {
-	o, ok := obj.(*corev1.ConfigMap)
-	if !ok {
-		return fmt.Errorf("%T instead of a ConfigMap", obj)
-	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	delete(s.r.maps, o.Namespace)
-	s.r.look(o.Namespace)
-	return nil
-}
-
-func (s rootCertStore) Replace(list []any, _ string) error {
-	all := make(map[string]*corev1.ConfigMap, len(list))
-	for _, obj := range list {
-		o, ok := obj.(*corev1.ConfigMap)
-		if !ok {
-			return fmt.Errorf("%T instead of a ConfigMap", obj)
-		}
-		all[o.Namespace] = o
-	}
-	s.r.mu.Lock()
-	defer s.r.mu.Unlock()
-	s.r.maps = all
-	s.r.look()
-	return nil
-}
-
-func (rootCertStore) Resync() error { return nil }
-
-// Transformer drops what is not needed to write it back.
-func (rootCertStore) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) {
-		if o, ok := obj.(*corev1.ConfigMap); ok {
+// mapStore is the reflector's way to the ConfigMaps.
+func (r *rootCerts) mapStore() store[corev1.ConfigMap] {
+	return store[corev1.ConfigMap]{
+		put: func(o *corev1.ConfigMap) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.maps == nil {
+				r.maps = map[string]*corev1.ConfigMap{}
+			}
+			r.maps[o.Namespace] = o
+			r.look(o.Namespace)
+		},
+		remove: func(o *corev1.ConfigMap) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			delete(r.maps, o.Namespace)
+			r.look(o.Namespace)
+		},
+		replace: func(list []*corev1.ConfigMap) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.maps = make(map[string]*corev1.ConfigMap, len(list))
+			for _, o := range list {
+				r.maps[o.Namespace] = o
+			}
+			r.look()
+		},
+		strip: func(o *corev1.ConfigMap) *corev1.ConfigMap {
 			o.ManagedFields = nil
-		}
-		return obj, nil
+			return o
+		},
 	}
 }

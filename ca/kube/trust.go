@@ -38,11 +38,20 @@ const trustResource = "the ConfigMap " + TrustConfigMap
 func (c *Cluster) publishTrust(ctx context.Context, trust func() (*identity.Trust, <-chan struct{})) error {
 	api := c.core.ConfigMaps(c.cfg.Namespace)
 	only := fields.OneTermEqualSelector("metadata.name", TrustConfigMap).String()
-	seen := &configMapStore{}
+	seen := &identity.Watched[seenMap]{}
+	// The selector leaves one object at most.
+	put := func(o *corev1.ConfigMap) { seen.Store(seenMap{true, o}) }
+	remove := func(*corev1.ConfigMap) { seen.Store(seenMap{read: true}) }
+	one := store[corev1.ConfigMap]{put: put, remove: remove, replace: func(all []*corev1.ConfigMap) {
+		remove(nil)
+		for _, o := range all {
+			put(o)
+		}
+	}}
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
-		c.reflect(ctx, trustResource, &corev1.ConfigMap{}, seen, &cache.ListWatch{
+		c.reflect(ctx, trustResource, &corev1.ConfigMap{}, one, &cache.ListWatch{
 			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 				o.FieldSelector = only
 				return api.List(ctx, o)
@@ -58,7 +67,7 @@ func (c *Cluster) publishTrust(ctx context.Context, trust func() (*identity.Trus
 	failed := false
 	for {
 		t, trustChanged := trust()
-		now, mapChanged := seen.watched.Load()
+		now, mapChanged := seen.Load()
 		var again <-chan time.Time
 		if now.read {
 			wrote, err := c.putTrust(ctx, now.object, t)
@@ -95,7 +104,7 @@ func (c *Cluster) publishTrust(ctx context.Context, trust func() (*identity.Trus
 // differs, and says why it wrote. What it was compared with must still be there:
 // a conflict is an error, and the watch brings what there is instead.
 func (c *Cluster) putTrust(ctx context.Context, now *corev1.ConfigMap, t *identity.Trust) (why string, err error) {
-	api := c.core.ConfigMaps(c.cfg.Namespace)
+	api := c.duty.ConfigMaps(c.cfg.Namespace)
 	data := map[string]string{TrustKey: string(t.PEM())}
 	sequence := strconv.FormatUint(t.Sequence(), 10)
 	want := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{
@@ -145,41 +154,9 @@ func merged(a, b map[string]string) map[string]string {
 	return m
 }
 
-// configMapStore holds the one ConfigMap that a reflector brings.
-type configMapStore struct {
-	watched identity.Watched[configMapState]
-}
-
-// configMapState is what is known: nothing yet, or the object, nil where there is
-// none.
-type configMapState struct {
+// seenMap is what is known of a ConfigMap: nothing yet, or the object, nil where there
+// is none.
+type seenMap struct {
 	read   bool
 	object *corev1.ConfigMap
 }
-
-func (s *configMapStore) Add(obj any) error {
-	o, ok := obj.(*corev1.ConfigMap)
-	if !ok {
-		return fmt.Errorf("%T instead of a ConfigMap", obj)
-	}
-	if o.Name == TrustConfigMap {
-		s.watched.Store(configMapState{true, o})
-	}
-	return nil
-}
-
-func (s *configMapStore) Update(obj any) error { return s.Add(obj) }
-
-func (s *configMapStore) Delete(any) error {
-	s.watched.Store(configMapState{read: true})
-	return nil
-}
-
-func (s *configMapStore) Replace(list []any, _ string) error {
-	if len(list) == 0 {
-		return s.Delete(nil)
-	}
-	return s.Add(list[0])
-}
-
-func (*configMapStore) Resync() error { return nil }

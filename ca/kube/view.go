@@ -15,6 +15,7 @@ import (
 	"github.com/signet-mesh/signet/identity"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -40,7 +41,7 @@ type view struct {
 	nodes    map[string]string              // name → UID; guarded by mu
 	accounts map[string]string              // NAMESPACE/NAME → UID; guarded by mu
 	read     map[string]bool                // which of the three were read; guarded by mu
-	failed   map[string]error               // last failure of each, nil once it works; guarded by mu
+	failed   map[string]failure             // of what is watched and does not work; guarded by mu
 	ending   map[string]time.Time           // keys of pods that are being deleted → their end; guarded by mu
 	wake     chan struct{}                  // one element: ending changed
 }
@@ -61,7 +62,7 @@ func newView() *view {
 	return &view{
 		synced: make(chan struct{}), gone: func(string) {}, wake: make(chan struct{}, 1),
 		byKey: map[string]*pod{}, onNode: map[string]map[string]struct{}{}, ofSA: map[string]map[string]struct{}{},
-		nodes: map[string]string{}, accounts: map[string]string{}, read: map[string]bool{}, failed: map[string]error{}, ending: map[string]time.Time{},
+		nodes: map[string]string{}, accounts: map[string]string{}, read: map[string]bool{}, failed: map[string]failure{}, ending: map[string]time.Time{},
 	}
 }
 
@@ -202,17 +203,62 @@ func (v *view) waiting() string {
 	return strings.Join(names, ", ")
 }
 
+// failure is why something cannot be watched, and since when.
+type failure struct {
+	err   error
+	since time.Time
+}
+
+// busyFor is how long an API server may put off requests (429) until it counts as
+// away: one that is briefly busy asks everybody to come back in a second.
+const busyFor = time.Minute
+
+// away reports whether the API server has to be taken for away now.
+func (f failure) away(now time.Time) bool {
+	return !apierrors.IsTooManyRequests(f.err) || now.Sub(f.since) >= busyFor
+}
+
 // trouble is why the API server does not answer at the moment, or nil.
 func (v *view) trouble() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	var errs []error
 	for _, r := range slices.Sorted(maps.Keys(v.failed)) {
-		if err := v.failed[r]; err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", r, err))
-		}
+		errs = append(errs, fmt.Errorf("%s: %w", r, v.failed[r].err))
 	}
 	return errors.Join(errs...)
+}
+
+// away reports whether anything that is watched has to do without the API server.
+func (v *view) away() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := time.Now()
+	for _, f := range v.failed {
+		if f.away(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// tried notes how an attempt to read or watch a resource went. changed says that the
+// one before went otherwise.
+func (v *view) tried(resource string, err error) (changed bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	before, failed := v.failed[resource]
+	switch {
+	case err == nil:
+		delete(v.failed, resource)
+		return failed
+	case failed && apierrors.IsTooManyRequests(err) == apierrors.IsTooManyRequests(before.err):
+		v.failed[resource] = failure{err, before.since}
+		return false
+	default:
+		v.failed[resource] = failure{err, time.Now()}
+		return true
+	}
 }
 
 // expire takes pods out of the set whose grace period ended, until ctx ends.

@@ -8,7 +8,7 @@ import (
 	"github.com/go-logr/logr"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/meta"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -37,7 +37,7 @@ func (c *Cluster) watch(ctx context.Context) error {
 	pods := c.core.Pods("")
 	var g errgroup.Group
 	g.Go(func() error {
-		c.reflect(ctx, podsResource, &corev1.Pod{}, podStore{c.view}, &cache.ListWatch{
+		c.reflect(ctx, podsResource, &corev1.Pod{}, c.view.podStore(), &cache.ListWatch{
 			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 				o.FieldSelector = livePods
 				return pods.List(ctx, o)
@@ -51,11 +51,11 @@ func (c *Cluster) watch(ctx context.Context) error {
 	})
 	for _, r := range []struct {
 		resource string
-		store    uidStore
-	}{{"nodes", uidStore{c.view.nodeUIDs()}}, {"serviceaccounts", uidStore{c.view.accountUIDs()}}} {
+		uids     *uids
+	}{{"nodes", c.view.nodeUIDs()}, {"serviceaccounts", c.view.accountUIDs()}} {
 		get := names.Resource(schema.GroupVersionResource{Version: "v1", Resource: r.resource})
 		g.Go(func() error {
-			c.reflect(ctx, r.store.u.resource, &metav1.PartialObjectMetadata{}, r.store, &cache.ListWatch{
+			c.reflect(ctx, r.uids.resource, &metav1.PartialObjectMetadata{}, r.uids.store(), &cache.ListWatch{
 				ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return get.List(ctx, o) },
 				WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 					return get.Watch(ctx, o)
@@ -96,124 +96,52 @@ func (c *Cluster) note(ctx context.Context, resource string, err error) {
 	if ctx.Err() != nil {
 		return
 	}
-	c.view.mu.Lock()
-	before := c.view.failed[resource]
-	c.view.failed[resource] = err
-	c.view.mu.Unlock()
 	if err != nil {
 		c.metrics.failures.WithLabelValues(resource).Inc()
 	}
-	switch {
-	case err != nil && before == nil:
-		c.log.Warn("the API server cannot be watched; what is known stays, and it is tried again", "resource", resource, "err", err)
-	case err == nil && before != nil:
+	switch changed := c.view.tried(resource, err); {
+	case !changed:
+	case err == nil:
 		c.log.Info("the API server can be watched again", "resource", resource)
+	case apierrors.IsTooManyRequests(err):
+		c.log.Warn("the API server is busy and puts off requests; what is known stays, and it is asked again when it says", "resource", resource, "err", err)
+	default:
+		c.log.Warn("the API server cannot be watched; what is known stays, and it is tried again", "resource", resource, "err", err)
 	}
 }
 
 // podStore is the reflector's way into the view.
-type podStore struct{ v *view }
-
-func (s podStore) Add(obj any) error {
-	o, ok := obj.(*corev1.Pod)
-	if !ok {
-		return fmt.Errorf("%T instead of a pod", obj)
-	}
-	s.v.setPod(key(o.Namespace, o.Name), podOf(o))
-	return nil
-}
-
-func (s podStore) Update(obj any) error { return s.Add(obj) }
-
-func (s podStore) Delete(obj any) error {
-	o, ok := obj.(*corev1.Pod)
-	if !ok {
-		return fmt.Errorf("%T instead of a pod", obj)
-	}
-	s.v.setPod(key(o.Namespace, o.Name), nil)
-	return nil
-}
-
-func (s podStore) Replace(list []any, _ string) error {
-	all := make(map[string]*pod, len(list))
-	for _, obj := range list {
-		o, ok := obj.(*corev1.Pod)
-		if !ok {
-			return fmt.Errorf("%T instead of a pod", obj)
-		}
-		if p := podOf(o); p != nil {
-			all[key(o.Namespace, o.Name)] = p
-		}
-	}
-	s.v.replacePods(all)
-	return nil
-}
-
-func (podStore) Resync() error { return nil }
-
-// Transformer strips a pod while it is read, so that a list of thousands is never
-// held whole.
-func (podStore) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) {
-		o, ok := obj.(*corev1.Pod)
-		if !ok {
-			return obj, nil
-		}
-		return &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID, Labels: o.Labels,
-				DeletionTimestamp: o.DeletionTimestamp, ResourceVersion: o.ResourceVersion},
-			Spec:   corev1.PodSpec{NodeName: o.Spec.NodeName, ServiceAccountName: o.Spec.ServiceAccountName},
-			Status: corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
-		}, nil
+func (v *view) podStore() store[corev1.Pod] {
+	return store[corev1.Pod]{
+		put:    func(o *corev1.Pod) { v.setPod(key(o.Namespace, o.Name), podOf(o)) },
+		remove: func(o *corev1.Pod) { v.setPod(key(o.Namespace, o.Name), nil) },
+		replace: func(list []*corev1.Pod) {
+			all := make(map[string]*pod, len(list))
+			for _, o := range list {
+				if p := podOf(o); p != nil {
+					all[key(o.Namespace, o.Name)] = p
+				}
+			}
+			v.replacePods(all)
+		},
+		strip: func(o *corev1.Pod) *corev1.Pod {
+			return &corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID, Labels: o.Labels,
+					DeletionTimestamp: o.DeletionTimestamp, ResourceVersion: o.ResourceVersion},
+				Spec:   corev1.PodSpec{NodeName: o.Spec.NodeName, ServiceAccountName: o.Spec.ServiceAccountName},
+				Status: corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
+			}
+		},
 	}
 }
 
-// uidStore is the reflector's way to the UIDs of nodes and service accounts.
-type uidStore struct{ u *uids }
-
-func (s uidStore) Add(obj any) error {
-	o, ok := obj.(*metav1.PartialObjectMetadata)
-	if !ok {
-		return fmt.Errorf("%T instead of metadata", obj)
-	}
-	s.u.set(o)
-	return nil
+// store is the reflector's way to the UIDs of nodes or service accounts.
+func (u *uids) store() store[metav1.PartialObjectMetadata] {
+	return store[metav1.PartialObjectMetadata]{put: u.set, remove: u.delete, replace: u.replace, strip: nameOnly}
 }
 
-func (s uidStore) Update(obj any) error { return s.Add(obj) }
-
-func (s uidStore) Delete(obj any) error {
-	o, ok := obj.(*metav1.PartialObjectMetadata)
-	if !ok {
-		return fmt.Errorf("%T instead of metadata", obj)
-	}
-	s.u.delete(o)
-	return nil
-}
-
-func (s uidStore) Replace(list []any, _ string) error {
-	all := make([]*metav1.PartialObjectMetadata, 0, len(list))
-	for _, obj := range list {
-		o, ok := obj.(*metav1.PartialObjectMetadata)
-		if !ok {
-			return fmt.Errorf("%T instead of metadata", obj)
-		}
-		all = append(all, o)
-	}
-	s.u.replace(all)
-	return nil
-}
-
-func (uidStore) Resync() error { return nil }
-
-// Transformer strips an object of everything but its name and UID.
-func (uidStore) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) {
-		m, err := meta.Accessor(obj)
-		if err != nil {
-			return obj, nil
-		}
-		return &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: m.GetNamespace(), Name: m.GetName(), UID: m.GetUID(),
-			DeletionTimestamp: m.GetDeletionTimestamp(), ResourceVersion: m.GetResourceVersion()}}, nil
-	}
+// nameOnly leaves an object its name, its UID and whether it is being deleted.
+func nameOnly(o *metav1.PartialObjectMetadata) *metav1.PartialObjectMetadata {
+	return &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID,
+		DeletionTimestamp: o.DeletionTimestamp, ResourceVersion: o.ResourceVersion}}
 }

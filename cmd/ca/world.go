@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"os"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/ca"
@@ -70,7 +72,12 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 	if err != nil {
 		return world{}, err
 	}
-	k, err := kube.Open(kube.Config{REST: api, Namespace: c.Kubernetes.Namespace,
+	// Two replicas may be on one node and have its name.
+	host, err := os.Hostname()
+	if err != nil {
+		return world{}, fmt.Errorf("naming this replica: %w", err)
+	}
+	k, err := kube.Open(kube.Config{REST: api, Name: fmt.Sprintf("%s-%d", host, c.Instance), Namespace: c.Kubernetes.Namespace,
 		Issuer: c.Tokens.Issuer, Log: log, Metrics: reg})
 	if err != nil {
 		return world{}, err
