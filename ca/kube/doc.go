@@ -45,7 +45,9 @@
 //
 // # Duties
 //
-// One replica holds the Lease signet-ca and does what needs only one: it keeps the
+// One replica holds the Lease signet-ca and does what needs only one. It changes
+// nothing later than ten seconds after its last renewal of the Lease began, and another
+// one begins fifteen seconds after it at the earliest. It keeps the
 // ConfigMap signet-trust as it must be, whoever edits or deletes it, and where
 // Istio's clients are served also istio-ca-root-cert in each namespace; and it tells
 // the authors of policies that cannot be enforced, by a condition in the policy's

@@ -4,9 +4,11 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"time"
 
 	"github.com/signet-mesh/signet/identity"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 )
@@ -70,3 +72,42 @@ const (
 	LeaseDuration = leaseDuration
 	RetryPeriod   = retryPeriod
 )
+
+// Tried notes how an attempt to watch went.
+func (c *Cluster) Tried(resource string, err error) { c.view.tried(resource, err) }
+
+// Away is what signet_kube_away says.
+func (c *Cluster) Away() bool { return c.view.away() }
+
+// RootCerts is what is known of the namespaces in which Istio's clients are.
+type RootCerts struct{ r *rootCerts }
+
+func NewRootCerts() RootCerts { return RootCerts{newRootCerts()} }
+
+func (r RootCerts) Namespaces() cache.ReflectorStore { return r.r.namespaceStore() }
+
+// Wrote notes that the ConfigMap of a namespace was written.
+func (r RootCerts) Wrote(namespace string) { r.r.wrote(namespace, time.Now()) }
+
+// Written is how many namespaces are remembered for that.
+func (r RootCerts) Written() int { return len(r.r.written) }
+
+// Policies are those that wait to be looked at.
+type Policies struct{ p *policies }
+
+func NewPolicies() Policies { return Policies{newPolicies()} }
+
+func (p Policies) Store() cache.ReflectorStore { return p.p.store() }
+
+// Work is what is done with them until ctx ends.
+func (p Policies) Work(ctx context.Context, report func(*unstructured.Unstructured, int) error) {
+	defer context.AfterFunc(ctx, p.p.queue.ShutDown)()
+	p.p.work(report)
+}
+
+// Waiting is how many there are.
+func (p Policies) Waiting() int {
+	p.p.mu.Lock()
+	defer p.p.mu.Unlock()
+	return len(p.p.todo)
+}

@@ -152,6 +152,8 @@ type counting struct {
 	asked int
 	err   error
 	block bool
+	// refuse refuses every token.
+	refuse bool
 }
 
 func (c *counting) Create(ctx context.Context, r *authv1.TokenReview, _ metav1.CreateOptions) (*authv1.TokenReview, error) {
@@ -164,6 +166,9 @@ func (c *counting) Create(ctx context.Context, r *authv1.TokenReview, _ metav1.C
 	}
 	if c.err != nil {
 		return nil, c.err
+	}
+	if c.refuse {
+		return &authv1.TokenReview{Status: authv1.TokenReviewStatus{Error: "no"}}, nil
 	}
 	uid, _, _ := strings.Cut(r.Spec.Token, ".")
 	return &authv1.TokenReview{Status: authv1.TokenReviewStatus{Authenticated: true, Audiences: r.Spec.Audiences,
@@ -207,6 +212,17 @@ func TestReviewsAreRemembered(t *testing.T) {
 		if n := c.Remembered(); n > kube.MaxReviews {
 			t.Errorf("%d are remembered", n)
 		}
+
+		// A refusal is not remembered: the next moment it may be another answer.
+		api.refuse = true
+		for range 3 {
+			before := api.asked
+			if err := c.Review(t.Context(), "a", "pod-4.x", identity.Workload{}); !errors.Is(err, attest.ErrRefused) || api.asked != before+1 {
+				t.Errorf("a token that is refused: %v, asked %d times", err, api.asked-before)
+			}
+		}
+		api.refuse = false
+		asks(1, "a", "pod-4.x")
 
 		// An API server that does not answer is not asked for each of many tokens.
 		time.Sleep(time.Minute)
