@@ -394,7 +394,9 @@ func TestProblemsAreInOrder(t *testing.T) {
 	t.Parallel()
 	_, problems := Compile(compileText(t, strings.ReplaceAll(manyPolicies(30, "a", func(int) string { return "" }),
 		"{to: [{operation:", "{from: [{source: {principals: [foreign.td/ns/a/sa/b]}}]}, {from: [{source: {principals: [foreign.td/ns/a/sa/b]}}], to: [{operation:")), Options{})
-	if len(problems) != 60 || !slices.IsSortedFunc(problems, func(a, b Problem) int { return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Field, b.Field)) }) {
+	if len(problems) != 60 || !slices.IsSortedFunc(problems, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Field, b.Field))
+	}) {
 		t.Errorf("%d problems: %v", len(problems), problems)
 	}
 }

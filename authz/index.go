@@ -286,10 +286,6 @@ func (b *indexer) patterns(d int32, p *patterns) bool {
 // chosen: each index below has fewer.
 func (b *indexer) index(list []int32) *index {
 	x := &index{}
-	if len(list) <= few {
-		x.always = list
-		return x
-	}
 	shared := make(map[demand]int32, 2*len(list))
 	for _, n := range list {
 		for _, d := range b.demands[b.of[n]:b.of[n+1]] {
