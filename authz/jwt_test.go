@@ -33,6 +33,7 @@ func TestTokensAreFoundWhereRulesLook(t *testing.T) {
 	t.Parallel()
 	usual := tokenProgram(t, "{issuer: a}").Verifies()[0]
 	other := tokenProgram(t, `{issuer: a, fromHeaders: [{name: X-B, prefix: "T "}, {name: X-A}, {name: X-B, prefix: "T "}], fromParams: [q, p], fromCookies: [d, c]}`).Verifies()[0]
+	some := func(rule string) *authz.TokenRule { return tokenProgram(t, rule).Verifies()[0] }
 	for _, c := range []struct {
 		name    string
 		rule    *authz.TokenRule
@@ -61,6 +62,11 @@ func TestTokensAreFoundWhereRulesLook(t *testing.T) {
 		{"cookies that only look like it", other, "/", []string{"cookie", `cc=x; c; c =x; ="c"`}, ""},
 		{"cookies in half a quote", other, "/", []string{"cookie", `c="x; d="`}, `"x in ," in `},
 		{"an empty cookie", other, "/", []string{"cookie", `c=; d=""`}, " in , in "},
+		{"a place of its own and no usual one, a header and a parameter", some("{issuer: a, fromHeaders: [{name: h}], fromParams: [p]}"), "/?access_token=x", []string{"authorization", "Bearer x"}, ""},
+		{"a place of its own and no usual one, a header and a cookie", some("{issuer: a, fromHeaders: [{name: h}], fromCookies: [p]}"), "/?access_token=x", []string{"authorization", "Bearer x"}, ""},
+		{"a place of its own and no usual one, a parameter and a cookie", some("{issuer: a, fromParams: [h], fromCookies: [p]}"), "/?access_token=x", []string{"authorization", "Bearer x"}, ""},
+		{"places that are named twice", some("{issuer: a, fromHeaders: [{name: h}, {name: g}, {name: f}, {name: H}], fromParams: [q, p, q], fromCookies: [d, c, d]}"), "/?p=1&q=2",
+			[]string{"cookie", "c=3;d=4", "h", "5", "g", "6", "f", "7"}, "7 in f,6 in g,5 in h,1 in p,2 in q,3 in ,4 in "},
 		{"everything", other, "/?p=3", []string{"cookie", "c=4", "x-b", "T 2", "x-a", "1"}, "1 in x-a,2 in x-b,3 in p,4 in "},
 	} {
 		r := authz.Request{Known: authz.FieldsHTTP, HTTP: true, Path: []byte(c.path)}
@@ -86,6 +92,15 @@ func TestWhatARuleLooksAtIsCompleteOrNot(t *testing.T) {
 	params := tokenProgram(t, "{issuer: a, fromParams: [q]}").Verifies()[0]
 	headers := tokenProgram(t, "{issuer: a, fromHeaders: [{name: X}]}").Verifies()[0]
 	cookies := tokenProgram(t, "{issuer: a, fromCookies: [c]}").Verifies()[0]
+	two := tokenProgram(t, "{issuer: a, fromHeaders: [{name: X}], fromCookies: [c]}").Verifies()[0]
+	if r := (authz.Request{Known: authz.FieldsHTTP &^ authz.FieldHeaders}); two.Complete(&r) {
+		t.Error("a rule of a header and a cookie is complete without headers")
+	}
+	for name, want := range map[string]bool{"x": false, "cookie": false, "other": true} {
+		if r := (authz.Request{Known: authz.FieldsHTTP, Headers: []authz.Header{{Name: name, Form: authz.HeaderHidden}}}); two.Complete(&r) != want {
+			t.Errorf("hidden %s: complete %t, want %t", name, !want, want)
+		}
+	}
 	hidden := []authz.Header{{Name: "cookie", Form: authz.HeaderHidden}}
 	for _, c := range []struct {
 		name                            string
