@@ -340,9 +340,6 @@ func nest(shared map[demand]int32) {
 			nested = append(nested, demand{v.dimension, v.kind, reversed(v.text), v.text})
 		}
 	}
-	if len(nested) < 2 {
-		return
-	}
 	slices.SortFunc(nested, func(a, b demand) int {
 		return cmp.Or(cmp.Compare(a.dimension, b.dimension), cmp.Compare(a.kind, b.kind), cmp.Compare(a.text, b.text))
 	})
