@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -462,4 +463,81 @@ static_resources:
     connect_timeout: 5s
     load_assignment: {cluster_name: app, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: %s, port_value: %s}}}}]}]}
 `, socket, host, port)
+}
+
+// TestAgentAsksAndRecords: the program does both as it is configured, and goes on
+// with the file of records that a crash has torn.
+func TestAgentAsksAndRecords(t *testing.T) {
+	t.Parallel()
+	gs := grpc.NewServer()
+	authv3.RegisterAuthorizationServer(gs, &authorizer{})
+	gl, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go gs.Serve(gl)
+	t.Cleanup(gs.Stop)
+	file := filepath.Join(t.TempDir(), "decisions.jsonl")
+	a := providerAt(t, gl.Addr())
+	s := newStandalone(t, programs(t), 1, `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: ask, namespace: default}
+spec: {action: CUSTOM, provider: {name: them}, rules: [{}]}
+`, func(s *standalone) {
+		s.before = func() {
+			b, err := os.ReadFile(filepath.Join(s.dir, "signet-agent.yaml"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.write("signet-agent.yaml", string(b)+fmt.Sprintf("extensionProviders: [{name: them, envoyExtAuthzGrpc: {service: %s, port: %d, timeout: 10s}}]\nrecords: {file: %s, allowed: 1}\n",
+				a.Service, a.Port, file))
+		}
+	})
+	client := authv3.NewAuthorizationClient(s.dial())
+	check := func(path string, code codes.Code) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(s.as(t.Context(), 0), 30*time.Second)
+		defer cancel()
+		r, err := client.Check(ctx, &authv3.CheckRequest{Attributes: &authv3.AttributeContext{Source: &authv3.AttributeContext_Peer{},
+			Request: &authv3.AttributeContext_Request{Http: &authv3.AttributeContext_HttpRequest{Method: "GET", Path: path, Host: "w0"}}}}, grpc.WaitForReady(true))
+		if err != nil || codes.Code(r.GetStatus().GetCode()) != code {
+			t.Errorf("%s: %v, %v; want %s", path, r, err, code)
+		}
+	}
+	lines := func(n int) string {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			b, err := os.ReadFile(file)
+			if err == nil && bytes.Count(b, []byte("\n")) >= n {
+				return string(b)
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%v: %s", err, b)
+			}
+		}
+	}
+	check("/yes", codes.OK)
+	check("/no", codes.PermissionDenied)
+	whole := lines(2)
+	s.stop("signet-agent", syscall.SIGKILL)
+	if err := os.WriteFile(file, []byte(whole+whole[:100]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.start("signet-agent")
+	check("/no", codes.PermissionDenied)
+	var good, torn int
+	for r, err := range record.Read(strings.NewReader(lines(4))) {
+		if err != nil {
+			torn++
+			continue
+		}
+		good++
+		if r.Workload.ServiceAccount != "w0" || r.Generation == 0 || len(r.Answers) != 1 || r.Answers[0].Provider != "them" || r.Answers[0].Allowed != r.Allowed ||
+			r.Allowed != (string(r.Request.Path) == "/yes") {
+			t.Errorf("record %+v", r)
+		}
+	}
+	if good != 3 || torn != 1 {
+		t.Errorf("%d records and %d torn lines", good, torn)
+	}
 }
