@@ -42,6 +42,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
 	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
+	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
 	go run ./integration/fuzz -time 10m ./...
 
 FUZZTIME ?= 10s

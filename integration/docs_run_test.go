@@ -22,7 +22,7 @@ var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 // below it, line by line.
 func TestDocsCommands(t *testing.T) {
 	bin := programs(t)
-	for _, page := range []string{"standalone.md", "policies.md", "istio.md", "authority.md"} {
+	for _, page := range []string{"standalone.md", "policies.md", "explain.md", "istio.md", "authority.md"} {
 		t.Run(page, func(t *testing.T) {
 			text, err := os.ReadFile(filepath.Join("../docs", page))
 			if err != nil {

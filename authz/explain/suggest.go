@@ -133,7 +133,7 @@ func (c Case) With(parts ...Part) (Case, error) {
 // Bounds of a search: of what is tried, of what is found, and of the parts of one
 // suggestion.
 const (
-	maxTries       = 150
+	maxTries       = 80
 	maxSuggestions = 3
 	maxParts       = 6
 )

@@ -15,7 +15,7 @@ import (
 func TestTraceAddsUp(t *testing.T) {
 	g := generator{rand.New(rand.NewPCG(6, 1))}
 	decided := map[string]int{}
-	for range 300 {
+	for range 120 {
 		w := g.world(t)
 		c := explain.Case{Set: w.set, Snapshot: w.snapshot, Workload: workload, Request: g.request()}
 		e := explain.Explain(c)
