@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/protobuf/types/known/structpb"
 	security "istio.io/api/security/v1beta1"
 
 	"github.com/signet-mesh/signet/identity"
@@ -416,5 +417,32 @@ func TestTokenRulesEnd(t *testing.T) {
 	}
 	for range s.For(identity.Workload{Namespace: "a"}).TokenRules() {
 		break
+	}
+}
+
+// TestHiddenClaimsAreUnknown also where they are on the way to the one that is asked
+// for, or an element of a list.
+func TestHiddenClaimsAreUnknown(t *testing.T) {
+	t.Parallel()
+	hiding := &structpb.Struct{Fields: map[string]*structpb.Value{
+		"a": {}, "l": structpb.NewListValue(&structpb.ListValue{Values: []*structpb.Value{{}, structpb.NewStringValue("v")}}),
+	}}
+	v := &view{Request: &Request{Known: FieldClaims, Claims: hiding}}
+	for _, c := range []struct {
+		path  []string
+		value string
+		want  truth
+	}{{[]string{"a"}, "v", maybe}, {[]string{"a", "b"}, "v", maybe}, {[]string{"c", "b"}, "v", no}, {[]string{"l"}, "w", maybe}, {[]string{"l"}, "v", yes}} {
+		if got := v.claim(&claimTest{c.path, newPatterns([]string{c.value}, nonempty)}); got != c.want {
+			t.Errorf("%q of %q: got %d, want %d", c.value, c.path, got, c.want)
+		}
+	}
+}
+
+func TestADecisionByNoRuleNamesItsKind(t *testing.T) {
+	t.Parallel()
+	s, _ := Compile(compileText(t, strings.ReplaceAll(manyPolicies(1, "a", func(int) string { return "" }), "DENY", "ALLOW")), Options{})
+	if d := s.For(identity.Workload{Namespace: "a"}).Decide(&Request{Known: FieldsHTTP, HTTP: true}); d.Kind != KindAuthorizationPolicy || d.Reason != ReasonNoAllowRule {
+		t.Errorf("got %s by %q", d.Reason, d.Kind)
 	}
 }

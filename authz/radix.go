@@ -26,7 +26,7 @@ func (n *radix) at(text string) **posting {
 			return &leaf.post
 		}
 		k := n.kids[i]
-		same := 0
+		same := 1 // that is how the kid was chosen
 		for same < len(text) && same < len(k.label) && text[same] == k.label[same] {
 			same++
 		}
