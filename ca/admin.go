@@ -4,13 +4,19 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/revocation"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -100,6 +106,114 @@ func (s admin) AcceptLogLoss(ctx context.Context, q *capb.AcceptLogLossRequest) 
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return &capb.AcceptLogLossResponse{}, nil
+}
+
+// Revoke implements signet.ca.v1.Admin.
+func (s admin) Revoke(ctx context.Context, q *capb.RevokeRequest) (*capb.RevokeResponse, error) {
+	a := s.a
+	if q.GetReason() > 255 {
+		return nil, status.Errorf(codes.FailedPrecondition, "%v: reason %d", errNotRevoked, q.GetReason())
+	}
+	e, again, err := a.revoke(ctx, q.GetSerial(), revocation.Reason(q.GetReason()), q.GetComment(), operator(ctx))
+	switch {
+	case errors.Is(err, errNotIssued):
+		return nil, status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, errNotRevoked):
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	case err != nil:
+		a.cfg.Log.Error("revoking a certificate failed", "serial", fmt.Sprintf("%x", q.GetSerial()), "err", err)
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	resp := &capb.RevokeResponse{Revocation: revocationToProto(e), Already: again}
+	if !a.cfg.CRL.Enabled {
+		resp.Pending = "no CRL is published (authority.crl.enabled)"
+		return resp, nil
+	}
+	if !a.listHas(e) {
+		if err := a.changeTrust(ctx, func(*journal) error { return nil }); err != nil {
+			resp.Pending = err.Error()
+			return resp, nil
+		}
+	}
+	if list := a.lists.value()[string(e.Authority)]; list != nil && a.listHas(e) {
+		resp.CrlNumber = list.Number.Uint64()
+	} else if resp.Pending = "the key of the authority that issued it is gone"; a.hasKey(e.Authority) {
+		resp.Pending = "the CRL could not be signed; it is tried again, and /readyz says why"
+	}
+	return resp, nil
+}
+
+// listHas reports whether the list of its authority says that a certificate is revoked.
+func (a *Authority) listHas(e revocation.Entry) bool {
+	list := a.lists.value()[string(e.Authority)]
+	return list != nil && revocation.Holds(list, revocation.Set{string(e.Serial): e})
+}
+
+// Revocations implements signet.ca.v1.Admin.
+func (s admin) Revocations(context.Context, *capb.RevocationsRequest) (*capb.RevocationsResponse, error) {
+	resp := &capb.RevocationsResponse{Published: s.a.cfg.CRL.Enabled}
+	for _, e := range s.a.revoked.Value().Sorted() {
+		resp.Revocations = append(resp.Revocations, revocationToProto(e))
+	}
+	for _, c := range s.a.lists.all() {
+		resp.Crls = append(resp.Crls, c.Raw)
+	}
+	return resp, nil
+}
+
+func revocationToProto(e revocation.Entry) *capb.Revocation {
+	return &capb.Revocation{Serial: e.Serial, SpiffeId: e.SPIFFEID, Authority: e.Authority, Reason: uint32(e.Reason), Comment: e.Comment, By: e.By,
+		Revoked: timestamppb.New(e.Revoked), Until: timestamppb.New(e.Until)}
+}
+
+// operator is who is at the other end of the admin socket, as the kernel says.
+func operator(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok {
+		if o, ok := p.AuthInfo.(operatorInfo); ok {
+			return fmt.Sprintf("uid %d", o.uid)
+		}
+	}
+	return "unknown"
+}
+
+// operatorInfo is the user of the process that opened a connection.
+type operatorInfo struct {
+	credentials.CommonAuthInfo
+	uid uint32
+}
+
+// AuthType implements credentials.AuthInfo.
+func (operatorInfo) AuthType() string { return "peercred" }
+
+// operators notes who opened a connection to a Unix socket. It protects nothing: that
+// is for the socket's mode.
+type operators struct {
+	credentials.TransportCredentials
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (o operators) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return o.TransportCredentials.ServerHandshake(c)
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return nil, nil, err
+	}
+	var cred *syscall.Ucred
+	ctlErr := raw.Control(func(fd uintptr) {
+		cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	if err = errors.Join(ctlErr, err); err != nil {
+		return nil, nil, fmt.Errorf("asking who connects to the admin socket: %w", err)
+	}
+	return c, operatorInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}, uid: cred.Uid}, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (o operators) Clone() credentials.TransportCredentials {
+	return operators{o.TransportCredentials.Clone()}
 }
 
 // Backup implements signet.ca.v1.Admin.

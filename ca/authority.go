@@ -23,6 +23,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 
@@ -57,7 +58,13 @@ type Authority struct {
 
 	root         atomic.Pointer[issuer] // without a key where somebody else has it
 	staged       *staged                // owned by Open and then by Run
-	folderHash   [sha256.Size]byte      // of the folder that the issuer is from; owned by Open and then by Run
+	stagedNow    atomic.Pointer[staged] // the same, for who signs lists
+	trustMu      sync.Mutex             // held while what others trust is changed; before journalMu
+	lists        lists
+	revoked      identity.Watched[revocation.Set]
+	revokeMu     sync.Mutex         // held while something is revoked
+	recalled     []revocation.Entry // revoked in the log and not in the state; owned by Open
+	folderHash   [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
 	intermediate atomic.Pointer[issuer]
 	trust        identity.Watched[*identity.Trust]
 	head         identity.Watched[storage.Head] // newest signed head; zero before the first
@@ -313,6 +320,9 @@ func (a *Authority) start(ctx context.Context) error {
 	if err := a.loadLosses(ctx); err != nil {
 		return err
 	}
+	if err := a.loadRevocations(ctx); err != nil {
+		return err
+	}
 	if err := a.load(ctx); err != nil {
 		return err
 	}
@@ -321,6 +331,9 @@ func (a *Authority) start(ctx context.Context) error {
 		return err
 	}
 	if err := a.loadKeyUses(ctx); err != nil {
+		return err
+	}
+	if err := a.startLists(ctx); err != nil {
 		return err
 	}
 	if head, ok := a.log.SignedHead(); ok {
@@ -487,6 +500,7 @@ func (a *Authority) renew(ctx context.Context) error {
 		errs = append(errs, a.renewIntermediate(ctx))
 	}
 	// Also when the intermediate cannot be renewed: it is good for days yet.
+	errs = append(errs, a.tendLists(ctx, now))
 	if !now.Before(a.servingRenew) {
 		errs = append(errs, a.renewServing(ctx))
 	}

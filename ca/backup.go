@@ -21,6 +21,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
 
 	"go.step.sm/crypto/kms/softkms"
@@ -505,6 +506,12 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 		return err
 	}
 	ops := []storage.Op{{Key: retiredKey(j.Instance), Value: r}, {Key: lossKey, Delete: true}}
+	for _, e := range entries {
+		// Their numbers may have been used for others since; the next ones are far above.
+		if strings.HasPrefix(e.Key, revocation.ListPrefix) {
+			ops = append(ops, storage.Op{Key: e.Key, Delete: true})
+		}
+	}
 	j.Instance, j.Sequence = out.Instance, j.Sequence+sequenceLeap
 	out.TrustSequence = j.Sequence
 	uri, logKey, err := ring.Create(keys.Log)

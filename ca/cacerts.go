@@ -37,20 +37,14 @@ func (a *Authority) loadFolder(ctx context.Context) error {
 		a.intermediate.Store(iss)
 		return nil
 	}
-	err = a.edit(ctx, func(j *journal) error {
-		added := false
-		for _, e := range rootEntries(f.Roots) {
-			if !hasRoot(*j, e) {
-				j.Authorities, added = append(j.Authorities, e), true
-			}
+	var added []journalEntry
+	for _, e := range rootEntries(f.Roots) {
+		if !hasRoot(a.current(), e) {
+			added = append(added, e)
 		}
-		if added {
-			j.Sequence++
-		}
-		return nil
-	})
-	if err == nil {
-		err = a.publishTrust()
+	}
+	if len(added) > 0 {
+		err = a.changeTrust(ctx, func(j *journal) error { j.Authorities = append(j.Authorities, added...); return nil })
 	}
 	if err == nil {
 		err = a.take(ctx, iss, folderEntry(f.Issuer), f.Roots)

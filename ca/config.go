@@ -67,6 +67,8 @@ type Config struct {
 	// it, for those who trust it without saying so; 0 means a minute. Agents say so,
 	// and are waited for.
 	Propagation time.Duration
+	// CRL says whether and how revoked certificates are published.
+	CRL CRLConfig
 	// Keys says where the authority's keys are made and how they are opened; the
 	// zero value means files in DataDir. Its Folder and Logger are not used.
 	Keys keys.Config
@@ -105,6 +107,19 @@ type Config struct {
 	// tests. The zero values are right for use.
 	LogOptions   storage.LogOptions
 	StoreOptions storage.BoltOptions
+}
+
+// CRLConfig says how revoked certificates are published: as one certificate
+// revocation list (RFC 5280 section 5) of each issuing authority, to agents and over
+// HTTP. Revoked certificates are refused by this authority in any case.
+type CRLConfig struct {
+	// Enabled signs lists. A proxy that checks them refuses what an authority without
+	// a list issued, so a new intermediate is used when every agent has its list.
+	Enabled bool
+	// Lifetime is how long a list is good for. It is signed anew at half of that, and
+	// whenever something is revoked. 0 means twice SVID.MaxTTL, which is the least: so
+	// SVIDs expire before lists do where the authority is away.
+	Lifetime time.Duration
 }
 
 // UpstreamConfig says how intermediates are signed elsewhere.
@@ -157,6 +172,7 @@ func (c Config) withDefaults() Config {
 	def(&c.HeadInterval, 10*time.Second)
 	def(&c.Upstream.Timeout, 30*time.Second)
 	def(&c.Propagation, time.Minute)
+	def(&c.CRL.Lifetime, 2*c.SVID.MaxTTL)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -216,6 +232,9 @@ func (c Config) check() error {
 	}
 	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
 		bad("%w", err)
+	}
+	if c.CRL.Lifetime < 2*s.MaxTTL {
+		bad("authority.crl.lifetime %v: must be at least twice svid.maxTTL (%v): a list that expires before the SVIDs do stops all traffic of proxies that check it", c.CRL.Lifetime, s.MaxTTL)
 	}
 	if c.LogRetention != 0 && c.LogRetention < 2*s.MaxTTL {
 		bad("issuanceLog.retention %v: must be at least twice svid.maxTTL (%v): what is still valid must be in the log", c.LogRetention, s.MaxTTL)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/external"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 )
@@ -58,6 +59,7 @@ type staged struct {
 	root     *x509.Certificate
 	roots    []*x509.Certificate // that stay
 	sequence uint64              // of the trust that has the root
+	list     uint64              // number of its first list; 0: none is needed, or there is none yet
 	since    time.Time
 	hash     [32]byte // of the folder that it is from
 }
@@ -176,6 +178,9 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	if a.intermediate.Load() == nil && j.Source == sourceOffline {
 		return a.advance(ctx, now)
 	}
+	if err := a.restage(now); err != nil {
+		return err
+	}
 	if a.intermediate.Load() == nil || j.Source == sourceOwn && a.root.Load() == nil {
 		return errors.New("journal: there is no active root or no active intermediate; restore the store from backup")
 	}
@@ -194,17 +199,33 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 
 // findRoot notes which root an issuer leads to.
 func (a *Authority) findRoot(iss *issuer, roots []*x509.Certificate) error {
+	r, err := leadsTo(iss, roots)
+	if err == nil {
+		a.root.Store(&issuer{cert: r})
+	}
+	return err
+}
+
+func (a *Authority) rootOf(iss *issuer, j journal) (*x509.Certificate, error) {
+	roots, err := j.roots()
+	if err != nil {
+		return nil, err
+	}
+	return leadsTo(iss, roots)
+}
+
+// leadsTo is the one of roots that an issuer leads to.
+func leadsTo(iss *issuer, roots []*x509.Certificate) (*x509.Certificate, error) {
 	last := iss.cert
 	if n := len(iss.chain); n > 0 {
 		last = iss.chain[n-1]
 	}
 	for _, r := range roots {
 		if last.Equal(r) || last.CheckSignatureFrom(r) == nil {
-			a.root.Store(&issuer{cert: r})
-			return nil
+			return r, nil
 		}
 	}
-	return fmt.Errorf("journal: no root in it signed %s; restore the store from backup", last.Subject)
+	return nil, fmt.Errorf("journal: no root in it signed %s; restore the store from backup", last.Subject)
 }
 
 // renewIntermediate replaces the intermediate under a root that every agent trusts
@@ -239,7 +260,7 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.take(ctx, iss, entry, nil)
+	return a.use(ctx, &staged{issuer: iss, entry: entry, root: root.cert})
 }
 
 // take makes an intermediate the active one: in the journal, and then here.
@@ -277,12 +298,8 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 		j.Authorities = append(next, entry)
 		return nil
 	})
-	if errors.Is(err, storage.ErrNotDurable) || err != nil && (entry.Key == "" || entry.External) {
-		// Nobody knows whether the journal names the new key by now, so it stays.
-		return err
-	}
 	if err != nil {
-		return errors.Join(err, a.keys.Remove(kindIntermediate, entry.Key))
+		return a.dropKey(entry, err)
 	}
 	a.intermediate.Store(iss)
 	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
@@ -292,6 +309,16 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 		}
 	}
 	return nil
+}
+
+// dropKey removes the key of an intermediate that did not come into the journal, which
+// failed with err. Where nobody knows whether the journal names the key it stays.
+func (a *Authority) dropKey(entry journalEntry, err error) error {
+	named := slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == entry.Key })
+	if named || errors.Is(err, storage.ErrNotDurable) || entry.Key == "" || entry.External {
+		return err
+	}
+	return errors.Join(err, a.keys.Remove(kindIntermediate, entry.Key))
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -305,37 +332,124 @@ func earlier(a, b time.Time) time.Time {
 // the root is published first, and the intermediate taken when everybody has it:
 // settle does that.
 func (a *Authority) takeExternal(ctx context.Context, got external.Issuer, key crypto.Signer, entry journalEntry, roots []*x509.Certificate, hash [32]byte) error {
-	iss := &issuer{cert: got.Cert, key: key, chain: got.Chain}
-	known := a.trust.Value().Roots()
-	if !slices.ContainsFunc(roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) }) {
-		if err := a.take(ctx, iss, entry, roots); err != nil {
+	return a.use(ctx, &staged{issuer: &issuer{cert: got.Cert, key: key, chain: got.Chain}, entry: entry, root: got.Root, roots: roots, hash: hash})
+}
+
+// use makes an intermediate the active one: at once if everybody who has to has its
+// root and, where lists are published, its list; otherwise those are published first
+// and settle takes it when everybody has them.
+func (a *Authority) use(ctx context.Context, s *staged) error {
+	if a.cfg.CRL.Enabled {
+		if err := revocation.CanSign(s.issuer.cert); err != nil {
 			return err
 		}
-		a.root.Store(&issuer{cert: got.Root})
-		a.folderHash, a.staged = hash, nil
-		return a.renewServing(ctx)
 	}
-	err := a.edit(ctx, func(j *journal) error {
-		for _, e := range rootEntries(roots) {
+	known := a.trust.Value().Roots()
+	if !slices.ContainsFunc(s.roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) }) && !a.listFirst() {
+		return a.settled(ctx, s)
+	}
+	a.stagedNow.Store(s) // its list is signed with the change
+	err := a.changeTrust(ctx, func(j *journal) error {
+		for _, e := range rootEntries(s.roots) {
 			if !hasRoot(*j, e) {
 				j.Authorities = append(j.Authorities, e)
 			}
 		}
-		j.Sequence++
+		if s.entry.Key != "" && !slices.ContainsFunc(j.Authorities, func(e journalEntry) bool { return e.Key == s.entry.Key }) {
+			// A start finds it again.
+			s.entry.State = stateNext
+			j.Authorities = append(j.Authorities, s.entry)
+		}
 		return nil
 	})
-	if err == nil {
-		err = a.publishTrust()
-	}
 	if err != nil {
-		return err
+		a.stagedNow.Store(nil)
+		return a.dropKey(s.entry, err)
 	}
-	a.staged = &staged{issuer: iss, entry: entry, root: got.Root, roots: roots, sequence: a.current().Sequence, since: time.Now(), hash: hash}
-	a.cfg.Log.Info("a new root is published; its intermediate is used when all trust it", "root", got.Root.Subject.String(), "sequence", a.staged.sequence)
+	s.sequence, s.since = a.current().Sequence, time.Now()
+	a.staged = s
+	a.cfg.Log.Info("the next intermediate is published; it is used when every agent has what belongs to it", "subject", s.issuer.cert.Subject.String(),
+		"root", s.root.Subject.String(), "sequence", s.sequence)
 	return nil
 }
 
-// publishTrust makes the journal's roots the ones that are trusted.
+// settled makes a staged intermediate the active one.
+func (a *Authority) settled(ctx context.Context, s *staged) error {
+	if err := a.take(ctx, s.issuer, s.entry, s.roots); err != nil {
+		return err
+	}
+	if root := a.root.Load(); root == nil || !root.cert.Equal(s.root) {
+		a.root.Store(&issuer{cert: s.root})
+	}
+	a.folderHash, a.staged = s.hash, nil
+	a.stagedNow.Store(nil)
+	if s.entry.External {
+		return a.renewServing(ctx)
+	}
+	return nil
+}
+
+// restage finds the intermediate of the journal that was published and not yet used.
+// In the series of an offline root those are many, and their time decides.
+func (a *Authority) restage(now time.Time) error {
+	j := a.current()
+	if j.Source == sourceOffline || j.Source == sourceFolder {
+		return nil
+	}
+	for _, e := range j.Authorities {
+		if e.State != stateNext || e.Key == "" {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return err
+		}
+		if !now.Before(c.NotAfter) {
+			continue // the next that is taken removes it
+		}
+		key, err := a.keys.Open(e.Kind, e.Key, c.PublicKey)
+		if err != nil {
+			return err
+		}
+		iss, err := e.issuer(key)
+		if err != nil {
+			return err
+		}
+		root, err := a.rootOf(iss, j)
+		if err != nil {
+			return err
+		}
+		a.staged = &staged{issuer: iss, entry: e, root: root, sequence: j.Sequence, since: now}
+		a.stagedNow.Store(a.staged)
+	}
+	return nil
+}
+
+// changeTrust changes the journal in a way that those who trust it must learn of:
+// durably, under a new sequence number, with lists of that number where lists are
+// published. One change at a time, so that a sequence means one state.
+func (a *Authority) changeTrust(ctx context.Context, f func(j *journal) error) error {
+	a.trustMu.Lock()
+	defer a.trustMu.Unlock()
+	err := a.edit(ctx, func(j *journal) error {
+		if err := f(j); err != nil {
+			return err
+		}
+		j.Sequence++
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if a.cfg.CRL.Enabled {
+		// The roots go out in any case; the former lists are good for a while.
+		a.fails("crl", a.signLists(ctx))
+	}
+	return a.publishTrust()
+}
+
+// publishTrust makes the journal's roots, and the lists, the ones that are trusted.
+// trustMu is held, or nobody else runs yet.
 func (a *Authority) publishTrust() error {
 	j := a.current()
 	roots, err := j.roots()
@@ -343,6 +457,9 @@ func (a *Authority) publishTrust() error {
 		return err
 	}
 	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
+	if err == nil && a.cfg.CRL.Enabled {
+		t, err = t.WithCRLs(a.lists.all())
+	}
 	if err != nil {
 		return err
 	}
@@ -358,21 +475,20 @@ func (a *Authority) settle(ctx context.Context, now time.Time) error {
 	if s == nil {
 		return nil
 	}
-	missing := a.agents.behind(s.sequence, now)
+	sequence, listed := a.listed(s)
+	missing := a.agents.behind(sequence, now)
 	left := a.intermediate.Load().cert.NotAfter.Sub(now)
 	late := left < a.cfg.SVID.TTL
-	if !late && (len(missing) > 0 || now.Sub(s.since) < a.cfg.Propagation) {
+	if !late && (!listed || len(missing) > 0 || now.Sub(s.since) < a.cfg.Propagation) {
 		return nil
 	}
 	if late && len(missing) > 0 {
-		a.cfg.Log.Error("the new root is used although not all agents have it: the present intermediate ends", "left", left, "nodes", strings.Join(missing, " "))
+		a.cfg.Log.Error("the next intermediate is used although not all agents have what belongs to it: the present one ends", "left", left, "nodes", strings.Join(missing, " "))
 	}
-	if err := a.take(ctx, s.issuer, s.entry, s.roots); err != nil {
-		return fmt.Errorf("taking the intermediate under the new root: %w", err)
+	if err := a.settled(ctx, s); err != nil {
+		return fmt.Errorf("taking the next intermediate: %w", err)
 	}
-	a.root.Store(&issuer{cert: s.root})
-	a.folderHash, a.staged = s.hash, nil
-	return a.renewServing(ctx)
+	return nil
 }
 
 // behind are the nodes of agents whose SVIDs are valid and who have not acknowledged
@@ -397,14 +513,7 @@ func (a *Authority) dropRoots(ctx context.Context, now time.Time) error {
 	if !slices.ContainsFunc(a.current().Authorities, over) {
 		return nil
 	}
-	err := a.edit(ctx, func(j *journal) error {
-		j.Authorities = slices.DeleteFunc(j.Authorities, over)
-		j.Sequence++
-		return nil
-	})
-	if err == nil {
-		err = a.publishTrust()
-	}
+	err := a.changeTrust(ctx, func(j *journal) error { j.Authorities = slices.DeleteFunc(j.Authorities, over); return nil })
 	if err != nil {
 		return fmt.Errorf("taking an old root out of the bundle: %w", err)
 	}

@@ -10,10 +10,12 @@ import (
 	"sync"
 	"time"
 
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // ErrKeyInUse is why a key is not certified: a certificate for another identity
@@ -237,7 +239,13 @@ func (a *Authority) claimRecorded(ctx context.Context, log *storage.FileLog, sin
 // claimRecord claims the key of a record. One that cannot be claimed was certified
 // twice: that is for verification to find.
 func (a *Authority) claimRecord(r storage.Record, now int64) error {
-	keyHash, id, notAfter, err := keyOfRecord(r.Data)
+	keyHash, id, notAfter, decision, err := keyOfRecord(r.Data)
+	if err == nil && decision {
+		m := &capb.IssuanceRecord{}
+		if err = proto.Unmarshal(r.Data, m); err == nil && m.GetDecision().GetRevoked() != nil {
+			a.recall(m.GetDecision().GetRevoked(), m.GetDecision(), time.Unix(now, 0))
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("record %d of the issuance log: %w", r.Sequence, err)
 	}
@@ -249,13 +257,14 @@ func (a *Authority) claimRecord(r storage.Record, now int64) error {
 
 // keyOfRecord reads what is needed of an IssuanceRecord, in a tenth of the time
 // that reading it whole takes: a start reads a million.
-func keyOfRecord(b []byte) (keyHash, id []byte, notAfter int64, err error) {
+func keyOfRecord(b []byte) (keyHash, id []byte, notAfter int64, decision bool, err error) {
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
 		if n < 0 {
-			return nil, nil, 0, protowire.ParseError(n)
+			return nil, nil, 0, false, protowire.ParseError(n)
 		}
 		b = b[n:]
+		decision = decision || number == fieldDecision
 		switch {
 		case number == fieldSpiffeID && kind == protowire.BytesType, number == fieldKeyHash && kind == protowire.BytesType:
 			v, m := protowire.ConsumeBytes(b)
@@ -271,11 +280,11 @@ func keyOfRecord(b []byte) (keyHash, id []byte, notAfter int64, err error) {
 			n = protowire.ConsumeFieldValue(number, kind, b)
 		}
 		if n < 0 {
-			return nil, nil, 0, protowire.ParseError(n)
+			return nil, nil, 0, false, protowire.ParseError(n)
 		}
 		b = b[n:]
 	}
-	return keyHash, id, notAfter, nil
+	return keyHash, id, notAfter, decision, nil
 }
 
 // Field numbers of IssuanceRecord.
@@ -283,4 +292,5 @@ const (
 	fieldSpiffeID = 3
 	fieldNotAfter = 10
 	fieldKeyHash  = 11
+	fieldDecision = 20
 )

@@ -82,5 +82,12 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 	})
 	gauge("signet_ca_trust_sequence", "Sequence number of the current state of trust.", func() float64 { return float64(a.trust.Value().Sequence()) })
 	gauge("signet_ca_certified_keys", "Keys with a certificate that has not expired, which no other identity can get certified.", func() float64 { return float64(a.keyUses.len()) })
+	gauge("signet_ca_revoked_certificates", "Certificates that were revoked and have not expired long ago.", func() float64 { return float64(len(a.revoked.Value())) })
+	gauge("signet_ca_crl_next_update_seconds", "When the first CRL expires, Unix seconds; 0 if none is published.", func() float64 {
+		if end := a.lists.earliest(); !end.IsZero() {
+			return float64(end.Unix())
+		}
+		return 0
+	})
 	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })
 }

@@ -281,14 +281,18 @@ func (a *Authority) advance(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	roots, err := j.roots()
+	root, err := a.rootOf(iss, j)
 	if err != nil {
 		return err
 	}
-	if err := a.take(ctx, iss, entry, nil); err != nil {
-		return err
+	if present == nil || !now.Before(present.cert.NotAfter) {
+		if err := a.take(ctx, iss, entry, nil); err != nil {
+			return err
+		}
+		a.root.Store(&issuer{cert: root})
+		return nil
 	}
-	return a.findRoot(iss, roots)
+	return a.use(ctx, &staged{issuer: iss, entry: entry, root: root})
 }
 
 // seriesAlarm is 1 when less than a third is left of the life of an offline root's

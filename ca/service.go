@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -79,7 +80,7 @@ func (a *Authority) NewServer() *grpc.Server {
 // NewAdminServer makes a gRPC server for operators. Whoever can connect to it is
 // one: serve it on a Unix socket of mode 0600 only.
 func (a *Authority) NewAdminServer() *grpc.Server {
-	s := grpc.NewServer(grpc.MaxRecvMsgSize(1 << 20)) // a series of chains is some 200 KiB
+	s := grpc.NewServer(grpc.Creds(operators{insecure.NewCredentials()}), grpc.MaxRecvMsgSize(1<<20)) // a series of chains is some 200 KiB
 	capb.RegisterAdminServer(s, admin{a: a})
 	return s
 }
@@ -110,6 +111,9 @@ func (a *Authority) tlsConfig() *tls.Config {
 
 func (a *Authority) verifyClient(chain []*x509.Certificate) error {
 	if _, err := identity.CheckSVID(chain[0]); err != nil {
+		return err
+	}
+	if err := a.refuseRevoked(chain[0]); err != nil {
 		return err
 	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
@@ -150,6 +154,9 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 	r, ok := a.agents.lookup(serialBytes(c))
 	if !ok || r.Node != node {
 		return refuse(fmt.Errorf("%s is not on record", id))
+	}
+	if err := a.refuseRevoked(c); err != nil {
+		return refuse(err)
 	}
 	if err := a.alive(r); err != nil {
 		return refuse(err)
@@ -201,19 +208,25 @@ func (a *Authority) within(ctx context.Context, r *agent, body func(context.Cont
 }
 
 // bound derives the context of an agent's stream: it ends with the agent's SVID,
-// or when the agent's pod or node goes.
+// when that is revoked, or when the agent's pod or node goes.
 func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithDeadlineCause(ctx, r.NotAfter, errors.New("the agent's SVID expired"))
 	ctx, cancelCause := context.WithCancelCause(ctx)
 	go func() {
 		for {
 			_, changed := a.cfg.Pods.OnNode(r.Node)
+			set, revoked := a.revoked.Load()
+			if set.Has(r.serial) {
+				cancelCause(errors.New("the agent's SVID was revoked"))
+				return
+			}
 			if err := a.alive(r); err != nil {
 				cancelCause(err)
 				return
 			}
 			select {
 			case <-changed:
+			case <-revoked:
 			case <-ctx.Done():
 				return
 			}
@@ -554,6 +567,9 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	if err := a.alive(r); err != nil {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_OTHER_NODE, public: "the agent's pod or node is gone", err: err}
 	}
+	if a.revoked.Value().Has(r.serial) {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_EVIDENCE, public: "the agent's SVID was revoked", err: fmt.Errorf("agent SVID %x was revoked", r.serial)}
+	}
 	c.podUID = w.PodUID
 	return c, nil
 }
@@ -750,7 +766,11 @@ func trustToProto(t *identity.Trust) *capb.Trust {
 	for _, c := range t.Roots() {
 		b.X509Authorities = append(b.X509Authorities, c.Raw)
 	}
-	return &capb.Trust{Sequence: t.Sequence(), TrustDomain: t.TrustDomain().Name(), Bundles: []*capb.Bundle{b}}
+	p := &capb.Trust{Sequence: t.Sequence(), TrustDomain: t.TrustDomain().Name(), Bundles: []*capb.Bundle{b}}
+	for _, c := range t.CRLs() {
+		p.Crls = append(p.Crls, c.Raw)
+	}
+	return p
 }
 
 func podToProto(w identity.Workload) *capb.Pod {

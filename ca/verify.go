@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 
@@ -39,7 +40,7 @@ const (
 // that what the state relies on is in the log. What is wrong is in the answer; the
 // error is ctx's.
 func (b book) Verify(ctx context.Context, heads []*capb.LogHead, store bool) (*capb.VerifyResponse, error) {
-	v := &verifier{book: b, resp: &capb.VerifyResponse{}, wanted: map[string]*wanted{}}
+	v := &verifier{book: b, resp: &capb.VerifyResponse{}, wanted: map[string]*wanted{}, revoked: map[string]revocation.Entry{}}
 	if store {
 		v.state()
 	}
@@ -52,6 +53,11 @@ func (b book) Verify(ctx context.Context, heads []*capb.LogHead, store bool) (*c
 	for _, w := range v.wanted {
 		if !w.found && !v.pruned(w.serial) {
 			v.bad("%s (serial %x) has no record in the issuance log", w.what, w.serial)
+		}
+	}
+	for _, e := range v.revoked {
+		if !v.pruned(e.Serial) {
+			v.bad("state: certificate %x is revoked, and no record of the issuance log says so", e.Serial)
 		}
 	}
 	for _, p := range heads {
@@ -67,6 +73,8 @@ type verifier struct {
 	book
 	resp   *capb.VerifyResponse
 	wanted map[string]*wanted // by serial
+	// revoked is what the state says and the log has not said yet, by serial.
+	revoked map[string]revocation.Entry
 }
 
 // wanted is a certificate that must have a record.
@@ -155,8 +163,8 @@ func (c *recordChecker) record(rec storage.Record) bool {
 		return false
 	}
 	if r.GetKind() == capb.IssuanceRecord_KIND_DECISION {
-		if r.GetDecision().GetWhat() == capb.Decision_WHAT_UNSPECIFIED || len(r.GetSerial()) != 0 {
-			c.bad("record %d: a decision that says nothing", rec.Sequence)
+		if err := c.v.decision(r); err != nil {
+			c.bad("record %d: %v", rec.Sequence, err)
 		}
 		return false
 	}
@@ -295,12 +303,70 @@ func (v *verifier) state() {
 			if _, err := parseRetired(e); err != nil {
 				v.bad("state: %v", err)
 			}
+		case strings.HasPrefix(e.Key, revocation.Prefix):
+			v.revocation(e)
+		case strings.HasPrefix(e.Key, revocation.ListPrefix):
+			v.list(e)
 		case e.Key == lossKey:
 			if _, err := parseLoss(e); err != nil {
 				v.bad("state: %v", err)
 			}
 		}
 	}
+}
+
+// revocation checks what was revoked, and notes that the log must say so.
+func (v *verifier) revocation(s storage.Entry) {
+	e, err := revocation.Parse(s)
+	if err != nil {
+		v.bad("state: %v", err)
+		return
+	}
+	v.revoked[string(e.Serial)] = e
+}
+
+// list checks a CRL: signed by an authority of the journal, with a number that was
+// durable before.
+func (v *verifier) list(s storage.Entry) {
+	list, err := revocation.ParseList(s)
+	if err != nil {
+		v.bad("state: %v", err)
+		return
+	}
+	if !list.Number.IsUint64() || list.Number.Uint64() > v.journal.Sequence {
+		v.bad("state: CRL %s has number %v, and the trust sequence is %d: numbers are taken from it", s.Key, list.Number, v.journal.Sequence)
+	}
+	for _, e := range v.journal.Authorities {
+		c, err := e.cert()
+		if err != nil || c == nil || !bytes.Equal(c.SubjectKeyId, list.AuthorityKeyId) {
+			continue
+		}
+		if err := list.CheckSignatureFrom(c); err != nil {
+			v.bad("state: CRL %s: %v", s.Key, err)
+		}
+	}
+}
+
+// decision checks an operator's decision.
+func (v *verifier) decision(r *capb.IssuanceRecord) error {
+	d := r.GetDecision()
+	switch {
+	case d.GetWhat() == capb.Decision_WHAT_UNSPECIFIED || len(r.GetSerial()) != 0:
+		return errors.New("a decision that says nothing")
+	case d.GetWhat() != capb.Decision_WHAT_REVOKED:
+		return nil
+	}
+	said := entryOf(d.GetRevoked(), d)
+	if _, err := said.Encode(); err != nil {
+		return fmt.Errorf("a decision to revoke: %w", err)
+	}
+	if e, ok := v.revoked[string(said.Serial)]; ok {
+		delete(v.revoked, string(said.Serial))
+		if e.Reason != said.Reason || !e.Until.Equal(said.Until) || !bytes.Equal(e.Authority, said.Authority) {
+			return fmt.Errorf("the decision to revoke %x is not what the state says", said.Serial)
+		}
+	}
+	return nil
 }
 
 func (v *verifier) agent(e storage.Entry) {

@@ -20,6 +20,7 @@ type Trust struct {
 	sequence uint64
 	td       spiffeid.TrustDomain
 	roots    []*x509.Certificate
+	crls     []*x509.RevocationList
 }
 
 // NewTrust checks and makes a Trust. roots must not be empty; each must be an
@@ -37,6 +38,37 @@ func NewTrust(sequence uint64, td spiffeid.TrustDomain, roots []*x509.Certificat
 		}
 	}
 	return &Trust{sequence: sequence, td: td, roots: append([]*x509.Certificate(nil), roots...)}, nil
+}
+
+// WithCRLs is the same trust with certificate revocation lists, one of each authority
+// that issues, as relying parties of the trust domain may check them. They come from
+// whom the roots come from; that a list is one of theirs is not checked here.
+func (t *Trust) WithCRLs(lists []*x509.RevocationList) (*Trust, error) {
+	for _, c := range lists {
+		if len(c.Raw) == 0 || c.NextUpdate.IsZero() {
+			return nil, fmt.Errorf("a CRL of %s does not say until when it is good", t.td.Name())
+		}
+	}
+	out := *t
+	out.crls = append([]*x509.RevocationList(nil), lists...)
+	return &out, nil
+}
+
+// CRLs are the certificate revocation lists of the own trust domain; none where its
+// authority publishes none.
+func (t *Trust) CRLs() []*x509.RevocationList {
+	return append([]*x509.RevocationList(nil), t.crls...)
+}
+
+// CRLPEM is the certificate revocation lists, as Envoy's crl takes them; nil if there
+// are none.
+func (t *Trust) CRLPEM() []byte {
+	var b bytes.Buffer
+	for _, c := range t.crls {
+		// Encoding to a bytes.Buffer does not fail.
+		_ = pem.Encode(&b, &pem.Block{Type: "X509 CRL", Bytes: c.Raw})
+	}
+	return b.Bytes()
 }
 
 // Sequence is the number under which the authority published this state.

@@ -45,6 +45,7 @@ type standalone struct {
 	// What a test may change before the programs start.
 	ca     string   // another program in the place of signet-ca
 	caYAML string   // more of signet-ca's configuration
+	agent  string   // more of signet-agent's configuration
 	env    []string // more of the programs' environment
 	before func()   // called when the configuration is there
 }
@@ -75,8 +76,8 @@ func newStandalone(tb testing.TB, bin string, workloads int, policies string, ed
 	tokens := fmt.Sprintf("tokens: {issuer: %q, jwksFile: %s/issuer/jwks.json}\n", s.issuer.URL(), s.dir)
 	s.write("signet-ca.yaml", fmt.Sprintf("dataDir: %s/ca\nlisten: %s\npublish: {rootFile: %s/root.pem}\nhttp: {listen: %q}\n%s%sworkloads:\n%s",
 		s.dir, s.caAddr, s.dir, s.http["signet-ca"], s.caYAML, tokens, list.String()))
-	s.write("signet-agent.yaml", fmt.Sprintf("node: node-a\nsocket: %s/sock/agent.sock\nstateDir: \"\"\nca: {addresses: [%q], rootFile: %s/root.pem, tokenFile: %s/agent-token}\nhttp: {listen: %q}\npolicies: {dir: %s/policies}\n%s",
-		s.dir, s.caAddr, s.dir, s.dir, s.http["signet-agent"], s.dir, tokens))
+	s.write("signet-agent.yaml", fmt.Sprintf("node: node-a\nsocket: %s/sock/agent.sock\nstateDir: \"\"\nca: {addresses: [%q], rootFile: %s/root.pem, tokenFile: %s/agent-token}\nhttp: {listen: %q}\npolicies: {dir: %s/policies}\n%s%s",
+		s.dir, s.caAddr, s.dir, s.dir, s.http["signet-agent"], s.dir, s.agent, tokens))
 	if s.before != nil {
 		s.before()
 	}

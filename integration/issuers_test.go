@@ -33,9 +33,17 @@ const brief = "svid: {ttl: 10s, agentTTL: 20s, minTTL: 10s, maxTTL: 20s}\n"
 // through both to an application.
 func (s *standalone) pair() func() int {
 	s.tb.Helper()
+	ask, _ := s.pairAt()
+	return ask
+}
+
+// pairAt is pair, and where w0's proxy is reached.
+func (s *standalone) pairAt() (ask func() int, inbound string) {
+	s.tb.Helper()
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hello\n") }))
 	s.tb.Cleanup(app.Close)
-	inbound, outbound := freeAddr(s.tb), freeAddr(s.tb)
+	inbound = freeAddr(s.tb)
+	outbound := freeAddr(s.tb)
 	for i, args := range [][]string{
 		{"--inbound", inbound, "--app", strings.TrimPrefix(app.URL, "http://")},
 		{"--no-inbound", "--outbound", "server=" + outbound + "," + inbound + ",spiffe://cluster.local/ns/default/sa/w0"},
@@ -50,7 +58,7 @@ func (s *standalone) pair() func() int {
 		}
 		envoytest.Start(s.tb, file)
 	}
-	return func() int { return get("http://" + outbound + "/") }
+	return func() int { return get("http://" + outbound + "/") }, inbound
 }
 
 // authority runs signet-ca authority and returns what it prints.

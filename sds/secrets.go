@@ -52,6 +52,9 @@ type SecretsConfig struct {
 	// Trust is the current trust, nil while there is none, and a channel that is
 	// closed when it is another; nil means never.
 	Trust func() (trust *identity.Trust, changed <-chan struct{})
+	// CRL puts the trust's certificate revocation lists into the bundle, so that proxies
+	// refuse what was revoked.
+	CRL bool
 	// Metrics registers the metrics of Secrets. Nil means that they are kept but
 	// registered nowhere.
 	Metrics prometheus.Registerer
@@ -72,12 +75,19 @@ type SecretsConfig struct {
 // certificates of the same root, so a proxy must restrict its peers by
 // match_typed_subject_alt_names, in a combined_validation_context.
 //
+// With CRL the bundle also has the revocation lists, of the authorities that issue, and
+// says that no more than the leaf is checked against them. A list that has expired is
+// left in: proxies refuse every peer then, as they do when the SVIDs have expired, which
+// is before. Where there is no list there is nothing to check, and
+// signet_sds_crl_next_update_seconds is 0.
+//
 // Secrets is safe for concurrent use. It keeps the encoded form of an SVID, which
 // holds the private key, exactly as long as the SVID itself is reachable.
 type Secrets struct {
 	td      spiffeid.TrustDomain
 	svids   SVIDs
 	trust   func() (*identity.Trust, <-chan struct{})
+	crl     bool
 	refused prometheus.Counter
 
 	mu sync.Mutex
@@ -114,11 +124,14 @@ func NewSecrets(cfg SecretsConfig) (*Secrets, error) {
 		td:    cfg.TrustDomain,
 		svids: cfg.SVIDs,
 		trust: cfg.Trust,
+		crl:   cfg.CRL,
 		refused: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_sds_refused_identities_total",
 			Help: "Times that a caller asked for a SPIFFE ID that is not its own."}),
 		encoded: map[weak.Pointer[x509svid.SVID]]*encodedSVID{},
 	}
-	if err := register(cfg.Metrics, s.refused); err != nil {
+	nextUpdate := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_sds_crl_next_update_seconds",
+		Help: "When the first of the CRLs that proxies check expires, Unix seconds; 0 if they check none."}, s.nextUpdate)
+	if err := register(cfg.Metrics, s.refused, nextUpdate); err != nil {
 		return nil, fmt.Errorf("registering metrics of secrets: %w", err)
 	}
 	return s, nil
@@ -276,11 +289,11 @@ func (s *Secrets) bundleOf(names []string) (rs []Resource, changed <-chan struct
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.bundle.trust != t {
-		s.bundle = encodedBundle{trust: t, version: contentVersion(t.PEM()), body: map[string]*anypb.Any{}}
+		s.bundle = encodedBundle{trust: t, version: contentVersion(t.PEM(), s.crls(t)), body: map[string]*anypb.Any{}}
 	}
 	for _, n := range names {
 		if s.bundle.body[n] == nil {
-			if s.bundle.body[n], err = encodeBundle(n, t); err != nil {
+			if s.bundle.body[n], err = encodeBundle(n, t, s.crls(t)); err != nil {
 				delete(s.bundle.body, n)
 				return nil, changed, fmt.Errorf("encoding the trust bundle of %s: %w", s.td.Name(), err)
 			}
@@ -312,10 +325,35 @@ func encodeSVID(name string, svid *x509svid.SVID) (*anypb.Any, error) {
 	}}})
 }
 
-func encodeBundle(name string, t *identity.Trust) (*anypb.Any, error) {
-	return encode(&tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-		TrustedCa: inline(t.PEM()),
-	}}})
+func encodeBundle(name string, t *identity.Trust, crls []byte) (*anypb.Any, error) {
+	v := &tlsv3.CertificateValidationContext{TrustedCa: inline(t.PEM())}
+	if len(crls) > 0 {
+		// Without the second an intermediate would need a list of the root's too.
+		v.Crl, v.OnlyVerifyLeafCertCrl = inline(crls), true
+	}
+	return encode(&tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{ValidationContext: v}})
+}
+
+// crls are the lists of a trust that proxies are to check; nil for none.
+func (s *Secrets) crls(t *identity.Trust) []byte {
+	if !s.crl {
+		return nil
+	}
+	return t.CRLPEM()
+}
+
+// nextUpdate is when the first of the lists that proxies check expires.
+func (s *Secrets) nextUpdate() (first float64) {
+	t, _ := s.trust()
+	if t == nil || !s.crl {
+		return 0
+	}
+	for _, c := range t.CRLs() {
+		if end := float64(c.NextUpdate.Unix()); first == 0 || end < first {
+			first = end
+		}
+	}
+	return first
 }
 
 func encode(secret *tlsv3.Secret) (*anypb.Any, error) {

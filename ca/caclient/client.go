@@ -399,7 +399,7 @@ func (c *Client) believe(p *capb.Trust) error {
 	switch {
 	case old != nil && t.Sequence() < old.Sequence():
 		return fmt.Errorf("the authority's trust bundle has sequence %d, %d is known: an old state was put back; raise the sequence with a restore", t.Sequence(), old.Sequence())
-	case old != nil && t.Sequence() == old.Sequence() && string(t.PEM()) != string(old.PEM()):
+	case old != nil && t.Sequence() == old.Sequence() && (string(t.PEM()) != string(old.PEM()) || string(t.CRLPEM()) != string(old.CRLPEM())):
 		return fmt.Errorf("the authority's trust bundle with sequence %d differs from the one that is known: there are two authorities, or one was set up anew; if that was meant, stop the agent, remove its saved state and start it", t.Sequence())
 	case old != nil && t.Sequence() == old.Sequence():
 		return nil
@@ -473,5 +473,17 @@ func parseTrust(td spiffeid.TrustDomain, p *capb.Trust) (*identity.Trust, error)
 			roots = append(roots, c)
 		}
 	}
-	return identity.NewTrust(p.GetSequence(), td, roots)
+	t, err := identity.NewTrust(p.GetSequence(), td, roots)
+	if err != nil {
+		return nil, err
+	}
+	var lists []*x509.RevocationList
+	for _, der := range p.GetCrls() {
+		c, err := x509.ParseRevocationList(der)
+		if err != nil {
+			return nil, fmt.Errorf("a CRL: %w", err)
+		}
+		lists = append(lists, c)
+	}
+	return t.WithCRLs(lists)
 }

@@ -1120,8 +1120,12 @@ type Trust struct {
 	Bundles []*Bundle `protobuf:"bytes,3,rep,name=bundles,proto3" json:"bundles,omitempty"`
 	// tainted are subject key identifiers of authorities whose SVIDs must be
 	// renewed now.
-	Tainted       [][]byte `protobuf:"bytes,4,rep,name=tainted,proto3" json:"tainted,omitempty"`
-	Bans          []*Ban   `protobuf:"bytes,5,rep,name=bans,proto3" json:"bans,omitempty"`
+	Tainted [][]byte `protobuf:"bytes,4,rep,name=tainted,proto3" json:"tainted,omitempty"`
+	Bans    []*Ban   `protobuf:"bytes,5,rep,name=bans,proto3" json:"bans,omitempty"`
+	// crls are the certificate revocation lists of the own trust domain's issuing
+	// authorities, DER, one of each; none where the authority publishes none. Their
+	// numbers are not above sequence.
+	Crls          [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1187,6 +1191,13 @@ func (x *Trust) GetTainted() [][]byte {
 func (x *Trust) GetBans() []*Ban {
 	if x != nil {
 		return x.Bans
+	}
+	return nil
+}
+
+func (x *Trust) GetCrls() [][]byte {
+	if x != nil {
+		return x.Crls
 	}
 	return nil
 }
@@ -2539,6 +2550,340 @@ func (x *ImportChainsResponse) GetSeriesEnd() *timestamppb.Timestamp {
 	return nil
 }
 
+type RevokeRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Serial []byte                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	// reason is a CRLReason of RFC 5280 section 5.3.1.
+	Reason uint32 `protobuf:"varint,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// comment is for those who read the log later.
+	Comment       string `protobuf:"bytes,3,opt,name=comment,proto3" json:"comment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeRequest) Reset() {
+	*x = RevokeRequest{}
+	mi := &file_ca_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeRequest) ProtoMessage() {}
+
+func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
+func (*RevokeRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RevokeRequest) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *RevokeRequest) GetReason() uint32 {
+	if x != nil {
+		return x.Reason
+	}
+	return 0
+}
+
+func (x *RevokeRequest) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+type RevokeResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Revocation *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	// already says that it was revoked before, and nothing changed.
+	Already bool `protobuf:"varint,2,opt,name=already,proto3" json:"already,omitempty"`
+	// crl_number is that of the CRL that has it; 0 if none has, and why is in pending.
+	CrlNumber     uint64 `protobuf:"varint,3,opt,name=crl_number,json=crlNumber,proto3" json:"crl_number,omitempty"`
+	Pending       string `protobuf:"bytes,4,opt,name=pending,proto3" json:"pending,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeResponse) Reset() {
+	*x = RevokeResponse{}
+	mi := &file_ca_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeResponse) ProtoMessage() {}
+
+func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
+func (*RevokeResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RevokeResponse) GetRevocation() *Revocation {
+	if x != nil {
+		return x.Revocation
+	}
+	return nil
+}
+
+func (x *RevokeResponse) GetAlready() bool {
+	if x != nil {
+		return x.Already
+	}
+	return false
+}
+
+func (x *RevokeResponse) GetCrlNumber() uint64 {
+	if x != nil {
+		return x.CrlNumber
+	}
+	return 0
+}
+
+func (x *RevokeResponse) GetPending() string {
+	if x != nil {
+		return x.Pending
+	}
+	return ""
+}
+
+// Revocation is a certificate that was taken back.
+type Revocation struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Serial   []byte                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// authority is the subject key identifier of the issuer.
+	Authority []byte `protobuf:"bytes,3,opt,name=authority,proto3" json:"authority,omitempty"`
+	Reason    uint32 `protobuf:"varint,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Comment   string `protobuf:"bytes,5,opt,name=comment,proto3" json:"comment,omitempty"`
+	// by is who asked.
+	By      string                 `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`
+	Revoked *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	// until is when the certificate expires.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_ca_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Revocation) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *Revocation) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Revocation) GetAuthority() []byte {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *Revocation) GetReason() uint32 {
+	if x != nil {
+		return x.Reason
+	}
+	return 0
+}
+
+func (x *Revocation) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *Revocation) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Revocation) GetRevoked() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
+func (x *Revocation) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type RevocationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationsRequest) Reset() {
+	*x = RevocationsRequest{}
+	mi := &file_ca_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationsRequest) ProtoMessage() {}
+
+func (x *RevocationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationsRequest.ProtoReflect.Descriptor instead.
+func (*RevocationsRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{39}
+}
+
+type RevocationsResponse struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Revocations []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	// crls are DER; none where none are published.
+	Crls [][]byte `protobuf:"bytes,2,rep,name=crls,proto3" json:"crls,omitempty"`
+	// published says that CRLs are configured.
+	Published     bool `protobuf:"varint,3,opt,name=published,proto3" json:"published,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationsResponse) Reset() {
+	*x = RevocationsResponse{}
+	mi := &file_ca_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationsResponse) ProtoMessage() {}
+
+func (x *RevocationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationsResponse.ProtoReflect.Descriptor instead.
+func (*RevocationsResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *RevocationsResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *RevocationsResponse) GetCrls() [][]byte {
+	if x != nil {
+		return x.Crls
+	}
+	return nil
+}
+
+func (x *RevocationsResponse) GetPublished() bool {
+	if x != nil {
+		return x.Published
+	}
+	return false
+}
+
 type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2547,7 +2892,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2559,7 +2904,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2572,7 +2917,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{36}
+	return file_ca_proto_rawDescGZIP(), []int{41}
 }
 
 type BackupChunk struct {
@@ -2584,7 +2929,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2596,7 +2941,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2609,7 +2954,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{37}
+	return file_ca_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -2634,7 +2979,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +2991,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +3004,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{38}
+	return file_ca_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -2710,7 +3055,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2722,7 +3067,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2735,7 +3080,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{39}
+	return file_ca_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -2849,13 +3194,14 @@ const file_ca_proto_rawDesc = "" +
 	"token_keys\x18\x03 \x01(\v2\x17.signet.ca.v1.TokenKeysR\ttokenKeys\"M\n" +
 	"\tTokenKeys\x12\x16\n" +
 	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12(\n" +
-	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xb7\x01\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xcb\x01\n" +
 	"\x05Trust\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12.\n" +
 	"\abundles\x18\x03 \x03(\v2\x14.signet.ca.v1.BundleR\abundles\x12\x18\n" +
 	"\atainted\x18\x04 \x03(\fR\atainted\x12%\n" +
-	"\x04bans\x18\x05 \x03(\v2\x11.signet.ca.v1.BanR\x04bans\"\x87\x01\n" +
+	"\x04bans\x18\x05 \x03(\v2\x11.signet.ca.v1.BanR\x04bans\x12\x12\n" +
+	"\x04crls\x18\x06 \x03(\fR\x04crls\"\x87\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12)\n" +
 	"\x10x509_authorities\x18\x02 \x03(\fR\x0fx509Authorities\x12/\n" +
@@ -2951,7 +3297,34 @@ const file_ca_proto_rawDesc = "" +
 	"\rintermediates\x18\x01 \x03(\fR\rintermediates\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\fR\x04root\x129\n" +
 	"\n" +
-	"series_end\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tseriesEnd\"\x0f\n" +
+	"series_end\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tseriesEnd\"Y\n" +
+	"\rRevokeRequest\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\rR\x06reason\x12\x18\n" +
+	"\acomment\x18\x03 \x01(\tR\acomment\"\x9d\x01\n" +
+	"\x0eRevokeResponse\x128\n" +
+	"\n" +
+	"revocation\x18\x01 \x01(\v2\x18.signet.ca.v1.RevocationR\n" +
+	"revocation\x12\x18\n" +
+	"\aalready\x18\x02 \x01(\bR\aalready\x12\x1d\n" +
+	"\n" +
+	"crl_number\x18\x03 \x01(\x04R\tcrlNumber\x12\x18\n" +
+	"\apending\x18\x04 \x01(\tR\apending\"\x89\x02\n" +
+	"\n" +
+	"Revocation\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1c\n" +
+	"\tauthority\x18\x03 \x01(\fR\tauthority\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\rR\x06reason\x12\x18\n" +
+	"\acomment\x18\x05 \x01(\tR\acomment\x12\x0e\n" +
+	"\x02by\x18\x06 \x01(\tR\x02by\x124\n" +
+	"\arevoked\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\arevoked\x120\n" +
+	"\x05until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x14\n" +
+	"\x12RevocationsRequest\"\x83\x01\n" +
+	"\x13RevocationsResponse\x12:\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x18.signet.ca.v1.RevocationR\vrevocations\x12\x12\n" +
+	"\x04crls\x18\x02 \x03(\fR\x04crls\x12\x1c\n" +
+	"\tpublished\x18\x03 \x01(\bR\tpublished\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\xd5\x01\n" +
@@ -2973,7 +3346,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xac\x04\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xc5\x05\n" +
 	"\x05Admin\x12C\n" +
 	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
 	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
@@ -2981,7 +3354,9 @@ const file_ca_proto_rawDesc = "" +
 	"\rAcceptLogLoss\x12\".signet.ca.v1.AcceptLogLossRequest\x1a#.signet.ca.v1.AcceptLogLossResponse\x12B\n" +
 	"\x06Backup\x12\x1b.signet.ca.v1.BackupRequest\x1a\x19.signet.ca.v1.BackupChunk0\x01\x12[\n" +
 	"\x0eCreateRequests\x12#.signet.ca.v1.CreateRequestsRequest\x1a$.signet.ca.v1.CreateRequestsResponse\x12U\n" +
-	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponse\x12C\n" +
+	"\x06Revoke\x12\x1b.signet.ca.v1.RevokeRequest\x1a\x1c.signet.ca.v1.RevokeResponse\x12R\n" +
+	"\vRevocations\x12 .signet.ca.v1.RevocationsRequest\x1a!.signet.ca.v1.RevocationsResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_ca_proto_rawDescOnce sync.Once
@@ -2996,7 +3371,7 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),              // 0: signet.ca.v1.Refusal.Code
 	(*AttestRequest)(nil),          // 1: signet.ca.v1.AttestRequest
@@ -3035,21 +3410,26 @@ var file_ca_proto_goTypes = []any{
 	(*CreateRequestsResponse)(nil), // 34: signet.ca.v1.CreateRequestsResponse
 	(*ImportChainsRequest)(nil),    // 35: signet.ca.v1.ImportChainsRequest
 	(*ImportChainsResponse)(nil),   // 36: signet.ca.v1.ImportChainsResponse
-	(*BackupRequest)(nil),          // 37: signet.ca.v1.BackupRequest
-	(*BackupChunk)(nil),            // 38: signet.ca.v1.BackupChunk
-	(*AuthorityStatus)(nil),        // 39: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),            // 40: signet.ca.v1.AgentStatus
-	nil,                            // 41: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil),  // 42: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 43: google.protobuf.Duration
-	(*IssuanceRecord)(nil),         // 44: signet.ca.v1.IssuanceRecord
+	(*RevokeRequest)(nil),          // 37: signet.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),         // 38: signet.ca.v1.RevokeResponse
+	(*Revocation)(nil),             // 39: signet.ca.v1.Revocation
+	(*RevocationsRequest)(nil),     // 40: signet.ca.v1.RevocationsRequest
+	(*RevocationsResponse)(nil),    // 41: signet.ca.v1.RevocationsResponse
+	(*BackupRequest)(nil),          // 42: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),            // 43: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),        // 44: signet.ca.v1.AuthorityStatus
+	(*AgentStatus)(nil),            // 45: signet.ca.v1.AgentStatus
+	nil,                            // 46: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 47: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 48: google.protobuf.Duration
+	(*IssuanceRecord)(nil),         // 49: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
 	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
 	16, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	42, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	42, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	47, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	47, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
@@ -3057,9 +3437,9 @@ var file_ca_proto_depIdxs = []int32{
 	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	42, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	47, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	43, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	48, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
 	20, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
 	16, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
 	20, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
@@ -3068,53 +3448,61 @@ var file_ca_proto_depIdxs = []int32{
 	17, // 20: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
 	19, // 21: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
 	18, // 22: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	42, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	42, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	47, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	47, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
 	23, // 25: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	41, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	39, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	46, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	44, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
 	20, // 28: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	40, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	45, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
 	20, // 30: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	42, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	42, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	42, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	44, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	47, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	47, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	47, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	49, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
 	20, // 35: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
 	30, // 36: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
 	20, // 37: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	42, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	42, // 39: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	42, // 40: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	42, // 41: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	42, // 42: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 43: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 44: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 45: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	21, // 46: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	24, // 47: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	26, // 48: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	28, // 49: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	31, // 50: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	37, // 51: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	33, // 52: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	35, // 53: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	3,  // 54: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 55: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 56: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	22, // 57: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	25, // 58: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	27, // 59: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	29, // 60: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	32, // 61: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	38, // 62: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	34, // 63: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	36, // 64: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	54, // [54:65] is the sub-list for method output_type
-	43, // [43:54] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	47, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	47, // 39: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	39, // 40: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	47, // 41: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	47, // 42: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	39, // 43: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	47, // 44: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	47, // 45: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	47, // 46: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	1,  // 47: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	5,  // 48: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	13, // 49: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	21, // 50: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	24, // 51: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	26, // 52: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	28, // 53: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	31, // 54: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	42, // 55: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	33, // 56: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	35, // 57: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	37, // 58: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	40, // 59: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	3,  // 60: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	9,  // 61: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	14, // 62: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	22, // 63: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	25, // 64: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	27, // 65: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	29, // 66: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	32, // 67: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	43, // 68: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	34, // 69: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	36, // 70: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	38, // 71: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	41, // 72: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	60, // [60:73] is the sub-list for method output_type
+	47, // [47:60] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -3150,7 +3538,7 @@ func file_ca_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   41,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -277,6 +277,8 @@ const (
 	Admin_Backup_FullMethodName         = "/signet.ca.v1.Admin/Backup"
 	Admin_CreateRequests_FullMethodName = "/signet.ca.v1.Admin/CreateRequests"
 	Admin_ImportChains_FullMethodName   = "/signet.ca.v1.Admin/ImportChains"
+	Admin_Revoke_FullMethodName         = "/signet.ca.v1.Admin/Revoke"
+	Admin_Revocations_FullMethodName    = "/signet.ca.v1.Admin/Revocations"
 )
 
 // AdminClient is the client API for Admin service.
@@ -306,6 +308,12 @@ type AdminClient interface {
 	// ImportChains takes what an offline root signed: all of it, or nothing. Codes:
 	// INVALID_ARGUMENT with what is wrong.
 	ImportChains(ctx context.Context, in *ImportChainsRequest, opts ...grpc.CallOption) (*ImportChainsResponse, error)
+	// Revoke takes a certificate back before it expires: recorded, refused by the
+	// authority itself, and in the next CRL. It is final. Codes: NOT_FOUND if the
+	// issuance log has no such certificate; FAILED_PRECONDITION if it cannot be revoked.
+	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	// Revocations are the certificates that are revoked, and the CRLs that say so.
+	Revocations(ctx context.Context, in *RevocationsRequest, opts ...grpc.CallOption) (*RevocationsResponse, error)
 }
 
 type adminClient struct {
@@ -404,6 +412,26 @@ func (c *adminClient) ImportChains(ctx context.Context, in *ImportChainsRequest,
 	return out, nil
 }
 
+func (c *adminClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, Admin_Revoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Revocations(ctx context.Context, in *RevocationsRequest, opts ...grpc.CallOption) (*RevocationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevocationsResponse)
+	err := c.cc.Invoke(ctx, Admin_Revocations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -431,6 +459,12 @@ type AdminServer interface {
 	// ImportChains takes what an offline root signed: all of it, or nothing. Codes:
 	// INVALID_ARGUMENT with what is wrong.
 	ImportChains(context.Context, *ImportChainsRequest) (*ImportChainsResponse, error)
+	// Revoke takes a certificate back before it expires: recorded, refused by the
+	// authority itself, and in the next CRL. It is final. Codes: NOT_FOUND if the
+	// issuance log has no such certificate; FAILED_PRECONDITION if it cannot be revoked.
+	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	// Revocations are the certificates that are revoked, and the CRLs that say so.
+	Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -461,6 +495,12 @@ func (UnimplementedAdminServer) CreateRequests(context.Context, *CreateRequestsR
 }
 func (UnimplementedAdminServer) ImportChains(context.Context, *ImportChainsRequest) (*ImportChainsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ImportChains not implemented")
+}
+func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedAdminServer) Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Revocations not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -595,6 +635,42 @@ func _Admin_ImportChains_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Revoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Revoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Revoke(ctx, req.(*RevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Revocations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevocationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Revocations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Revocations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Revocations(ctx, req.(*RevocationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -621,6 +697,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ImportChains",
 			Handler:    _Admin_ImportChains_Handler,
+		},
+		{
+			MethodName: "Revoke",
+			Handler:    _Admin_Revoke_Handler,
+		},
+		{
+			MethodName: "Revocations",
+			Handler:    _Admin_Revocations_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -163,6 +163,8 @@ const (
 	// WHAT_RESTORED: the authority was restored from a backup, and this log begins;
 	// the one of the instance ended at sequence in the backup.
 	Decision_WHAT_RESTORED Decision_What = 2
+	// WHAT_REVOKED: a certificate was taken back.
+	Decision_WHAT_REVOKED Decision_What = 3
 )
 
 // Enum value maps for Decision_What.
@@ -171,11 +173,13 @@ var (
 		0: "WHAT_UNSPECIFIED",
 		1: "WHAT_LOG_LOSS_ACCEPTED",
 		2: "WHAT_RESTORED",
+		3: "WHAT_REVOKED",
 	}
 	Decision_What_value = map[string]int32{
 		"WHAT_UNSPECIFIED":       0,
 		"WHAT_LOG_LOSS_ACCEPTED": 1,
 		"WHAT_RESTORED":          2,
+		"WHAT_REVOKED":           3,
 	}
 )
 
@@ -374,7 +378,11 @@ type Decision struct {
 	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Hash     []byte `protobuf:"bytes,4,opt,name=hash,proto3" json:"hash,omitempty"`
 	// reason is the operator's own words.
-	Reason        string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	// by is who asked, as far as the system knows: the user of the process.
+	By string `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`
+	// revoked is what WHAT_REVOKED took back.
+	Revoked       *RevokedCertificate `protobuf:"bytes,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -444,6 +452,108 @@ func (x *Decision) GetReason() string {
 	return ""
 }
 
+func (x *Decision) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Decision) GetRevoked() *RevokedCertificate {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
+// RevokedCertificate says which certificate was revoked, and why.
+type RevokedCertificate struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Serial   []byte                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// authority is the subject key identifier of the issuer.
+	Authority []byte `protobuf:"bytes,3,opt,name=authority,proto3" json:"authority,omitempty"`
+	// reason is a CRLReason of RFC 5280 section 5.3.1.
+	Reason uint32 `protobuf:"varint,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	// revoked and not_after are Unix seconds.
+	Revoked       int64 `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	NotAfter      int64 `protobuf:"varint,6,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokedCertificate) Reset() {
+	*x = RevokedCertificate{}
+	mi := &file_record_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokedCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokedCertificate) ProtoMessage() {}
+
+func (x *RevokedCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_record_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokedCertificate.ProtoReflect.Descriptor instead.
+func (*RevokedCertificate) Descriptor() ([]byte, []int) {
+	return file_record_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RevokedCertificate) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *RevokedCertificate) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *RevokedCertificate) GetAuthority() []byte {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *RevokedCertificate) GetReason() uint32 {
+	if x != nil {
+		return x.Reason
+	}
+	return 0
+}
+
+func (x *RevokedCertificate) GetRevoked() int64 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+func (x *RevokedCertificate) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
 var File_record_proto protoreflect.FileDescriptor
 
 const file_record_proto_rawDesc = "" +
@@ -481,17 +591,27 @@ const file_record_proto_rawDesc = "" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
 	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
-	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xec\x01\n" +
+	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xca\x02\n" +
 	"\bDecision\x12/\n" +
 	"\x04what\x18\x01 \x01(\x0e2\x1b.signet.ca.v1.Decision.WhatR\x04what\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\rR\binstance\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04hash\x18\x04 \x01(\fR\x04hash\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reason\"K\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x06 \x01(\tR\x02by\x12:\n" +
+	"\arevoked\x18\a \x01(\v2 .signet.ca.v1.RevokedCertificateR\arevoked\"]\n" +
 	"\x04What\x12\x14\n" +
 	"\x10WHAT_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16WHAT_LOG_LOSS_ACCEPTED\x10\x01\x12\x11\n" +
-	"\rWHAT_RESTORED\x10\x02B'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\rWHAT_RESTORED\x10\x02\x12\x10\n" +
+	"\fWHAT_REVOKED\x10\x03\"\xb6\x01\n" +
+	"\x12RevokedCertificate\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1c\n" +
+	"\tauthority\x18\x03 \x01(\fR\tauthority\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\rR\x06reason\x12\x18\n" +
+	"\arevoked\x18\x05 \x01(\x03R\arevoked\x12\x1b\n" +
+	"\tnot_after\x18\x06 \x01(\x03R\bnotAfterB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_record_proto_rawDescOnce sync.Once
@@ -506,24 +626,26 @@ func file_record_proto_rawDescGZIP() []byte {
 }
 
 var file_record_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_record_proto_goTypes = []any{
 	(IssuanceRecord_Kind)(0),     // 0: signet.ca.v1.IssuanceRecord.Kind
 	(IssuanceRecord_Evidence)(0), // 1: signet.ca.v1.IssuanceRecord.Evidence
 	(Decision_What)(0),           // 2: signet.ca.v1.Decision.What
 	(*IssuanceRecord)(nil),       // 3: signet.ca.v1.IssuanceRecord
 	(*Decision)(nil),             // 4: signet.ca.v1.Decision
+	(*RevokedCertificate)(nil),   // 5: signet.ca.v1.RevokedCertificate
 }
 var file_record_proto_depIdxs = []int32{
 	0, // 0: signet.ca.v1.IssuanceRecord.kind:type_name -> signet.ca.v1.IssuanceRecord.Kind
 	1, // 1: signet.ca.v1.IssuanceRecord.evidence:type_name -> signet.ca.v1.IssuanceRecord.Evidence
 	4, // 2: signet.ca.v1.IssuanceRecord.decision:type_name -> signet.ca.v1.Decision
 	2, // 3: signet.ca.v1.Decision.what:type_name -> signet.ca.v1.Decision.What
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	5, // 4: signet.ca.v1.Decision.revoked:type_name -> signet.ca.v1.RevokedCertificate
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_record_proto_init() }
@@ -537,7 +659,7 @@ func file_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_record_proto_rawDesc), len(file_record_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   2,
+			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -109,6 +109,10 @@ type config struct {
 		Denial     denialConfig            `yaml:"denial"`
 		Namespaces map[string]denialConfig `yaml:"namespaces"`
 	} `yaml:"checks"`
+	SDS struct {
+		// CRL has proxies check the authority's revocation lists.
+		CRL bool `yaml:"crl"`
+	} `yaml:"sds"`
 	Log  run.LogConfig  `yaml:"log"`
 	HTTP run.HTTPConfig `yaml:"http"`
 }

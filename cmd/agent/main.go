@@ -160,7 +160,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 	if err != nil {
 		return err
 	}
-	secrets, err := sds.NewSecrets(sds.SecretsConfig{TrustDomain: td, SVIDs: svids, Trust: client.Trust, Metrics: reg})
+	secrets, err := sds.NewSecrets(sds.SecretsConfig{TrustDomain: td, SVIDs: svids, Trust: client.Trust, CRL: c.SDS.CRL, Metrics: reg})
 	if err != nil {
 		return err
 	}

@@ -48,6 +48,12 @@ type authorityConfig struct {
 		Timeout  time.Duration `yaml:"timeout"`
 		RootFile string        `yaml:"rootFile"`
 	} `yaml:"upstream"`
+	// CRL says whether and how revoked certificates are published.
+	CRL struct {
+		Enabled bool `yaml:"enabled"`
+		// Lifetime is how long a list is good for.
+		Lifetime time.Duration `yaml:"lifetime"`
+	} `yaml:"crl"`
 	// Propagation is how long a new root is published before it is used.
 	Propagation time.Duration `yaml:"propagation"`
 }
@@ -67,6 +73,7 @@ func (c authorityConfig) apply(cfg *ca.Config) {
 		PassphraseFile: c.Keys.PassphraseFile, SignTimeout: c.Keys.SignTimeout, Managers: keyManagers(),
 		Made: map[string]string{keys.Root: c.Keys.Root, keys.Intermediate: c.Keys.Intermediate},
 	}
+	cfg.CRL = ca.CRLConfig{Enabled: c.CRL.Enabled, Lifetime: c.CRL.Lifetime}
 	cfg.OfflineRoot, cfg.Cacerts, cfg.Propagation = c.OfflineRoot, c.Cacerts, c.Propagation
 	cfg.Upstream = ca.UpstreamConfig{Exec: c.Upstream.Exec, Timeout: c.Upstream.Timeout, RootFile: c.Upstream.RootFile}
 }

@@ -135,7 +135,9 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 			func(ctx context.Context) error {
 				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain)
 			},
-			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },
+			func(ctx context.Context) error {
+				return run.ServeHTTP(ctx, c.HTTP, reg, health, log, crlRoute(authority))
+			},
 		})
 }
 

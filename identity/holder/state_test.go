@@ -288,7 +288,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"nothing that was saved", func(*testing.T, string) {}, "no such file"},
 		{"an empty file", write(nil, 0o600), "not a state file"},
 		{"another kind of file", write([]byte("-----BEGIN PRIVATE KEY-----\n\n"), 0o600), "not a state file"},
-		{"a newer version", write(rehash([]byte("signet-agent-state 2\nx\n{}\n")), 0o600), "newer format: version 2, and this program reads up to 1"},
+		{"a newer version", write(rehash([]byte("signet-agent-state 3\nx\n{}\n")), 0o600), "newer format: version 3, and this program reads up to 2"},
 		{"version 0", write(rehash([]byte("signet-agent-state 0\nx\n{}\n")), 0o600), "never was"},
 		{"a version that is no number", write(rehash([]byte("signet-agent-state one\nx\n{}\n")), 0o600), "not a state file"},
 		{"a file that others can read", write(good, 0o640), "run: chmod 0600"},

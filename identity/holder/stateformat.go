@@ -20,9 +20,9 @@ import (
 	"github.com/signet-mesh/signet/identity"
 )
 
-// stateVersion is the format that encodeState writes, and the newest that
-// decodeState reads.
-const stateVersion = 1
+// stateVersion is the newest format that decodeState reads. Version 2 has CRLs;
+// encodeState writes version 1 where there are none, which an older program reads too.
+const stateVersion = 2
 
 const stateMagic = "signet-agent-state "
 
@@ -49,6 +49,7 @@ type (
 		Sequence    uint64   `json:"sequence"`
 		TrustDomain string   `json:"trustDomain"`
 		Roots       [][]byte `json:"roots"`
+		CRLs        [][]byte `json:"crls,omitempty"`
 	}
 	filePod struct {
 		Namespace      string `json:"namespace"`
@@ -102,6 +103,9 @@ func encodeState(s State) (data []byte, err error) {
 		for _, c := range s.Trust.Roots() {
 			out.Trust.Roots = append(out.Trust.Roots, c.Raw)
 		}
+		for _, c := range s.Trust.CRLs() {
+			out.Trust.CRLs = append(out.Trust.CRLs, c.Raw)
+		}
 	}
 	for _, w := range s.Pods {
 		out.Pods = append(out.Pods, filePod(w))
@@ -117,7 +121,11 @@ func encodeState(s State) (data []byte, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("encoding: %w", err)
 	}
-	first := stateMagic + strconv.Itoa(stateVersion) + "\n"
+	version := 1
+	if out.Trust != nil && len(out.Trust.CRLs) > 0 {
+		version = 2
+	}
+	first := stateMagic + strconv.Itoa(version) + "\n"
 	size := len(first) + hex.EncodedLen(sha256.Size) + 1 + len(text) + 1
 	for _, k := range keys {
 		size += len(k)
@@ -230,7 +238,19 @@ func (f *fileTrust) decode() (*identity.Trust, error) {
 		}
 		roots = append(roots, c)
 	}
-	return identity.NewTrust(f.Sequence, td, roots)
+	t, err := identity.NewTrust(f.Sequence, td, roots)
+	if err != nil {
+		return nil, err
+	}
+	var lists []*x509.RevocationList
+	for i, der := range f.CRLs {
+		c, err := x509.ParseRevocationList(der)
+		if err != nil {
+			return nil, fmt.Errorf("CRL %d of %s: %w", i, td.Name(), err)
+		}
+		lists = append(lists, c)
+	}
+	return t.WithCRLs(lists)
 }
 
 // decode checks all but the signatures, which depend on the trust of the moment

@@ -43,6 +43,12 @@ type decision struct {
 	Sequence uint64 `json:"sequence"`
 	Hash     string `json:"hash,omitempty"`
 	Reason   string `json:"reason,omitempty"`
+	By       string `json:"by,omitempty"`
+	// Of a certificate that was revoked.
+	Serial    string     `json:"serial,omitempty"`
+	SPIFFEID  string     `json:"spiffeID,omitempty"`
+	CRLReason uint32     `json:"crlReason,omitempty"`
+	NotAfter  *time.Time `json:"notAfter,omitempty"`
 }
 
 func entryOf(p *capb.LogEntry) entry {
@@ -57,7 +63,11 @@ func entryOf(p *capb.LogEntry) entry {
 	}
 	if d := r.GetDecision(); d != nil {
 		e.Decision = &decision{What: word(d.GetWhat().String(), "WHAT_"), Instance: d.GetInstance(), Sequence: d.GetSequence(),
-			Hash: hex.EncodeToString(d.GetHash()), Reason: d.GetReason()}
+			Hash: hex.EncodeToString(d.GetHash()), Reason: d.GetReason(), By: d.GetBy()}
+		if r := d.GetRevoked(); r != nil {
+			e.Decision.Serial, e.Decision.SPIFFEID = hex.EncodeToString(r.GetSerial()), r.GetSpiffeId()
+			e.Decision.CRLReason, e.Decision.NotAfter = r.GetReason(), seconds(r.GetNotAfter())
+		}
 	}
 	return e
 }

@@ -93,8 +93,8 @@ func (h *Health) Err() error {
 }
 
 // ServeHTTP serves metrics and health until ctx ends. A nil error means that ctx
-// ended, or that c.Listen is empty.
-func ServeHTTP(ctx context.Context, c HTTPConfig, reg *prometheus.Registry, h *Health, log *slog.Logger) error {
+// ended, or that c.Listen is empty. What is on routes is public, as metrics are.
+func ServeHTTP(ctx context.Context, c HTTPConfig, reg *prometheus.Registry, h *Health, log *slog.Logger, routes ...Route) error {
 	if c.Listen == "" {
 		return nil
 	}
@@ -103,7 +103,7 @@ func ServeHTTP(ctx context.Context, c HTTPConfig, reg *prometheus.Registry, h *H
 		return fmt.Errorf("serving metrics and health: http.listen: %w", err)
 	}
 	log.Info("serving metrics and health", "address", l.Addr().String())
-	s := &http.Server{Handler: handler(c, reg, h), ReadHeaderTimeout: 5 * time.Second}
+	s := &http.Server{Handler: handler(c, reg, h, routes), ReadHeaderTimeout: 5 * time.Second}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	select {
@@ -117,8 +117,18 @@ func ServeHTTP(ctx context.Context, c HTTPConfig, reg *prometheus.Registry, h *H
 	return nil
 }
 
-func handler(c HTTPConfig, reg *prometheus.Registry, h *Health) http.Handler {
+// Route is something more that a daemon serves beside metrics and health.
+type Route struct {
+	// Pattern is that of http.ServeMux.
+	Pattern string
+	http.Handler
+}
+
+func handler(c HTTPConfig, reg *prometheus.Registry, h *Health, routes []Route) http.Handler {
 	mux := http.NewServeMux()
+	for _, r := range routes {
+		mux.Handle(r.Pattern, r)
+	}
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		// Alive means that this server answers. What is wrong elsewhere is no

@@ -1,0 +1,456 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/revocation"
+	"github.com/signet-mesh/signet/storage"
+
+	"google.golang.org/protobuf/proto"
+)
+
+// maxRevoked bounds the certificates that are revoked at one time: a list of so many
+// fits into an entry of the store and a message to agents. Who has to take back more
+// replaces the intermediate.
+const maxRevoked = 8192
+
+// listPause is how long after a failure lists are not signed again.
+const listPause = time.Minute
+
+var (
+	// errNotIssued is why a serial is not revoked that is in no log.
+	errNotIssued = errors.New("no such certificate was issued")
+	// errNotRevoked is why a certificate is not revoked.
+	errNotRevoked = errors.New("it cannot be revoked")
+)
+
+// lists are the newest CRLs, by the subject key identifier of their authority. Safe for
+// concurrent use.
+type lists struct {
+	mu    sync.Mutex
+	by    map[string]*x509.RevocationList // guarded by mu; not changed
+	retry time.Time                       // before which nothing is tried again; guarded by mu
+}
+
+func (l *lists) value() map[string]*x509.RevocationList {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.by
+}
+
+func (l *lists) store(by map[string]*x509.RevocationList) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.by = by
+}
+
+// all are the lists in the order of their authorities.
+func (l *lists) all() (out []*x509.RevocationList) {
+	by := l.value()
+	for _, authority := range slices.Sorted(maps.Keys(by)) {
+		out = append(out, by[authority])
+	}
+	return out
+}
+
+// earliest is when the first of them has to be replaced; zero if there is none.
+func (l *lists) earliest() (end time.Time) {
+	for _, c := range l.value() {
+		if end.IsZero() || c.NextUpdate.Before(end) {
+			end = c.NextUpdate
+		}
+	}
+	return end
+}
+
+// loadRevocations reads what was revoked, and the lists.
+func (a *Authority) loadRevocations(ctx context.Context) error {
+	entries, _, err := a.store.List(ctx, revocation.Prefix)
+	if err != nil {
+		return fmt.Errorf("reading revocations: %w", err)
+	}
+	set := revocation.Set{}
+	for _, s := range entries {
+		e, err := revocation.Parse(s)
+		if err != nil {
+			return err
+		}
+		set[string(e.Serial)] = e
+	}
+	a.revoked.Store(set)
+	if entries, _, err = a.store.List(ctx, revocation.ListPrefix); err != nil {
+		return fmt.Errorf("reading CRLs: %w", err)
+	}
+	by := map[string]*x509.RevocationList{}
+	for _, s := range entries {
+		c, err := revocation.ParseList(s)
+		if err != nil {
+			return err
+		}
+		by[string(c.AuthorityKeyId)] = c
+	}
+	a.lists.store(by)
+	return nil
+}
+
+// startLists brings the state and the lists to what the log and the configuration say:
+// what was recorded and not stored, because of a crash or in a backup, is revoked. Each
+// start takes a new sequence where there are lists, so that one never means two states.
+func (a *Authority) startLists(ctx context.Context) error {
+	if err := a.storeRevoked(ctx, a.recalled); err != nil {
+		return err
+	}
+	a.recalled = nil
+	if !a.cfg.CRL.Enabled {
+		var ops []storage.Op
+		for authority := range a.lists.value() {
+			ops = append(ops, storage.Op{Key: revocation.ListKey([]byte(authority)), Delete: true})
+		}
+		if len(ops) == 0 {
+			return nil
+		}
+		for part := range slices.Chunk(ops, storage.MaxOps) {
+			if _, err := a.store.Commit(ctx, nil, part); err != nil {
+				return fmt.Errorf("removing CRLs that are not published any more: %w", err)
+			}
+		}
+		a.lists.store(nil)
+	} else if err := revocation.CanSign(a.intermediate.Load().cert); err != nil {
+		return fmt.Errorf("authority.crl: %w", err)
+	}
+	return a.changeTrust(ctx, func(*journal) error { return nil })
+}
+
+// recall notes a revocation of the log that is not in the state.
+func (a *Authority) recall(r *capb.RevokedCertificate, d *capb.Decision, now time.Time) {
+	e := entryOf(r, d)
+	if a.revoked.Value().Has(e.Serial) || !now.Before(e.Until) {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.recalled = append(a.recalled, e)
+}
+
+// entryOf is what a decision of the log says.
+func entryOf(r *capb.RevokedCertificate, d *capb.Decision) revocation.Entry {
+	return revocation.Entry{Serial: r.GetSerial(), SPIFFEID: r.GetSpiffeId(), Authority: r.GetAuthority(), Reason: revocation.Reason(r.GetReason()),
+		Comment: d.GetReason(), By: d.GetBy(), Revoked: time.Unix(r.GetRevoked(), 0).UTC(), Until: time.Unix(r.GetNotAfter(), 0).UTC()}
+}
+
+// storeRevoked makes entries part of the state.
+func (a *Authority) storeRevoked(ctx context.Context, entries []revocation.Entry) error {
+	set := a.revoked.Value()
+	for part := range slices.Chunk(entries, storage.MaxOps) {
+		var ops []storage.Op
+		for _, e := range part {
+			b, err := e.Encode()
+			if err != nil {
+				return err
+			}
+			ops = append(ops, storage.Op{Key: revocation.Key(e.Serial), Value: b})
+			set = set.With(e)
+		}
+		if _, err := a.store.Commit(ctx, nil, ops); err != nil {
+			return fmt.Errorf("%w: recording a revocation: %w", ErrUnavailable, err)
+		}
+		a.revoked.Store(set)
+	}
+	return nil
+}
+
+// Revoke takes a certificate back that this authority issued: recorded in the log and
+// in the state, refused here from then on, and on a new CRL if there are any. Again is
+// true if it was revoked before; nothing changes then. An error wraps errNotIssued or
+// errNotRevoked where the serial is the reason, and nothing was recorded.
+func (a *Authority) revoke(ctx context.Context, serial []byte, reason revocation.Reason, comment, by string) (e revocation.Entry, again bool, err error) {
+	a.revokeMu.Lock()
+	defer a.revokeMu.Unlock()
+	set := a.revoked.Value()
+	if e, again := set[string(serial)]; again {
+		return e, true, nil
+	}
+	switch {
+	case !reason.Valid():
+		return e, false, fmt.Errorf("%w: %v is not one that is taken", errNotRevoked, reason)
+	case len(comment) > revocation.MaxComment:
+		return e, false, fmt.Errorf("%w: a comment of %d bytes; at most %d are allowed", errNotRevoked, len(comment), revocation.MaxComment)
+	case len(set) >= maxRevoked:
+		return e, false, fmt.Errorf("%w: %d certificates are revoked already, which is the most; replace the intermediate instead", errNotRevoked, len(set))
+	}
+	now, err := a.clock.now()
+	if err != nil {
+		return e, false, err
+	}
+	r, err := a.issuedRecord(ctx, serial)
+	if err != nil {
+		return e, false, err
+	}
+	until := time.Unix(r.GetNotAfter(), 0).UTC()
+	switch {
+	case r.GetKind() == capb.IssuanceRecord_KIND_ROOT || r.GetKind() == capb.IssuanceRecord_KIND_INTERMEDIATE:
+		return e, false, fmt.Errorf("%w: %x is the authority's own %s: no list of its own can take it back; replace the root", errNotRevoked, serial, strings.ToLower(strings.TrimPrefix(r.GetKind().String(), "KIND_")))
+	case !now.Before(until):
+		return e, false, fmt.Errorf("%w: %x expired at %s", errNotRevoked, serial, until.Format(time.RFC3339))
+	}
+	revoked := &capb.RevokedCertificate{Serial: serial, SpiffeId: r.GetSpiffeId(), Authority: r.GetAuthority(), Reason: uint32(reason), Revoked: now.Unix(), NotAfter: r.GetNotAfter()}
+	d := &capb.Decision{What: capb.Decision_WHAT_REVOKED, Instance: uint32(a.instance), Reason: comment, By: by, Revoked: revoked}
+	if e = entryOf(revoked, d); len(e.Authority) == 0 {
+		return e, false, fmt.Errorf("%w: the record of %x does not name its issuer", errNotRevoked, serial)
+	}
+	// The log first: what is recorded there a start makes part of the state.
+	if err := a.decide(ctx, d); err != nil {
+		return e, false, err
+	}
+	if err := a.storeRevoked(ctx, []revocation.Entry{e}); err != nil {
+		// It is recorded, so it counts, whatever became of the commit.
+		a.revoked.Store(a.revoked.Value().With(e))
+		return e, false, err
+	}
+	a.cfg.Log.Warn("certificate revoked", "serial", fmt.Sprintf("%x", serial), "spiffe_id", e.SPIFFEID, "reason", reason.String(), "by", by)
+	return e, false, nil
+}
+
+// issuedRecord is the record of a certificate.
+func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.IssuanceRecord, error) {
+	if len(serial) != serialLength {
+		return nil, fmt.Errorf("%w: a serial of this authority has %d bytes, this one has %d", errNotIssued, serialLength, len(serial))
+	}
+	b, err := a.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range b.logs {
+		if l.instance != uint32(serial[0]) {
+			continue
+		}
+		// A serial carries its time, and its record is of about then.
+		from, to := serialTime(serial).Add(-serialSlack), serialTime(serial).Add(serialSlack)
+		for rec, err := range l.Scan(ctx, l.Since(from)) {
+			if err != nil {
+				return nil, err
+			}
+			if rec.Time.After(to) {
+				break
+			}
+			r := &capb.IssuanceRecord{}
+			if err := proto.Unmarshal(rec.Data, r); err != nil {
+				return nil, fmt.Errorf("record %d of instance %d: %w", rec.Sequence, l.instance, err)
+			}
+			if bytes.Equal(r.GetSerial(), serial) {
+				return r, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%w: the issuance log has no record of %x", errNotIssued, serial)
+}
+
+// listIssuers are the authorities that need a list: those whose certificates can be
+// valid, and the one that is about to be used. Of one without a key nobody has it any
+// more.
+func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err error) {
+	add := func(iss *issuer) {
+		if now.Before(iss.cert.NotAfter) && !slices.ContainsFunc(out, func(o *issuer) bool { return o.cert.Equal(iss.cert) }) {
+			out = append(out, iss)
+		}
+	}
+	if s := a.stagedNow.Load(); s != nil {
+		add(s.issuer)
+	}
+	if iss := a.intermediate.Load(); iss != nil {
+		add(iss)
+	}
+	var errs []error
+	for _, e := range j.Authorities {
+		if e.Kind != kindIntermediate || e.State != stateActive && e.State != stateOld {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(out, func(o *issuer) bool { return o.cert.Equal(c) }) || !now.Before(c.NotAfter) {
+			continue
+		}
+		iss := &issuer{cert: c}
+		if e.Key != "" {
+			if iss.key, err = a.keys.Open(e.Kind, e.Key, c.PublicKey); err != nil {
+				errs = append(errs, fmt.Errorf("the CRL of %s: %w", c.Subject, err))
+			}
+		}
+		out = append(out, iss)
+	}
+	return out, errors.Join(errs...)
+}
+
+// signLists signs a list of each authority under the number that the journal has by
+// now, stores them, and makes them the current ones. Where one cannot be signed the
+// former one stays, and the error says so. trustMu is held.
+func (a *Authority) signLists(ctx context.Context) error {
+	now, err := a.clock.now()
+	if err != nil {
+		return fmt.Errorf("signing CRLs: %w", err)
+	}
+	j, set, before := a.current(), a.revoked.Value(), a.lists.value()
+	issuers, err := a.listIssuers(j, now)
+	errs := []error{err}
+	next := map[string]*x509.RevocationList{}
+	for _, iss := range issuers {
+		id := string(iss.cert.SubjectKeyId)
+		if old := before[id]; old != nil {
+			next[id] = old
+		}
+		if iss.key == nil {
+			continue
+		}
+		c, err := revocation.Sign(revocation.Order{Issuer: iss.cert, Key: iss.key, Number: j.Sequence,
+			From: now.Add(-a.cfg.SVID.Backdate), Until: now.Add(a.cfg.CRL.Lifetime), Revoked: set})
+		if err == nil {
+			_, err = a.store.Commit(ctx, nil, []storage.Op{{Key: revocation.ListKey(iss.cert.SubjectKeyId), Value: c.Raw}})
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		next[id] = c
+	}
+	var gone []storage.Op
+	for id := range before {
+		if next[id] == nil {
+			gone = append(gone, storage.Op{Key: revocation.ListKey([]byte(id)), Delete: true})
+		}
+	}
+	for part := range slices.Chunk(gone, storage.MaxOps) {
+		if _, err := a.store.Commit(ctx, nil, part); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	a.lists.store(next)
+	err = errors.Join(errs...)
+	a.lists.mu.Lock()
+	defer a.lists.mu.Unlock()
+	a.lists.retry = time.Time{}
+	if err != nil {
+		a.lists.retry = now.Add(listPause)
+		return fmt.Errorf("publishing CRLs: %w", err)
+	}
+	a.cfg.Log.Info("CRLs signed", "number", j.Sequence, "count", len(next), "revoked", len(set), "next_update", now.Add(a.cfg.CRL.Lifetime))
+	return nil
+}
+
+// tendLists signs the lists anew when it is time, and forgets what expired.
+func (a *Authority) tendLists(ctx context.Context, now time.Time) error {
+	if err := a.forgetRevoked(ctx, now); err != nil {
+		return err
+	}
+	if !a.cfg.CRL.Enabled || !a.listsDue(now) {
+		return nil
+	}
+	return a.changeTrust(ctx, func(*journal) error { return nil })
+}
+
+// listsDue reports whether a list is missing, does not say what it has to, or is at
+// half of its life.
+func (a *Authority) listsDue(now time.Time) bool {
+	a.lists.mu.Lock()
+	retry := a.lists.retry
+	a.lists.mu.Unlock()
+	if now.Before(retry) {
+		return false
+	}
+	by, set := a.lists.value(), a.revoked.Value()
+	due := func(iss *issuer) bool {
+		c := by[string(iss.cert.SubjectKeyId)]
+		return c == nil || !revocation.Holds(c, set)
+	}
+	if s := a.stagedNow.Load(); s != nil && due(s.issuer) || due(a.intermediate.Load()) {
+		return true
+	}
+	half := a.cfg.CRL.Lifetime / 2
+	// Of an authority without a key the list ends; the SVIDs under it ended before.
+	return slices.ContainsFunc(a.lists.all(), func(c *x509.RevocationList) bool {
+		return a.hasKey(c.AuthorityKeyId) && (c.NextUpdate.Sub(now) < half || !revocation.Holds(c, set))
+	})
+}
+
+// hasKey reports whether the key of an authority is there to sign lists.
+func (a *Authority) hasKey(authority []byte) bool {
+	if iss := a.intermediate.Load(); bytes.Equal(iss.cert.SubjectKeyId, authority) {
+		return true
+	}
+	if s := a.stagedNow.Load(); s != nil && bytes.Equal(s.issuer.cert.SubjectKeyId, authority) {
+		return true
+	}
+	return slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool {
+		c, err := e.cert()
+		return err == nil && c != nil && e.Key != "" && bytes.Equal(c.SubjectKeyId, authority)
+	})
+}
+
+// forgetRevoked drops what need not be said any more.
+func (a *Authority) forgetRevoked(ctx context.Context, now time.Time) error {
+	a.revokeMu.Lock()
+	defer a.revokeMu.Unlock()
+	said, over := a.revoked.Value().Split(now, a.cfg.CRL.Lifetime)
+	if len(over) == 0 {
+		return nil
+	}
+	for part := range slices.Chunk(over, storage.MaxOps) {
+		var ops []storage.Op
+		for _, e := range part {
+			ops = append(ops, storage.Op{Key: revocation.Key(e.Serial), Delete: true})
+		}
+		if _, err := a.store.Commit(ctx, nil, ops); err != nil {
+			return fmt.Errorf("forgetting revocations of what expired: %w", err)
+		}
+	}
+	a.revoked.Store(said)
+	return nil
+}
+
+// listFirst reports whether an intermediate may be used only when everybody has its
+// list: proxies that check lists refuse what an authority without one issued.
+func (a *Authority) listFirst() bool {
+	iss := a.intermediate.Load()
+	return a.cfg.CRL.Enabled && iss != nil && time.Now().Before(iss.cert.NotAfter)
+}
+
+// listed is the sequence that agents must have acknowledged for an intermediate to be
+// used, and whether its list exists, if there has to be one.
+func (a *Authority) listed(s *staged) (sequence uint64, ok bool) {
+	if !a.cfg.CRL.Enabled {
+		return s.sequence, true
+	}
+	if c := a.lists.value()[string(s.issuer.cert.SubjectKeyId)]; s.list == 0 && c != nil {
+		s.list = c.Number.Uint64()
+	}
+	return max(s.sequence, s.list), s.list != 0
+}
+
+// refuseRevoked is an error for a certificate that was revoked.
+func (a *Authority) refuseRevoked(c *x509.Certificate) error {
+	if e, ok := a.revoked.Value()[string(serialBytes(c))]; ok {
+		return fmt.Errorf("certificate %x was revoked at %s (%v)", e.Serial, e.Revoked.Format(time.RFC3339), e.Reason)
+	}
+	return nil
+}
+
+// CRLs are the lists that are published, DER, by the subject key identifier of their
+// authority in hexadecimal.
+func (a *Authority) CRLs() map[string][]byte {
+	out := map[string][]byte{}
+	for id, c := range a.lists.value() {
+		out[fmt.Sprintf("%x", id)] = c.Raw
+	}
+	return out
+}
