@@ -7,7 +7,7 @@ STAMP   := github.com/signet-mesh/signet/cmd/internal/version
 BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X $(STAMP).release=$(VERSION) -X $(STAMP).commit=$(COMMIT)'
 TOOLS    = $$(go run ./integration/fetch tools)
 
-.PHONY: help build build-pkcs11 tools demo example-istio-ca test bench soak fuzz mutants lint generate image clean
+.PHONY: help build build-pkcs11 build-cloudkms tools demo example-istio-ca test bench soak fuzz mutants lint generate image clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,9 @@ build: ## build bin/signet-ca, bin/signet-agent and bin/signet
 
 build-pkcs11: ## build bin/signet-ca-pkcs11, which opens PKCS#11 tokens; needs a C compiler
 	$(subst CGO_ENABLED=0,CGO_ENABLED=1,$(BUILD)) -tags pkcs11 -o bin/signet-ca-pkcs11 ./cmd/ca
+
+build-cloudkms: ## build bin/signet-ca-cloudkms, which opens keys of AWS, Google Cloud and Azure
+	cd cmd/ca/cloudkms && $(BUILD) -o ../../../bin/signet-ca-cloudkms .
 
 tools: ## fetch or build what tests and lint need, once, into the user's cache
 	@go run ./integration/fetch

@@ -49,6 +49,8 @@ check 'go mod tidy' go mod tidy -diff
 for module in tools etcd kubernetes istio stepca; do
 	check "go mod tidy ($module)" go -C integration/$module mod tidy -diff
 done
+check 'go mod tidy (cloudkms)' go -C cmd/ca/cloudkms mod tidy -diff
+check 'go vet (cloudkms)' go -C cmd/ca/cloudkms vet .
 check 'generated code' generated
 check 'buf lint' "$tools/buf" lint
 # Against the wire format of the last release; `make image` records a new one.

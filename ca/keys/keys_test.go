@@ -140,7 +140,8 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		says string
 	}{
 		"a static program":               {keys.Config{Made: map[string]string{keys.Root: "pkcs11:token=a"}}, "make build-pkcs11"},
-		"a program without that cloud":   {keys.Config{Made: map[string]string{keys.Root: "awskms:key-id=a"}}, `scheme "awskms"`},
+		"a program without that cloud":   {keys.Config{Made: map[string]string{keys.Root: "awskms:key-id=a"}}, "make build-cloudkms"},
+		"a secret in the URI":            {keys.Config{Made: map[string]string{keys.Root: "azurekms:name=a;client-secret=b"}, Managers: map[string]keys.Opener{"azurekms": nil}}, "a secret does not belong"},
 		"an unknown scheme":              {keys.Config{Made: map[string]string{keys.Root: "x:y"}}, `scheme "x"`},
 		"no URI":                         {keys.Config{Made: map[string]string{keys.Root: "pkcs11"}}, "not a KMS URI"},
 		"a PIN in the URI":               {keys.Config{Managers: managers, Made: map[string]string{keys.Root: "pkcs11:token=a?pin-value=1234"}}, "pin-source"},

@@ -134,6 +134,9 @@ func (c Config) place(purpose, where string) (place, error) {
 	if u.Has("pin-value") || u.Has("pin-prompt") {
 		return place{}, errors.New("a PIN does not belong in a configuration that is printed and copied: use pin-source=FILE")
 	}
+	if u.Has("client-secret") {
+		return place{}, errors.New("a secret does not belong in a configuration that is printed and copied: leave out client-secret and set AZURE_CLIENT_SECRET, or use a workload identity")
+	}
 	if scheme != pkcs11Scheme {
 		// Making a key there costs money and rights that an authority should not have.
 		if purpose != Root {
@@ -159,6 +162,10 @@ func (c Config) linked(scheme string) error {
 		return nil
 	case scheme == pkcs11Scheme:
 		return errors.New("this build of signet-ca opens no pkcs11: keys, because it is static: build the one that does with `make build-pkcs11` (it needs a C compiler) and run bin/signet-ca-pkcs11")
+	}
+	switch scheme {
+	case "awskms", "cloudkms", "azurekms":
+		return fmt.Errorf("this build of signet-ca opens no %s: keys, so that it links no cloud's libraries: build the one that does with `make build-cloudkms` and run bin/signet-ca-cloudkms", scheme)
 	}
 	return fmt.Errorf("this build of signet-ca opens no keys of scheme %q", scheme)
 }
