@@ -26,8 +26,8 @@ import (
 	"google.golang.org/grpc"
 )
 
-// svid is workload i's, with its key, as a proxy gets it.
-func (s *standalone) svid(ctx context.Context, conn *grpc.ClientConn, i int) tls.Certificate {
+// ownSVID is workload i's, with its key, as a proxy gets it.
+func (s *standalone) ownSVID(ctx context.Context, conn *grpc.ClientConn, i int) tls.Certificate {
 	s.tb.Helper()
 	r, err := fetch(s.as(ctx, i), conn, "default")
 	if err != nil {
@@ -78,7 +78,7 @@ func TestARevokedSVIDIsRefusedByEnvoy(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	conn := s.dial()
-	stolen, other := s.svid(ctx, conn, 2), s.svid(ctx, conn, 1)
+	stolen, other := s.ownSVID(ctx, conn, 2), s.ownSVID(ctx, conn, 1)
 	for name, c := range map[string]tls.Certificate{"to be revoked": stolen, "the other": other} {
 		if code, err := over(inbound, c); code != 200 {
 			t.Fatalf("before, %s: %d, %v", name, code, err)
@@ -140,20 +140,20 @@ func TestRotationWithCRLsUnderTraffic(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	conn := s.dial()
-	first := s.svid(ctx, conn, 1)
+	first := s.ownSVID(ctx, conn, 1)
 	issuers := map[string]bool{}
 	requests := load(t, 200, func() int {
 		if code := ask(); code != 200 {
 			return code
 		}
-		code, err := over(inbound, s.svid(ctx, conn, 1)) // a handshake each
+		code, err := over(inbound, s.ownSVID(ctx, conn, 1)) // a handshake each
 		if err != nil {
 			t.Log(err)
 		}
 		return code
 	})
 	until(t, "two more intermediates are in use", func() bool {
-		c := s.svid(ctx, conn, 1)
+		c := s.ownSVID(ctx, conn, 1)
 		issuers[string(c.Leaf.AuthorityKeyId)] = true
 		return len(issuers) == 3
 	})
