@@ -144,7 +144,8 @@ func (k *KeySets) get(ctx context.Context, uri string, timeout time.Duration) ([
 		return nil, fmt.Errorf("the server answers %d", resp.StatusCode)
 	}
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxKeyBytes+1))
-	if err != nil {
+	// An answer that ends as the time does is none, even if it ends well.
+	if err != nil || ctx.Err() != nil {
 		return nil, causeOf(ctx, err)
 	}
 	if len(text) > maxKeyBytes {
