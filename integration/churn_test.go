@@ -26,6 +26,7 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc"
 
+	"github.com/signet-mesh/signet/identity/attest/devissuer"
 	"github.com/signet-mesh/signet/integration/envoytest"
 )
 
@@ -37,10 +38,11 @@ type edition struct {
 	allowed   uint8 // to w1, over mutual TLS
 	denied    uint8 // to everybody
 	plaintext uint8 // to everybody
+	token     uint8 // to w1 by a token in the request
 	tcp       bool  // bare connections are taken
 }
 
-func (e edition) yaml(inboundPort, tcpPort string) string {
+func (e edition) yaml(world churnWorld) string {
 	paths := func(mask uint8) string {
 		list := []string{"/never"}
 		for i := range 8 {
@@ -52,7 +54,7 @@ func (e edition) yaml(inboundPort, tcpPort string) string {
 	}
 	tcp := ""
 	if e.tcp {
-		tcp = fmt.Sprintf("  - {to: [{operation: {ports: [%q]}}]}\n", tcpPort)
+		tcp = fmt.Sprintf("  - {to: [{operation: {ports: [%q]}}]}\n", world.tcpPort)
 	}
 	return fmt.Sprintf(`apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -62,6 +64,7 @@ spec:
   rules:
   - {from: [{source: {principals: [cluster.local/ns/default/sa/w1]}}], to: [{operation: {methods: [GET], paths: %s}}]}
   - {to: [{operation: {methods: [GET], paths: %s}}]}
+  - {from: [{source: {requestPrincipals: ["%s/system:serviceaccount:default:w1"]}}], to: [{operation: {methods: [GET], paths: %s}}]}
   - {to: [{operation: {paths: [/edition/%d]}}]}
 %s---
 apiVersion: security.istio.io/v1
@@ -71,21 +74,32 @@ spec:
   action: DENY
   rules: # of a bare connection the port alone is read
   - {to: [{operation: {ports: [%q], paths: %s}}]}
-`, paths(e.allowed), paths(e.plaintext), e.n, tcp, inboundPort, paths(e.denied))
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: tokens, namespace: default}
+spec: {selector: {matchLabels: {app: w0}}, jwtRules: [{issuer: %q, jwksUri: %q}]}
+`, paths(e.allowed), paths(e.plaintext), world.issuer, paths(e.token), e.n, tcp, world.inboundPort, paths(e.denied), world.issuer, world.jwks)
 }
 
+// churnWorld is what stays the same in all editions.
+type churnWorld struct{ inboundPort, tcpPort, issuer, jwks string }
+
 // allows is the decision of the edition about a path: for w1, for anybody else, and
-// for a connection (path -1).
+// for a connection (path -1). The caller "token" is w1 with a token in its requests,
+// "forged" has one that somebody else signed.
 func (e edition) allows(who string, path int) bool {
 	switch {
 	case path < 0:
 		return e.tcp
+	case who == "forged":
+		return false
 	case e.denied&(1<<path) != 0:
 		return false
 	case e.plaintext&(1<<path) != 0:
 		return true
 	}
-	return who == "w1" && e.allowed&(1<<path) != 0
+	return who == "w1" && e.allowed&(1<<path) != 0 || who == "token" && e.token&(1<<path) != 0
 }
 
 // history is when which edition may have been in force: from when it was written
@@ -132,14 +146,16 @@ func (h *history) possible(who string, path int, from, to time.Time) (allow, den
 
 // counts are what became of requests.
 type counts struct {
-	sure, during, allowed, denied, unanswered, wrong atomic.Int64
+	sure, during, allowed, denied, unanswered, late, wrong atomic.Int64
 }
 
-// TestNoWrongDecisionUnderChurn: clients of a real Envoy, over mutual TLS, plaintext
-// and bare connections, while the policies change several times a second and the agent
-// is restarted, orderly and not. Each answer has to be the decision of an edition of
+// TestNoWrongDecisionUnderChurn: clients of a real Envoy, over mutual TLS, plaintext,
+// with tokens and over bare connections, while the policies change several times a
+// second, the agent is restarted, orderly and not, and the server of the tokens' keys
+// is away half of the time, also when the agent starts. Each answer has to be the decision of an edition of
 // the policies that was in force while the request lived. No answer at all (403 without
-// a reason, a closed connection) is allowed only while the agent is away.
+// a reason, a closed connection) is allowed only while the agent is away, or where the
+// proxy has waited for its whole timeout.
 func TestNoWrongDecisionUnderChurn(t *testing.T) {
 	tcpAddr, inbound := freeAddr(t), freeAddr(t)
 	_, tcpPort, _ := net.SplitHostPort(tcpAddr)
@@ -148,18 +164,41 @@ func TestNoWrongDecisionUnderChurn(t *testing.T) {
 	t.Cleanup(app.Close)
 	echo := echoServer(t)
 
-	s := newStandalone(t, programs(t), 3, edition{}.yaml(inboundPort, tcpPort), func(s *standalone) {
+	// What the agent saves, keys of tokens among it, must be on a tmpfs.
+	state, err := os.MkdirTemp("/dev/shm", "signet-churn-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(state) })
+	var keys keyServer
+	keysURL := httptest.NewServer(&keys)
+	t.Cleanup(keysURL.Close)
+	world := churnWorld{inboundPort, tcpPort, devissuer.DefaultURL, keysURL.URL + "/jwks"}
+	s := newStandalone(t, programs(t), 3, edition{}.yaml(world), func(s *standalone) {
+		keys.set = s.issuer.JWKS()
 		s.before = func() {
-			f, err := os.OpenFile(filepath.Join(s.dir, "signet-agent.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+			file := filepath.Join(s.dir, "signet-agent.yaml")
+			b, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer f.Close()
-			if _, err := f.WriteString("checks: {denial: {reason: true}}\n"); err != nil {
-				t.Fatal(err)
-			}
+			text := strings.Replace(string(b), `stateDir: ""`, "stateDir: "+state+"/state\nallowSwap: true", 1)
+			text = strings.Replace(text, "policies: {", "policies: {keys: {refresh: 1s, allowPlaintext: true, allowAddresses: [127.0.0.1]}, ", 1)
+			s.write("signet-agent.yaml", text+"checks: {denial: {reason: true}}\n")
 		}
 	})
+	if s.issuer.URL() != world.issuer {
+		t.Fatalf("the issuer is %s", s.issuer.URL())
+	}
+	stranger, err := devissuer.New(devissuer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged, err := stranger.Token(devissuer.Claims{Audience: []string{"api"}, Namespace: "default", ServiceAccount: "w1", Pod: "uid-w1", PodUID: "uid-w1", Node: "node-a", TTL: time.Hour}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := map[string]string{"token": s.token("api", "default", "w1", "uid-w1", "node-a"), "forged": forged}
 	s.write("w0-token", s.token("signet", "default", "w0", "uid-w0", "node-a"))
 	file := filepath.Join(s.dir, "envoy.yaml")
 	if out, err := exec.Command(filepath.Join(s.bin, "signet"), "envoy", "bootstrap", "-o", file, "--socket", s.dir+"/sock/agent.sock", "--token-file", s.dir+"/w0-token",
@@ -176,22 +215,23 @@ func TestNoWrongDecisionUnderChurn(t *testing.T) {
 	start := time.Now()
 	var got counts
 	var group sync.WaitGroup
-	certificates := map[string]*tls.Certificate{"w1": s.svid(t, 1), "w2": s.svid(t, 2), "": nil}
+	certificates := map[string]*tls.Certificate{"w1": s.svid(t, 1), "w2": s.svid(t, 2)}
+	s.untilTokensAreGood(t, inbound, tokens["token"])
 	for i := range 64 {
-		who := []string{"w1", "w1", "w2", ""}[i%4]
+		who := []string{"w1", "token", "w2", "", "w1", "token", "forged", ""}[i%8]
 		group.Go(func() {
 			if i%16 == 15 {
 				got.connect(ctx, t, h, tcpAddr)
 			} else {
-				got.request(ctx, t, h, inbound, who, certificates[who])
+				got.request(ctx, t, h, inbound, who, certificates[who], tokens[who])
 			}
 		})
 	}
-	writes := s.change(t, h, inboundPort, tcpPort)
+	writes := s.change(t, h, world, &keys)
 	stop()
 	group.Wait()
-	t.Logf("note: %d answers in %s under %d editions of the policies and %d restarts of the agent: %d by the one edition in force, %d while it changed; %d allowed, %d denied, %d unanswered while the agent was away, %d wrong",
-		got.sure.Load()+got.during.Load()+got.unanswered.Load(), time.Since(start).Round(time.Second), writes, len(h.away), got.sure.Load(), got.during.Load(), got.allowed.Load(), got.denied.Load(), got.unanswered.Load(), got.wrong.Load())
+	t.Logf("note: %d answers in %s under %d editions of the policies and %d restarts of the agent: %d by the one edition in force, %d while it changed; %d allowed, %d denied, %d unanswered while the agent was away, %d because of the timeout, %d wrong; the keys were asked for %d times, of which %d in vain",
+		got.sure.Load()+got.during.Load()+got.unanswered.Load(), time.Since(start).Round(time.Second), writes, len(h.away), got.sure.Load(), got.during.Load(), got.allowed.Load(), got.denied.Load(), got.unanswered.Load(), got.late.Load(), got.wrong.Load(), keys.asked.Load(), keys.refused.Load())
 	if n := got.wrong.Load(); n > 0 {
 		t.Errorf("%d wrong decisions", n)
 	}
@@ -200,15 +240,20 @@ func TestNoWrongDecisionUnderChurn(t *testing.T) {
 	}
 }
 
+// checkTimeout is how long the proxy waits for an answer. On a machine that does not get
+// round to a process for so long the request is denied without one.
+const checkTimeout = 3 * time.Second
+
 // change writes editions, makes sure of each, and restarts the agent now and then, for
 // the time of the flag, but never less than a few.
-func (s *standalone) change(t *testing.T, h *history, inboundPort, tcpPort string) (written int) {
+func (s *standalone) change(t *testing.T, h *history, world churnWorld, keys *keyServer) (written int) {
 	client := authv3.NewAuthorizationClient(s.dial())
 	calls := s.as(t.Context(), 0)
 	end := time.Now().Add(*churn)
 	for n := 1; n <= 8 || time.Now().Before(end); n++ {
-		e := edition{n, uint8(rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), rand.IntN(2) == 0}
-		s.write("next.yaml", e.yaml(inboundPort, tcpPort))
+		e := edition{n, uint8(rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), uint8(rand.Uint32() & rand.Uint32()), uint8(rand.Uint32()), rand.IntN(2) == 0}
+		keys.away.Store(n/3%2 == 1)
+		s.write("next.yaml", e.yaml(world))
 		h.mu.Lock()
 		h.editions = append(h.editions, period{e, lifetime{from: time.Now()}})
 		h.mu.Unlock()
@@ -273,6 +318,8 @@ func (c *counts) judge(t *testing.T, h *history, who string, path int, from time
 		}
 	case !allowed && away:
 		c.unanswered.Add(1)
+	case !allowed && to.Sub(from) >= checkTimeout:
+		c.late.Add(1)
 	default:
 		if c.wrong.Add(1) <= 5 {
 			t.Errorf("%q asked for path %d from %s for %s: allowed %v, denied %v (%s); possible were allow %v, deny %v, by %d editions", who, path, from, to.Sub(from), allowed, denied, detail, mayAllow, mayDeny, editions)
@@ -281,7 +328,7 @@ func (c *counts) judge(t *testing.T, h *history, who string, path int, from time
 }
 
 // request asks for paths over one connection until ctx ends.
-func (c *counts) request(ctx context.Context, t *testing.T, h *history, address, who string, certificate *tls.Certificate) {
+func (c *counts) request(ctx context.Context, t *testing.T, h *history, address, who string, certificate *tls.Certificate, token string) {
 	transport := &http.Transport{MaxConnsPerHost: 1}
 	defer transport.CloseIdleConnections()
 	scheme := "http"
@@ -294,7 +341,7 @@ func (c *counts) request(ctx context.Context, t *testing.T, h *history, address,
 	for ctx.Err() == nil {
 		path := rand.IntN(8)
 		from := time.Now()
-		resp, err := client.Get(fmt.Sprintf("%s://%s/p%d?q=1", scheme, address, path))
+		resp, err := client.Do(bearing(ctx, fmt.Sprintf("%s://%s/p%d?q=1", scheme, address, path), token))
 		if err != nil {
 			t.Errorf("%q: %v", who, err)
 			return
@@ -309,12 +356,62 @@ func (c *counts) request(ctx context.Context, t *testing.T, h *history, address,
 		case resp.StatusCode == 200 && string(body) == "app":
 			c.judge(t, h, who, path, from, true, false, "200")
 		case resp.StatusCode == 403:
-			c.judge(t, h, who, path, from, false, reason == "deny-rule" || reason == "no-allow-rule", "403 "+reason)
+			c.judge(t, h, who, path, from, false, who != "forged" && (reason == "deny-rule" || reason == "no-allow-rule"), "403 "+reason)
+		case resp.StatusCode == 401:
+			c.judge(t, h, who, path, from, false, who == "forged" && reason == "token-refused", "401 "+reason)
 		default:
 			t.Errorf("%q: status %d, %q", who, resp.StatusCode, body)
 			return
 		}
 		time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // the load, not a synchronisation
+	}
+}
+
+// bearing is a request with a token, if there is one. It is not given up when the test
+// ends: an answer that is not waited for would not be judged.
+func bearing(ctx context.Context, url, token string) *http.Request {
+	r, err := http.NewRequestWithContext(context.WithoutCancel(ctx), http.MethodGet, url, nil)
+	if err != nil {
+		panic(err) // the URL is the test's own
+	}
+	if token != "" {
+		r.Header.Set("Authorization", "Bearer "+token)
+	}
+	return r
+}
+
+// keyServer serves a key set, or answers 503.
+type keyServer struct {
+	set            []byte
+	away           atomic.Bool
+	asked, refused atomic.Int64
+}
+
+func (k *keyServer) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+	k.asked.Add(1)
+	if k.away.Load() {
+		k.refused.Add(1)
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	}
+	_, _ = w.Write(k.set)
+}
+
+// untilTokensAreGood waits until the agent has the keys: before it has them for the
+// first time it refuses every token.
+func (s *standalone) untilTokensAreGood(t *testing.T, inbound, token string) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		resp, err := http.DefaultClient.Do(bearing(t.Context(), "http://"+inbound+"/p0", token))
+		if err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusForbidden && resp.Header.Get("x-signet-reason") == "no-allow-rule" {
+				return
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("a good token is still refused: %v, %v", resp, err)
+		}
 	}
 }
 

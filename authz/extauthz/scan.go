@@ -301,8 +301,24 @@ func texts(b []byte, one, other uint64) bool {
 	return true
 }
 
+// two is a message of two short fields of bytes with those tags, in that order, as
+// nearly all headers are; ok is false for any other.
+func two(b []byte, first, second byte) (one, other []byte, ok bool) {
+	if len(b) < 4 || b[0] != first || b[1] >= 0x80 {
+		return nil, nil, false
+	}
+	end := 2 + int(b[1])
+	if end+2 > len(b) || b[end] != second || b[end+1] >= 0x80 || end+2+int(b[end+1]) != len(b) {
+		return nil, nil, false
+	}
+	return b[2:end:end], b[end+2:], true
+}
+
 // entry reads one of a map of texts.
 func entry(b []byte) (p pair, ok bool) {
+	if k, v, ok := two(b, entryKey, entryValue); ok {
+		return pair{k, v}, validText(k) && validText(v)
+	}
 	for len(b) > 0 {
 		tag, data, rest := field(b)
 		ok := tag != 0
@@ -385,6 +401,10 @@ func (a *attributes) headers(b []byte) bool {
 }
 
 func (h *rawHeader) scan(b []byte) bool {
+	if k, v, ok := two(b, headerKey, headerBytes); ok {
+		h.key, h.bytes = k, v
+		return validText(k)
+	}
 	for len(b) > 0 {
 		tag, data, rest := field(b)
 		ok := tag != 0
