@@ -463,7 +463,8 @@ func TestWatchesThatEndLoseNothing(t *testing.T) {
 			case <-stop:
 				opened <- n
 				return
-			default:
+			// A state stays until the next event of the API server, for milliseconds.
+			case <-time.After(200 * time.Microsecond):
 				if c.decide("shop", "/private") != authz.ReasonNoAllowRule {
 					n++
 				}
