@@ -33,7 +33,8 @@ example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in 
 	@PATH="$(CURDIR)/bin:$$PATH" exec bash examples/istio-ca/run.sh
 
 test: tools ## run all tests, with the race detector
-	@go run ./integration/testrun -race -timeout 20m ./...
+	@# Package integration takes longest, so it starts first.
+	@go run ./integration/testrun -race -timeout 20m ./integration ./...
 
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
@@ -41,6 +42,7 @@ bench: tools ## run all benchmarks, also those of other engines, and write bin/b
 soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
+	go test -race ./integration -run TestDemoHolds -demo-within 1m
 	go test -race -timeout 20m ./integration -run TestAgentKilledUnderIssuance -kill-agent 1m -v
 	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
 	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v

@@ -254,6 +254,7 @@ func fetch(ctx context.Context, conn *grpc.ClientConn, names ...string) (*discov
 // TestGarbageIsRefusedAndHarmsNobody throws at both doors what is no protocol, and
 // what is too much of one; then both still serve.
 func TestGarbageIsRefusedAndHarmsNobody(t *testing.T) {
+	t.Parallel()
 	s := newStandalone(t, programs(t), 2, "")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

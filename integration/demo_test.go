@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"os"
@@ -217,9 +218,15 @@ func (d *demo) table(t *testing.T) demoTable {
 	return table
 }
 
+// demoWithin is how long the demo may take; make soak asserts it, where nothing else
+// runs.
+var demoWithin = flag.Duration("demo-within", demoPatience, "how long the demo of TestDemoHolds may take")
+
+// It is not parallel: a request waits only some seconds for an agent that restarts.
 func TestDemoHolds(t *testing.T) {
+	d := newDemo(t, "--output", "json")
 	began := time.Now()
-	d := startDemo(t, "--output", "json")
+	d.start(t)
 	if code := d.wait(t); code != 0 {
 		t.Errorf("exit status %d, want 0", code)
 	}
@@ -239,15 +246,16 @@ func TestDemoHolds(t *testing.T) {
 	if !slices.Equal(names, demoRows) || !table.Held {
 		t.Errorf("held %t, rows %v, want %v", table.Held, names, demoRows)
 	}
-	t.Logf("the demo took %.1f s", took.Seconds())
-	if took > time.Minute {
-		t.Errorf("the demo took %s, more than a minute", took)
+	t.Logf("note: the demo took %.1f s", took.Seconds())
+	if took > *demoWithin {
+		t.Errorf("the demo took %s, more than %s", took, *demoWithin)
 	}
 }
 
 // TestDemoRowsCanFail: a sabotaged row does not hold, the exit status says so and
 // the error names the row, and what was sabotaged is mended: no other row fails.
 func TestDemoRowsCanFail(t *testing.T) {
+	t.Parallel()
 	for _, row := range demoRows {
 		t.Run(row, func(t *testing.T) {
 			t.Parallel()
@@ -281,6 +289,7 @@ func TestDemoRowsCanFail(t *testing.T) {
 }
 
 func TestDemoInterruptedLeavesNothing(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		until string // standard error says this
 		after time.Duration

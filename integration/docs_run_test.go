@@ -21,9 +21,11 @@ var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 // a page in one shell, each block's output compared with the one that is printed
 // below it, line by line.
 func TestDocsCommands(t *testing.T) {
+	t.Parallel()
 	bin := programs(t)
 	for _, page := range []string{"standalone.md", "policies.md", "explain.md", "istio.md", "authority.md"} {
 		t.Run(page, func(t *testing.T) {
+			t.Parallel() // no two pages name the same port
 			text, err := os.ReadFile(filepath.Join("../docs", page))
 			if err != nil {
 				t.Fatal(err)

@@ -100,6 +100,7 @@ func (s *standalone) roots(ctx context.Context, conn *grpc.ClientConn) []*x509.C
 // TestOfflineRootUnderTraffic: openssl is the root. It signs the first of a series before
 // the authority starts, and the next while two Envoys talk under it.
 func TestOfflineRootUnderTraffic(t *testing.T) {
+	t.Parallel()
 	var s *standalone
 	newStandalone(t, programs(t), 2, "", func(n *standalone) {
 		s = n
@@ -177,6 +178,7 @@ func (s *standalone) sign(name string, from, to time.Duration) {
 // TestCacertsUnderTraffic: two Envoys talk under Istio's cacerts while the issuer is
 // replaced, first under the same root, then under another; the old root leaves.
 func TestCacertsUnderTraffic(t *testing.T) {
+	t.Parallel()
 	root, next := externaltest.Root(t, "one", externaltest.RSA2048), externaltest.Root(t, "two", externaltest.P256)
 	dir := t.TempDir()
 	first, second, third := root.Intermediate(t, "first", externaltest.RSA2048), root.Intermediate(t, "second", externaltest.P256), next.Intermediate(t, "third", externaltest.P256)
@@ -210,6 +212,7 @@ func TestCacertsUnderTraffic(t *testing.T) {
 
 // TestUpstreamStepCA has step-ca sign every intermediate.
 func TestUpstreamStepCA(t *testing.T) {
+	t.Parallel()
 	root, err := parts.Root()
 	if err != nil {
 		t.Fatal(err)

@@ -415,6 +415,7 @@ func tellsAuthors(t *testing.T, c *kubetest.Cluster) {
 }
 
 func TestAgentUsesExactlyItsPermissions(t *testing.T) {
+	t.Parallel()
 	c := kubetest.Start(t, kubetest.Options{AuditLog: true})
 	n := newKubeNode(t, c, "", "")
 	// Each kind of policy reaches it.
@@ -427,7 +428,7 @@ func TestAgentUsesExactlyItsPermissions(t *testing.T) {
 	}
 	n.stop("signet-agent", syscall.SIGTERM)
 	// Once more, as with an API server that does not stream lists.
-	t.Setenv("KUBE_FEATURE_WatchListClient", "false")
+	n.env = append(n.env, "KUBE_FEATURE_WatchListClient=false")
 	n.start("signet-agent")
 	n.stop("signet-agent", syscall.SIGTERM)
 	usesExactly(t, c, "signet-system/signet-agent")

@@ -87,7 +87,7 @@ var withPKCS11 = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "signet-ca-pkcs11")
-	cmd := exec.Command("go", "build", "-race", "-tags", "pkcs11", "-o", path, "../cmd/ca")
+	cmd := exec.Command("go", "build", "-race", "-ldflags=-s -w", "-tags", "pkcs11", "-o", path, "../cmd/ca")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return path, fmt.Errorf("building signet-ca with PKCS#11: %w\n%s", err, out)
 	}
@@ -186,6 +186,7 @@ func (s *standalone) keyFiles() (names []string) {
 // TestATokenSignsTheIntermediate: the root's key is in SoftHSM and nowhere else; the
 // intermediate's is a file. Without the token leaves are issued, and nothing starts.
 func TestATokenSignsTheIntermediate(t *testing.T) {
+	t.Parallel()
 	tok := newToken(t)
 	s := newStandalone(t, programs(t), 1, "", onToken(tok, pkcs11Program(t), "root"))
 	if got := strings.Join(s.keyFiles(), " "); got != "intermediate log" {
@@ -254,6 +255,7 @@ func (s *standalone) refuses(t *testing.T) string {
 // is out nothing is issued and readiness says why; when it is back all goes on,
 // without a restart.
 func TestATokenThatIsTakenOutAndPutBack(t *testing.T) {
+	t.Parallel()
 	tok := newToken(t)
 	s := newStandalone(t, programs(t), 3, "", onToken(tok, pkcs11Program(t), "root", "intermediate"))
 	if got := strings.Join(s.keyFiles(), " "); got != "log" {

@@ -24,7 +24,7 @@ func programs(t testing.TB) string {
 			return
 		}
 		for name, pkg := range map[string]string{"signet-ca": "ca", "signet-agent": "agent", "signet": "signet"} {
-			cmd := exec.Command("go", "build", "-race", "-o", filepath.Join(built.dir, name), "../cmd/"+pkg)
+			cmd := exec.Command("go", "build", "-race", "-ldflags=-s -w", "-o", filepath.Join(built.dir, name), "../cmd/"+pkg)
 			if built.out, built.err = cmd.CombinedOutput(); built.err != nil {
 				return
 			}

@@ -276,7 +276,7 @@ func ask(transport http.RoundTripper, url string) error {
 // that was ended finds its port again.
 func freePorts(n int) (ports []string, err error) {
 	for tries := 0; len(ports) < n; tries++ {
-		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(10000+rand.IntN(20000)))
+		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(16000+rand.IntN(12000)))
 		if err != nil {
 			if tries > 100 {
 				return nil, err
