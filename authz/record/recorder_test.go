@@ -327,6 +327,15 @@ func TestRecorderBesideChecks(t *testing.T) {
 		})
 	}
 	all.Wait()
+	// At the end only so long is waited for what is not written yet.
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		mu.Lock()
+		done := n == 800
+		mu.Unlock()
+		if done {
+			break
+		}
+	}
 	cancel()
 	run.Wait()
 	if n != 800 {

@@ -109,6 +109,7 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 		}
 		must(s.Delete(policy("gone", 1)))
 		time.Sleep(10 * time.Minute)
+		synctest.Wait()
 		if n := tries["bad"]; n < 10 || n > 20 {
 			t.Errorf("a policy that cannot be reported was tried %d times in ten minutes", n)
 		}
@@ -117,6 +118,7 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 		}
 		works = true
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if n := len(done); n != 4 || p.Waiting() != 0 {
 			t.Errorf("at last %q were reported, and %d wait", done, p.Waiting())
 		}
