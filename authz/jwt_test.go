@@ -157,7 +157,8 @@ func TestRulesAreTriedByIssuer(t *testing.T) {
 	if want := []string{"a", "b1", "b2", "c"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
-	if &p.Verifies()[0] != &p.Verifies()[0] || (*authz.Program)(nil).Verifies() != nil || tokenProgram(t).Verifies() != nil {
+	first, again := p.Verifies(), p.Verifies()
+	if &first[0] != &again[0] || (*authz.Program)(nil).Verifies() != nil || tokenProgram(t).Verifies() != nil {
 		t.Error("not the same, or some of nothing")
 	}
 	// Where everything is refused nobody looks for tokens.

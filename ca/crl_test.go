@@ -442,7 +442,7 @@ func TestAnIntermediateIsNotUsedBeforeItsList(t *testing.T) {
 		w := newWorld(t, withCRL, func(c *ca.Config) { c.HeadInterval, c.SVID.AgentTTL = time.Hour, 24*time.Hour })
 		defer w.close()
 		stop := w.run()
-		agent, cert := w.attest(agentA)
+		agent, _ := w.attest(agentA)
 		s, err := agent.WatchTrust(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -456,7 +456,7 @@ func TestAnIntermediateIsNotUsedBeforeItsList(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(3 * 24 * time.Hour) // before half of its life; the agent's SVID is another by then
-		_, cert = w.attest(agentA)
+		_, cert := w.attest(agentA)
 		time.Sleep(14 * time.Hour)
 		trust, _ := w.Trust()
 		if !w.Intermediate().Equal(first) || len(trust.CRLs()) != 2 {

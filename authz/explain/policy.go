@@ -325,9 +325,7 @@ func (s *search) policyRepairs(a at) (out []edit) {
 			add(s.removeRule(&rule.Rule))
 		}
 	case authz.ReasonNoAllowRule, authz.ReasonAllowUnknown:
-		for _, e := range s.widen(a) {
-			out = append(out, e)
-		}
+		out = append(out, s.widen(a)...)
 		if p, ok := s.newRule(a); ok {
 			add(p)
 		} else {

@@ -326,5 +326,6 @@ func sortedNames(h http.Header) []string {
 }
 
 func option(name, value string, more bool) *corev3.HeaderValueOption {
+	//lint:ignore SA1019 this is the field that every Envoy's ext_authz filter reads; append_action is not
 	return &corev3.HeaderValueOption{Header: &corev3.HeaderValue{Key: name, Value: value}, Append: wrapperspb.Bool(more)}
 }

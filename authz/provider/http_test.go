@@ -75,6 +75,7 @@ func TestHTTPProviderGetsTheRequest(t *testing.T) {
 	ok := a.GetOkResponse()
 	var headers []string
 	for _, h := range ok.GetHeaders() {
+		//lint:ignore SA1019 see option
 		headers = append(headers, fmt.Sprintf("%s=%s %t", h.Header.Key, h.Header.Value, h.Append.GetValue()))
 	}
 	if s := strings.Join(headers, ", "); s != "x-group=a false, x-group=b true, x-user=alice false" {

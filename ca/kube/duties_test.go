@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -85,6 +86,7 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 		}
 		s := p.Store()
 		began := time.Now()
+		var mu sync.Mutex // guards what follows; a sleep in fake time orders nothing
 		var done []string
 		tries, works := map[string]int{}, false
 		ctx, cancel := context.WithCancel(t.Context())
@@ -92,6 +94,8 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 		go func() {
 			defer close(ended)
 			p.Work(ctx, func(o *unstructured.Unstructured, attempt int) error {
+				mu.Lock()
+				defer mu.Unlock()
 				tries[o.GetName()]++
 				if (o.GetName() == "bad" || o.GetName() == "gone") && !works {
 					return errors.New("refused")
@@ -104,12 +108,15 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 		synctest.Wait()
 		must(s.Update(policy("a", 2)))
 		synctest.Wait()
+		mu.Lock()
 		if want := []string{"a 1 after 0s, attempt 0", "b 1 after 0s, attempt 0", "a 2 after 0s, attempt 0"}; !slices.Equal(done, want) {
 			t.Errorf("reported were %q, want %q", done, want)
 		}
+		mu.Unlock()
 		must(s.Delete(policy("gone", 1)))
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
+		mu.Lock()
 		if n := tries["bad"]; n < 10 || n > 20 {
 			t.Errorf("a policy that cannot be reported was tried %d times in ten minutes", n)
 		}
@@ -117,8 +124,11 @@ func TestPoliciesDoNotWaitForEachOther(t *testing.T) {
 			t.Errorf("one that is gone was tried %d times", n)
 		}
 		works = true
+		mu.Unlock()
 		time.Sleep(time.Minute)
 		synctest.Wait()
+		mu.Lock()
+		defer mu.Unlock()
 		if n := len(done); n != 4 || p.Waiting() != 0 {
 			t.Errorf("at last %q were reported, and %d wait", done, p.Waiting())
 		}
