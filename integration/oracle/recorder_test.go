@@ -5,9 +5,12 @@ import (
 	"crypto/sha256"
 	"flag"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,7 +27,9 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
@@ -124,12 +129,27 @@ func (c heldCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	got, want := extauthz.FromBytes(b, authz.FieldsHTTP, &scanned), extauthz.FromCheckRequest(check, &read)
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		c.tb.Errorf("%x\nscanned: %v\nread: %v", b, got, want)
+	} else if want != nil || same(read, scanned) {
+		return c.keep(b)
 	} else if d := cmp.Diff(read, scanned, cmpopts.EquateComparable(netip.Addr{}), protocmp.Transform(), cmpopts.EquateEmpty(), cmpopts.SortSlices(func(a, b authz.Header) int {
 		return strings.Compare(a.Name, b.Name)
-	})); want == nil && d != "" {
+	})); d != "" {
 		c.tb.Errorf("%x: read and scanned: %s", b, d)
 	}
 	return c.keep(b)
+}
+
+// same is a quick look that finds most equal requests equal; a diff of each would take
+// longer than the proxies.
+func same(a, b authz.Request) bool {
+	if !proto.Equal(a.Claims, b.Claims) || !maps.EqualFunc(a.Metadata, b.Metadata, func(a, b *structpb.Struct) bool { return proto.Equal(a, b) }) {
+		return false
+	}
+	for _, r := range []*authz.Request{&a, &b} {
+		r.Claims, r.Metadata = nil, nil
+		r.Headers = slices.SortedStableFunc(slices.Values(r.Headers), func(a, b authz.Header) int { return strings.Compare(a.Name, b.Name) })
+	}
+	return reflect.DeepEqual(a, b)
 }
 
 // keep writes a message whose fields no kept one has.
