@@ -72,9 +72,9 @@ func (n *kubeNode) metric(name string) string {
 }
 
 // TestOutagesOnKubernetes takes the API server and etcd away, under traffic, for
-// longer than tokens and SVIDs live.
+// longer than tokens and SVIDs live. It is not parallel, as it asserts that no request
+// fails.
 func TestOutagesOnKubernetes(t *testing.T) {
-	t.Parallel()
 	c := kubetest.Start(t, kubetest.Options{})
 	n := newKubeNode(t, c, "svid: {ttl: 24s, minTTL: 5s}\n", "")
 	n.startSidecars(10 * time.Minute)
@@ -173,7 +173,6 @@ var killAgentFor = flag.Duration("kill-agent", 5*time.Second, "how long TestAgen
 // TestAgentKilledUnderIssuance kills the agent at random moments while SVIDs are
 // renewed all the time. Every invariant holds after each restart.
 func TestAgentKilledUnderIssuance(t *testing.T) {
-	t.Parallel()
 	c := kubetest.Start(t, kubetest.Options{})
 	n := newKubeNode(t, c, "svid: {ttl: 5s, minTTL: 2s}\n", "")
 	n.startSidecars(10 * time.Minute)

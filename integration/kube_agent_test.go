@@ -281,9 +281,9 @@ func (n *kubeNode) create(p *istio.AuthorizationPolicy) {
 }
 
 // TestDemoOnKubernetes is the demo's table on a real API server, with policies as
-// custom resources.
+// custom resources. It is not parallel: a request waits only some seconds for an
+// agent that restarts.
 func TestDemoOnKubernetes(t *testing.T) {
-	t.Parallel()
 	c := kubetest.Start(t, kubetest.Options{})
 	n := newKubeNode(t, c, "svid: {ttl: 16s, minTTL: 5s}\n", "")
 	n.startSidecars(10 * time.Minute)

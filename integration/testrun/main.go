@@ -23,9 +23,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -42,7 +40,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json", parallel(runtime.NumCPU())}, args...)...)
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = stderr
 	// An interrupt lets go test end its tests, and these their processes.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
@@ -63,11 +61,6 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	return r.close(os.Getenv("CI") != "")
 }
-
-// parallel is how many tests of a package run at a time: more than there are CPUs,
-// because a test of real programs mostly waits for them. A -parallel among the
-// arguments wins.
-func parallel(cpus int) string { return "-parallel=" + strconv.Itoa(max(4, cpus)) }
 
 // event is a line of go test -json; see `go doc test2json`.
 type event struct {
