@@ -90,15 +90,23 @@ func (m *metrics) answered(d *authz.Decision, took time.Duration, of *attributes
 // exemplar is what the request can be found by: its trace, else its identifier. The
 // client chooses both, so whatever does not look like one is left out.
 func (a *attributes) exemplar() prometheus.Labels {
-	// W3C Trace Context section 3.2: 00-TRACE-PARENT-FLAGS.
-	if t := a.header("traceparent"); len(t) >= 55 && t[2] == '-' && t[35] == '-' && each(t[3:35], "0123456789abcdef") && !each(t[3:35], "0") {
-		return prometheus.Labels{"trace_id": string(t[3:35])}
+	if t := Trace(a.header("traceparent")); t != "" {
+		return prometheus.Labels{"trace_id": t}
 	}
 	const most = 64 // of the 128 characters that an exemplar may have
 	if id := a.header("x-request-id"); len(id) > 0 && len(id) <= most && each(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_.") {
 		return prometheus.Labels{"request_id": string(id)}
 	}
 	return nil
+}
+
+// Trace is the trace that a header traceparent names (W3C Trace Context section 3.2:
+// VERSION-TRACE-PARENT-FLAGS), or empty where it does not look like one.
+func Trace(parent []byte) string {
+	if t := parent; len(t) >= 55 && t[2] == '-' && t[35] == '-' && each(t[3:35], "0123456789abcdef") && !each(t[3:35], "0") {
+		return string(t[3:35])
+	}
+	return ""
 }
 
 // each reports whether each byte is one of those.

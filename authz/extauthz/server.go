@@ -217,7 +217,7 @@ func (s *Server) decide(ctx context.Context, c *check) {
 	if len(c.labels.list) > 0 && !c.labels.equal(c.Workload.Labels) {
 		s.metrics.labels.Inc()
 	}
-	if s.tokens != nil && c.request.HTTP && c.request.Claims == nil && hasTokenRules(c.Program) {
+	if s.tokens != nil && c.request.HTTP && c.request.Claims == nil && len(c.Program.Verifies()) > 0 {
 		c.verified = s.tokens.Claims(ctx, c.Program, &c.request)
 		c.Err = c.verified.Err
 	}
@@ -257,13 +257,6 @@ func (s *Server) ask(ctx context.Context, c *check) {
 		}
 		c.Decision = c.Program.After(d, &c.request)
 	}
-}
-
-func hasTokenRules(p *authz.Program) bool {
-	for range p.TokenRules() {
-		return true
-	}
-	return false
 }
 
 // read reads the message into the request, as much as the policies need.

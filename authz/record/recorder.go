@@ -265,23 +265,10 @@ func ids(r *authz.Request) (request, trace string) {
 		case h.Name == "x-request-id" && len(h.Value) <= 128 && h.Form == authz.HeaderValue:
 			request = strings.ToValidUTF8(string(h.Value), "\uFFFD")
 		case h.Name == "traceparent":
-			trace = traceOf(h.Value)
+			trace = extauthz.Trace(h.Value)
 		}
 	}
 	return request, trace
-}
-
-// traceOf is the trace of a traceparent (W3C Trace Context section 3.2), or empty.
-func traceOf(b []byte) string {
-	if len(b) < 55 || b[2] != '-' || b[35] != '-' || string(b[3:35]) == "00000000000000000000000000000000" {
-		return ""
-	}
-	for _, c := range b[3:35] {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return ""
-		}
-	}
-	return string(b[3:35])
 }
 
 var _ extauthz.Records = (*Recorder)(nil)
