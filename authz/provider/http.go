@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -253,7 +254,7 @@ const toRemove = "x-envoy-auth-headers-to-remove"
 
 func (h *httpAsker) allowed(answer http.Header) (extauthz.ProviderAnswer, error) {
 	ok := &authv3.OkHttpResponse{}
-	for _, name := range sortedNames(answer) {
+	for _, name := range slices.Sorted(maps.Keys(answer)) {
 		lower := strings.ToLower(name)
 		if lower == toRemove {
 			for _, v := range answer[name] {
@@ -292,7 +293,7 @@ func (h *httpAsker) allowed(answer http.Header) (extauthz.ProviderAnswer, error)
 
 func (h *httpAsker) denied(res *http.Response, body []byte) extauthz.ProviderAnswer {
 	d := &authv3.DeniedHttpResponse{Status: denialStatus(res.StatusCode), Body: strings.ToValidUTF8(string(body), "\uFFFD")}
-	for _, name := range sortedNames(res.Header) {
+	for _, name := range slices.Sorted(maps.Keys(res.Header)) {
 		lower := strings.ToLower(name)
 		if perHop(lower) || lower == "content-length" || lower == "host" {
 			continue
@@ -314,15 +315,6 @@ func (h *httpAsker) denied(res *http.Response, body []byte) extauthz.ProviderAns
 		Status:       &statuspb.Status{Code: int32(code)},
 		HttpResponse: &authv3.CheckResponse_DeniedResponse{DeniedResponse: d},
 	}}
-}
-
-func sortedNames(h http.Header) []string {
-	out := make([]string, 0, len(h))
-	for n := range h {
-		out = append(out, n)
-	}
-	slices.Sort(out)
-	return out
 }
 
 func option(name, value string, more bool) *corev3.HeaderValueOption {
