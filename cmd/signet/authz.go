@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -131,13 +132,38 @@ func (w *workloadFlags) program(m *meshFlags, keepGoing bool, stderr io.Writer) 
 }
 
 func (w *workloadFlags) check() error {
-	for _, f := range []struct{ name, value string }{{"--policies", w.policies}, {"--namespace", w.namespace}} {
-		if f.value == "" {
-			return unusable("%s must not be empty; see --help", f.name)
-		}
+	if err := w.checkPolicies(); err != nil {
+		return err
+	}
+	return w.checkWorkload()
+}
+
+func (w *workloadFlags) checkPolicies() error {
+	if w.policies == "" {
+		return unusable("--policies must not be empty; see --help")
+	}
+	return nil
+}
+
+func (w *workloadFlags) checkWorkload() error {
+	if w.namespace == "" {
+		return unusable("--namespace must not be empty; see --help")
 	}
 	if _, ok := w.labels[""]; ok {
 		return unusable("--labels: a label has no name")
+	}
+	return nil
+}
+
+// checkSource refuses what the flags cannot be that say where requests come from:
+// --check-requests, which are all of the workload, or records, by the flag of that
+// name, each of which names its own.
+func (w *workloadFlags) checkSource(command, flag, requests, records string) error {
+	if (requests == "") == (records == "") {
+		return unusable("give --check-requests or --%s, and not both; see signet authz %s --help", flag, command)
+	}
+	if records != "" && (w.namespace != "" || len(w.labels) > 0) {
+		return unusable("--%s names the workload of each request: leave --namespace and --labels out", flag)
 	}
 	return nil
 }
@@ -183,6 +209,29 @@ func compile(path string, o authz.Options, keepGoing bool, stderr io.Writer) (se
 		return set, nil, unusable("the policies cannot be used:\n%w", errors.Join(refused...))
 	}
 	return set, snapshot, nil
+}
+
+// jsonLines writes values as JSON, one in a line.
+func jsonLines(w io.Writer) *json.Encoder {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	return enc
+}
+
+// checkOutput refuses what --output cannot be.
+func checkOutput(output string) error {
+	if output != "text" && output != "json" {
+		return unusable("--output: %q is neither text nor json", output)
+	}
+	return nil
+}
+
+// show writes an answer as --output says.
+func show(answer interface{ Write(io.Writer) error }, output string, w io.Writer) error {
+	if output == "json" {
+		return jsonLines(w).Encode(answer)
+	}
+	return answer.Write(w)
 }
 
 // policyFiles are the files to read: the agent reads the same ones of a

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -67,16 +66,13 @@ func (d *diffing) run(before, after string, stdin io.Reader, stdout, stderr io.W
 	if err := checkOutput(d.output); err != nil {
 		return err
 	}
-	switch {
-	case (d.requests == "") == (d.records == ""):
-		return unusable("give --check-requests or --records, and not both; see signet authz diff --help")
-	case d.records != "" && (d.workload.namespace != "" || len(d.workload.labels) > 0):
-		return unusable("--records names the workload of each request: leave --namespace and --labels out")
-	case d.requests != "" && d.workload.namespace == "":
-		return unusable("--namespace must not be empty; see --help")
+	if err := d.workload.checkSource("diff", "records", d.requests, d.records); err != nil {
+		return err
 	}
-	if _, ok := d.workload.labels[""]; ok {
-		return unusable("--labels: a label has no name")
+	if d.requests != "" {
+		if err := d.workload.checkWorkload(); err != nil {
+			return err
+		}
 	}
 	o, err := d.mesh.options()
 	if err != nil {
@@ -97,21 +93,10 @@ func (d *diffing) run(before, after string, stdin io.Reader, stdout, stderr io.W
 		err = d.eachRequest(stdin, was, is, diff)
 	}
 	diff.Sort()
-	return errors.Join(d.write(diff, stdout), err)
-}
-
-func (d *diffing) write(diff *explain.Diff, stdout io.Writer) (err error) {
-	if d.output == "json" {
-		enc := json.NewEncoder(stdout)
-		enc.SetEscapeHTML(false)
-		err = enc.Encode(diff)
-	} else {
-		err = diff.Write(stdout)
+	if failed := show(diff, d.output, stdout); failed != nil {
+		return errors.Join(fmt.Errorf("writing changes: %w", failed), err)
 	}
-	if err != nil {
-		return fmt.Errorf("writing changes: %w", err)
-	}
-	return nil
+	return err
 }
 
 func (d *diffing) eachRequest(stdin io.Reader, was, is *authz.Snapshot, diff *explain.Diff) error {

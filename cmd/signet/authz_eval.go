@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -141,8 +140,7 @@ func (vs verdicts) of(d authz.Decision) verdict {
 
 // decide answers every request that a reader has.
 func decide(program *authz.Program, name string, in io.Reader, out io.Writer) error {
-	enc := json.NewEncoder(out)
-	enc.SetEscapeHTML(false)
+	enc := jsonLines(out)
 	texts := make(verdicts)
 	return checkRequests(name, in, func(request *authz.Request, bad *extauthz.RequestError) error {
 		v := verdict{Decision: "deny", Rule: -1}

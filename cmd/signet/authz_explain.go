@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -67,17 +66,16 @@ func (e *explaining) run(stdin io.Reader, stdout, stderr io.Writer) error {
 	if err := checkOutput(e.output); err != nil {
 		return err
 	}
-	if (e.requests == "") == (e.records == "") {
-		return unusable("give --check-requests or --record, and not both; see signet authz explain --help")
-	}
-	if e.records != "" && (e.workload.namespace != "" || len(e.workload.labels) > 0) {
-		return unusable("--record names the workload of each request: leave --namespace and --labels out")
-	}
-	if e.records != "" {
-		e.workload.namespace = "any"
-	}
-	if err := e.workload.check(); err != nil {
+	if err := e.workload.checkSource("explain", "record", e.requests, e.records); err != nil {
 		return err
+	}
+	if err := e.workload.checkPolicies(); err != nil {
+		return err
+	}
+	if e.requests != "" {
+		if err := e.workload.checkWorkload(); err != nil {
+			return err
+		}
 	}
 	o, err := e.mesh.options()
 	if err != nil {
@@ -88,17 +86,12 @@ func (e *explaining) run(stdin io.Reader, stdout, stderr io.Writer) error {
 		return err
 	}
 	out := bufio.NewWriter(stdout)
-	enc := json.NewEncoder(out)
-	enc.SetEscapeHTML(false)
 	n := 0
 	write := func(x explain.Explanation) error {
-		if e.output == "json" {
-			return enc.Encode(x)
-		}
-		if n++; n > 1 {
+		if n++; n > 1 && e.output != "json" {
 			fmt.Fprintln(out)
 		}
-		return x.Write(out)
+		return show(&x, e.output, out)
 	}
 	base := explain.Case{Set: set, Snapshot: snapshot}
 	if e.records != "" {
@@ -161,14 +154,6 @@ func (e *explaining) eachRecord(stdin io.Reader, c explain.Case, write func(expl
 	}
 	if len(bad) > 0 {
 		return unusable("%s: %w", name, errors.Join(bad...))
-	}
-	return nil
-}
-
-// checkOutput refuses what --output cannot be.
-func checkOutput(output string) error {
-	if output != "text" && output != "json" {
-		return unusable("--output: %q is neither text nor json", output)
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
@@ -99,8 +98,7 @@ type finding struct {
 
 func report(problems []authz.Problem, asJSON bool, stdout io.Writer) error {
 	out := bufio.NewWriter(stdout)
-	enc := json.NewEncoder(out)
-	enc.SetEscapeHTML(false)
+	enc := jsonLines(out)
 	refused := 0
 	for _, p := range problems {
 		if p.Severity == authz.SeverityError {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -87,14 +86,7 @@ func whoCan(m *meshFlags, w *workloadFlags, given explain.Given, output string, 
 		return err
 	}
 	answer := explain.WhoCan(snapshot, w.workload(), given)
-	if output == "json" {
-		enc := json.NewEncoder(stdout)
-		enc.SetEscapeHTML(false)
-		err = enc.Encode(answer)
-	} else {
-		err = answer.Write(stdout)
-	}
-	if err != nil {
+	if err := show(&answer, output, stdout); err != nil {
 		return fmt.Errorf("writing the answer: %w", err)
 	}
 	return nil
