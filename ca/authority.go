@@ -57,8 +57,7 @@ type Authority struct {
 	journalRevision uint64     // guarded by journalMu
 
 	root         atomic.Pointer[issuer] // without a key where somebody else has it
-	staged       *staged                // owned by Open and then by Run
-	stagedNow    atomic.Pointer[staged] // the same, for who signs lists
+	staged       atomic.Pointer[staged] // set by Open and then by Run
 	trustMu      sync.Mutex             // held while what others trust is changed; before journalMu
 	lists        lists
 	revoked      identity.Watched[revocation.Set]
@@ -496,7 +495,7 @@ func (a *Authority) renew(ctx context.Context) error {
 	errs := []error{a.settle(ctx, now), a.dropRoots(ctx, now), a.watchExternal(ctx, now)}
 	// Half life, where life is what the certificate was made for; the root's end
 	// may have cut it.
-	if a.staged == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
+	if a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
 		errs = append(errs, a.renewIntermediate(ctx))
 	}
 	// Also when the intermediate cannot be renewed: it is good for days yet.

@@ -86,7 +86,10 @@ func hasRoot(j journal, e journalEntry) bool {
 func (a *Authority) watchFolder(ctx context.Context) error {
 	f, key, err := a.readFolder()
 	a.alarm("cacerts", err)
-	if err != nil || f.Hash == a.folderHash || a.staged != nil && a.staged.hash == f.Hash {
+	if err != nil || f.Hash == a.folderHash {
+		return nil
+	}
+	if s := a.staged.Load(); s != nil && s.hash == f.Hash {
 		return nil
 	}
 	if err := a.takeExternal(ctx, f.Issuer, key, folderEntry(f.Issuer), f.Roots, f.Hash); err != nil {

@@ -264,7 +264,7 @@ func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err er
 			out = append(out, iss)
 		}
 	}
-	if s := a.stagedNow.Load(); s != nil {
+	if s := a.staged.Load(); s != nil {
 		add(s.issuer)
 	}
 	if iss := a.intermediate.Load(); iss != nil {
@@ -373,7 +373,7 @@ func (a *Authority) listsDue(now time.Time) bool {
 		c := by[string(iss.cert.SubjectKeyId)]
 		return c == nil || !revocation.Holds(c, set)
 	}
-	if s := a.stagedNow.Load(); s != nil && due(s.issuer) || due(a.intermediate.Load()) {
+	if s := a.staged.Load(); s != nil && due(s.issuer) || due(a.intermediate.Load()) {
 		return true
 	}
 	half := a.cfg.CRL.Lifetime / 2
@@ -388,7 +388,7 @@ func (a *Authority) hasKey(authority []byte) bool {
 	if iss := a.intermediate.Load(); bytes.Equal(iss.cert.SubjectKeyId, authority) {
 		return true
 	}
-	if s := a.stagedNow.Load(); s != nil && bytes.Equal(s.issuer.cert.SubjectKeyId, authority) {
+	if s := a.staged.Load(); s != nil && bytes.Equal(s.issuer.cert.SubjectKeyId, authority) {
 		return true
 	}
 	return slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool {

@@ -348,7 +348,7 @@ func (a *Authority) use(ctx context.Context, s *staged) error {
 	if !slices.ContainsFunc(s.roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) }) && !a.listFirst() {
 		return a.settled(ctx, s)
 	}
-	a.stagedNow.Store(s) // its list is signed with the change
+	before := a.staged.Swap(s) // its list is signed with the change
 	err := a.changeTrust(ctx, func(j *journal) error {
 		for _, e := range rootEntries(s.roots) {
 			if !hasRoot(*j, e) {
@@ -363,11 +363,10 @@ func (a *Authority) use(ctx context.Context, s *staged) error {
 		return nil
 	})
 	if err != nil {
-		a.stagedNow.Store(nil)
+		a.staged.Store(before)
 		return a.dropKey(s.entry, err)
 	}
 	s.sequence, s.since = a.current().Sequence, time.Now()
-	a.staged = s
 	a.cfg.Log.Info("the next intermediate is published; it is used when every agent has what belongs to it", "subject", s.issuer.cert.Subject.String(),
 		"root", s.root.Subject.String(), "sequence", s.sequence)
 	return nil
@@ -381,8 +380,8 @@ func (a *Authority) settled(ctx context.Context, s *staged) error {
 	if root := a.root.Load(); root == nil || !root.cert.Equal(s.root) {
 		a.root.Store(&issuer{cert: s.root})
 	}
-	a.folderHash, a.staged = s.hash, nil
-	a.stagedNow.Store(nil)
+	a.folderHash = s.hash
+	a.staged.Store(nil)
 	if s.entry.External {
 		return a.renewServing(ctx)
 	}
@@ -419,8 +418,7 @@ func (a *Authority) restage(now time.Time) error {
 		if err != nil {
 			return err
 		}
-		a.staged = &staged{issuer: iss, entry: e, root: root, sequence: j.Sequence, since: now}
-		a.stagedNow.Store(a.staged)
+		a.staged.Store(&staged{issuer: iss, entry: e, root: root, sequence: j.Sequence, since: now})
 	}
 	return nil
 }
@@ -471,7 +469,7 @@ func (a *Authority) publishTrust() error {
 // those who do not acknowledge had their time; or when the present one is about to
 // end.
 func (a *Authority) settle(ctx context.Context, now time.Time) error {
-	s := a.staged
+	s := a.staged.Load()
 	if s == nil {
 		return nil
 	}
