@@ -43,3 +43,23 @@ func TestTargetsAreFoundWithoutCompiling(t *testing.T) {
 		t.Errorf("nothing to fuzz: %v", err)
 	}
 }
+
+func TestTheEndOfTimeIsNoFinding(t *testing.T) {
+	const progress = "fuzz: elapsed: 11s, execs: 4906 (0/sec), new interesting: 17 (total: 103)\n"
+	for _, c := range []struct {
+		name, out string
+		want      bool
+	}{
+		{"time was up", progress + "--- FAIL: FuzzA (11.08s)\n    context deadline exceeded\nFAIL\nexit status 1\nFAIL\tx/a\t11.1s\n", true},
+		{"it found something", progress + "--- FAIL: FuzzA (0.08s)\n    --- FAIL: FuzzA (0.00s)\n        a_test.go:9: context deadline exceeded\n    \n    Failing input written to testdata/fuzz/FuzzA/1\n    To re-run:\n    go test -run=FuzzA/1\nFAIL\n", false},
+		{"it hung", progress + "--- FAIL: FuzzA (11.08s)\n    fuzzing process hung or terminated unexpectedly: exit status 2\n    Failing input written to testdata/fuzz/FuzzA/1\nFAIL\n", false},
+		{"a seed says so", "--- FAIL: FuzzA (0.01s)\n    --- FAIL: FuzzA/seed#0 (0.00s)\n        a_test.go:9: context deadline exceeded\nFAIL\n", false},
+		{"it is another target's", "--- FAIL: FuzzB (11.08s)\n    context deadline exceeded\nFAIL\n", false},
+		{"something follows", "--- FAIL: FuzzA (11.08s)\n    context deadline exceeded\n    and more\nFAIL\n", false},
+		{"it did not build", "FAIL\tx/a [build failed]\n", false},
+	} {
+		if got := timeUp(target{"./a", "FuzzA"}, c.out); got != c.want {
+			t.Errorf("%s: %t", c.name, got)
+		}
+	}
+}
