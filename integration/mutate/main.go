@@ -46,9 +46,13 @@ var files = []string{
 	"program.go", "radix.go", "rule.go", "search.go", "snapshot.go", "table.go", "target.go", "template.go",
 }
 
-// patience is how long the tests may take on a mutant; one that makes them hang
-// is noticed, too.
-const patience = 60 * time.Second
+// Tests that hang have noticed the mutant, too: patience is how much of the processor
+// they may take, which does not depend on who else wants it, and deadline is for
+// those that only wait.
+const (
+	patience = 2 * time.Minute
+	deadline = 15 * time.Minute
+)
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -213,10 +217,12 @@ func try(ctx context.Context, program string, id int) (why string, err error) {
 }
 
 func tryStage(ctx context.Context, program string, id int, tests []string) (why string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
-	// A mutant may ask for memory without end.
-	args := append([]string{"-c", `ulimit -v 8000000; exec "$0" "$@"`, program, "-test.short", "-test.failfast", "-test.timeout", patience.String()}, tests...)
+	// A mutant may ask for memory without end. At the soft limit of time the Go
+	// runtime throws, which is a failure like others.
+	limits := fmt.Sprintf(`ulimit -v 8000000; ulimit -S -t %d; exec "$0" "$@"`, int(patience.Seconds()))
+	args := append([]string{"-c", limits, program, "-test.short", "-test.failfast", "-test.timeout", deadline.String()}, tests...)
 	cmd := exec.CommandContext(ctx, "sh", args...)
 	cmd.Dir = packageDir
 	// The same random pairs for every mutant.
@@ -236,6 +242,9 @@ func tryStage(ctx context.Context, program string, id int, tests []string) (why 
 
 func firstFailure(out string) string {
 	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "SIGXCPU") {
+			return "the tests hang"
+		}
 		if strings.Contains(line, "--- FAIL") || strings.HasPrefix(line, "panic") || strings.HasPrefix(line, "fatal error") {
 			return strings.TrimSpace(line)
 		}
