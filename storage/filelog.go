@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -282,6 +283,9 @@ func (l *FileLog) take() []*pending {
 // writeOnce writes one frame and passes the lead on. The caller has the lead and
 // its own call is the oldest in the queue.
 func (l *FileLog) writeOnce() {
+	// Whoever is about to append does so now and shares this fsync: a goroutine in
+	// fsync holds its processor for longer than many of them need.
+	runtime.Gosched()
 	l.mu.Lock()
 	calls := l.take()
 	l.mu.Unlock()

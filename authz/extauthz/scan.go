@@ -121,29 +121,23 @@ func text(field *[]byte, data []byte) bool {
 }
 
 // validText is utf8.Valid, faster for what nearly all texts are.
-func validText(b []byte) bool {
+func validText(b []byte) bool { return ascii(b) || utf8.Valid(b) }
+
+// ascii reports whether b has no byte of 0x80 or more. The last word that it looks at
+// overlaps the one before.
+func ascii(b []byte) bool {
 	const high = 0x8080808080808080
-	rest := b
-	for len(rest) >= 32 {
-		w := binary.LittleEndian.Uint64(rest) | binary.LittleEndian.Uint64(rest[8:]) |
-			binary.LittleEndian.Uint64(rest[16:]) | binary.LittleEndian.Uint64(rest[24:])
-		if w&high != 0 {
-			return utf8.Valid(rest)
+	var w uint64
+	if len(b) < 8 {
+		for _, c := range b {
+			w |= uint64(c)
 		}
-		rest = rest[32:]
+		return w&high == 0
 	}
-	for len(rest) >= 8 {
-		if binary.LittleEndian.Uint64(rest)&high != 0 {
-			return utf8.Valid(rest)
-		}
-		rest = rest[8:]
+	for rest := b; len(rest) >= 8; rest = rest[8:] {
+		w |= binary.LittleEndian.Uint64(rest)
 	}
-	for i := range rest {
-		if rest[i] >= utf8.RuneSelf {
-			return utf8.Valid(rest)
-		}
-	}
-	return true
+	return (w|binary.LittleEndian.Uint64(b[len(b)-8:]))&high == 0
 }
 
 // scan reads what b says into a, which is empty. It is false where proto.Unmarshal
@@ -317,7 +311,8 @@ func two(b []byte, first, second byte) (one, other []byte, ok bool) {
 // entry reads one of a map of texts.
 func entry(b []byte) (p pair, ok bool) {
 	if k, v, ok := two(b, entryKey, entryValue); ok {
-		return pair{k, v}, validText(k) && validText(v)
+		// Besides k and v b has only tags and lengths below 0x80.
+		return pair{k, v}, ascii(b) || utf8.Valid(k) && utf8.Valid(v)
 	}
 	for len(b) > 0 {
 		tag, data, rest := field(b)

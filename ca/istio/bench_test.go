@@ -101,7 +101,7 @@ type load struct {
 func newLoad(b *testing.B, w *world, inFlight, connections int, certificate bool) *load {
 	b.Helper()
 	// As cmd/ca does.
-	old := debug.SetGCPercent(200)
+	old := debug.SetGCPercent(400)
 	b.Cleanup(func() { debug.SetGCPercent(old) })
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -33,10 +33,10 @@ import (
 const drain = 3 * time.Second
 
 func main() {
-	// Issuing makes much garbage and keeps little: half as many collections cost a
-	// few megabytes. GOGC still decides where it is set.
+	// Issuing makes much garbage and keeps little: a quarter of the collections cost
+	// a few megabytes. GOGC still decides where it is set.
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200)
+		debug.SetGCPercent(400)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
