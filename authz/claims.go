@@ -23,12 +23,6 @@ func (v *view) claim(c *claimTest) truth {
 // hidden reports whether a value is there and not known.
 func hidden(v *structpb.Value) bool { return v != nil && v.Kind == nil }
 
-// textual reports whether a value is text, or hidden and so may be.
-func textual(v *structpb.Value) bool {
-	_, ok := v.GetKind().(*structpb.Value_StringValue)
-	return ok || hidden(v)
-}
-
 // descend is the value at a path of keys, or nil. It is hidden if one on the way is.
 func descend(s *structpb.Struct, path []string) *structpb.Value {
 	var v *structpb.Value
@@ -81,27 +75,26 @@ func newIdentities(values []string) identityTest {
 	anything := one(nonempty, "")
 	out := make(identityTest, len(values))
 	for n, v := range values {
-		iss, sub := v, ""
-		slash := strings.LastIndexByte(v, '/')
-		if slash >= 0 {
-			iss, sub = v[:slash], v[slash+1:]
+		iss, sub, split := v, "", false
+		if slash := strings.LastIndexByte(v, '/'); slash >= 0 {
+			iss, sub, split = v[:slash], v[slash+1:], true
 		}
 		switch {
 		case v == "*":
 			out[n] = identityValue{anything, anything}
 		case strings.HasPrefix(v, "*"):
-			if slash < 0 {
-				out[n] = identityValue{anything, one(suffixed, v[1:])}
-			} else {
+			if split {
 				out[n] = identityValue{patterns{list: []pattern{newPattern(iss, nonempty)}}, one(exactly, sub)}
+			} else {
+				out[n] = identityValue{anything, one(suffixed, v[1:])}
 			}
 		case sub == "*":
 			out[n] = identityValue{one(exactly, iss), anything}
 		case strings.HasSuffix(v, "*"):
-			if slash < 0 {
-				out[n] = identityValue{one(prefixed, v[:len(v)-1]), anything}
-			} else {
+			if split {
 				out[n] = identityValue{one(exactly, iss), one(prefixed, sub[:len(sub)-1])}
+			} else {
+				out[n] = identityValue{one(prefixed, v[:len(v)-1]), anything}
 			}
 		default:
 			out[n] = identityValue{one(exactly, iss), one(exactly, sub)}
@@ -115,13 +108,10 @@ func (v *view) identity(t identityTest) truth {
 		return maybe
 	}
 	f := v.Claims.GetFields()
-	iss, sub := f["iss"], f["sub"]
-	if !textual(iss) || !textual(sub) {
-		return no
-	}
 	best := no
 	for i := range t {
-		best = max(best, min(t[i].issuer.value(iss, true, false), t[i].subject.value(sub, true, false)))
+		// What is no text is not matched by anything.
+		best = max(best, min(t[i].issuer.value(f["iss"], true, false), t[i].subject.value(f["sub"], true, false)))
 	}
 	return best
 }

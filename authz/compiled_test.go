@@ -439,6 +439,17 @@ func TestHiddenClaimsAreUnknown(t *testing.T) {
 	}
 }
 
+func TestAHiddenQueryIsUnknownToAHeader(t *testing.T) {
+	t.Parallel()
+	path := &headerTest{":path", newPatterns([]string{"/a"}, nonempty)}
+	for hidden, want := range map[bool]truth{true: maybe, false: no} {
+		v := &view{Request: &Request{HTTP: true, Known: FieldPath, Path: []byte("/b?c=d"), QueryHidden: hidden}}
+		if got := v.header(path); got != want {
+			t.Errorf("hidden %t: got %d, want %d", hidden, got, want)
+		}
+	}
+}
+
 func TestADecisionByNoRuleNamesItsKind(t *testing.T) {
 	t.Parallel()
 	s, _ := Compile(compileText(t, strings.ReplaceAll(manyPolicies(1, "a", func(int) string { return "" }), "DENY", "ALLOW")), Options{})
