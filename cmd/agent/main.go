@@ -30,8 +30,9 @@ import (
 	"google.golang.org/grpc/keepalive"
 )
 
-// drain is how long checks in flight may take at the end. Streams of proxies
-// never end by themselves; proxies reopen them at the next agent.
+// drain is how long checks in flight may take at the end. Streams of proxies never
+// end by themselves and are ended at once: the checks of their proxies wait three
+// seconds for the next agent, of which this one takes as little as it can.
 const drain = time.Second
 
 // streamWorkers are goroutines that wait for RPCs: more than the SDS streams of most
@@ -189,12 +190,13 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 
+	open := run.NewStreams()
 	server := grpc.NewServer(
 		grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
 		// The tap comes before any message is read: nobody without a proof makes the
 		// agent hold more than headers.
 		grpc.InTapHandle(gate.Tap),
-		grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
+		grpc.UnaryInterceptor(gate.Unary), grpc.ChainStreamInterceptor(open.Intercept, gate.Stream),
 		// A goroutine of its own for each check would grow its stack each time, which
 		// takes longer than to decide. Streams that stay keep workers for themselves;
 		// where none is left gRPC starts goroutines as before.
@@ -237,7 +239,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),
 		[]run.Job{
-			func(ctx context.Context) error { return run.ServeGRPC(ctx, server, listener, drain) },
+			func(ctx context.Context) error { return run.ServeGRPC(ctx, server, listener, drain, open) },
 			func(ctx context.Context) error { return run.ServeHTTP(ctx, c.HTTP, reg, health, log) },
 		})
 }

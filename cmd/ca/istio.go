@@ -186,5 +186,5 @@ func (d *istioDoor) listen() (run.Job, error) {
 		return nil, fmt.Errorf("listening for Istio's clients: istio.listen: %w", err)
 	}
 	d.log.Info("serving Istio's clients", "address", l.Addr().String(), "dns_names", d.dnsNames)
-	return func(ctx context.Context) error { return run.ServeGRPC(ctx, d.NewServer(), l, drain) }, nil
+	return func(ctx context.Context) error { return run.ServeGRPC(ctx, d.NewServer(), l, drain, nil) }, nil
 }

@@ -133,7 +133,7 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 		[]run.Job{
 			func(ctx context.Context) error { return serveClients(ctx, c, world, authority, door, log) },
 			func(ctx context.Context) error {
-				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain)
+				return run.ServeGRPC(ctx, authority.NewAdminServer(), adminListener, drain, nil)
 			},
 			func(ctx context.Context) error {
 				return run.ServeHTTP(ctx, c.HTTP, reg, health, log, crlRoute(authority))
@@ -158,7 +158,7 @@ func serveClients(ctx context.Context, c config, w world, a *ca.Authority, door 
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return run.ServeGRPC(ctx, a.NewServer(), listener, drain) })
+	g.Go(func() error { return run.ServeGRPC(ctx, a.NewServer(), listener, drain, nil) })
 	g.Go(func() error { return serveIstio(ctx) })
 	trust, changed := a.Trust()
 	if err := publish(c, trust, log); err != nil {

@@ -21,9 +21,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -226,15 +228,31 @@ func TestUnixSocketIsReplacedOnlyWhenNobodyServes(t *testing.T) {
 
 // TestGRPCDrainsAndThenCuts: a stream that never ends does not hold the end up.
 func TestGRPCDrainsAndThenCuts(t *testing.T) {
+	if err := endOfAStream(t, 50*time.Millisecond, nil); err == nil {
+		t.Error("the stream goes on")
+	}
+}
+
+// TestGRPCEndsStreams: nor does it where nothing is cut, and its client is told.
+func TestGRPCEndsStreams(t *testing.T) {
+	streams := run.NewStreams()
+	if err := endOfAStream(t, time.Hour, streams, grpc.StreamInterceptor(streams.Intercept)); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "successor") {
+		t.Errorf("the client of the stream is told %v", err)
+	}
+}
+
+// endOfAStream ends a server with an open stream, and returns what its client gets.
+func endOfAStream(t *testing.T, drain time.Duration, streams *run.Streams, options ...grpc.ServerOption) error {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := grpc.NewServer()
+	s := grpc.NewServer(options...)
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- run.ServeGRPC(ctx, s, l, 50*time.Millisecond) }()
+	go func() { done <- run.ServeGRPC(ctx, s, l, drain, streams) }()
 	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -248,12 +266,16 @@ func TestGRPCDrainsAndThenCuts(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the server waits for its stream")
 	}
-	if _, err := w.Recv(); err == nil {
-		t.Error("the stream goes on")
-	}
+	_, err = w.Recv()
+	return err
 }
 
 func TestWriteFileIsAllOrNothing(t *testing.T) {
