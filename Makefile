@@ -39,7 +39,7 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; fuzz targets for ten minutes each
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; millions of states of a rotation; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race ./integration -run TestDemoHolds -demo-within 1m
@@ -47,6 +47,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
 	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
+	go test -timeout 60m ./ca/rotation -states 1000000 -walks 10000 -v
 	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
 	go run ./integration/fuzz -time 10m ./...
 
@@ -55,8 +56,9 @@ FUZZ     ?= ./...
 fuzz: ## run the fuzz targets of $FUZZ (all), each for $FUZZTIME (10s)
 	@go run ./integration/fuzz -time $(FUZZTIME) $(FUZZ)
 
-mutants: ## change the decision path of package authz in one place at a time; its tests must notice
+mutants: ## change the decision path of package authz and the transitions of ca/rotation in one place at a time; their tests must notice
 	@go run ./integration/mutate
+	@go run ./integration/mutate -package ca/rotation
 
 lint: ## check format, code, modules, wire format, structure and links
 	@bash integration/lint.sh

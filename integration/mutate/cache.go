@@ -22,12 +22,12 @@ type cache struct {
 	survived map[string]bool
 }
 
-func openCache() (*cache, error) {
-	digest, err := digestOf("authz", "identity", "integration/mutate", "go.mod")
+func openCache(of target) (*cache, error) {
+	digest, err := digestOf(append([]string{of.dir, "integration/mutate", "go.mod"}, of.reads...)...)
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf("signet-mutants-%d", os.Getuid())), os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf("signet-mutants-%s-%d", strings.ReplaceAll(of.dir, "/", "-"), os.Getuid())), os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +60,7 @@ func digestOf(paths ...string) (string, error) {
 	h := sha256.New()
 	for _, root := range paths {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() || d.Name() == "survivors.txt" {
+			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), "survivors") {
 				return err
 			}
 			f, err := os.Open(path)

@@ -1,7 +1,8 @@
-// Command mutate changes the decision path of package authz in one place at a
-// time, runs that package's short tests on each change, and expects them to fail:
+// Command mutate changes what a package decides in one place at a time, runs that
+// package's short tests on each change, and expects them to fail:
 //
-//	go run ./integration/mutate                     all mutants
+//	go run ./integration/mutate                     all mutants of authz's decision path
+//	go run ./integration/mutate -package ca/rotation    those of another package that it knows
 //	go run ./integration/mutate -sample 40          one in forty, always the same
 //	go run ./integration/mutate -files nets.go      those of some files
 //	go run ./integration/mutate -survivors          those that survived when they were last run
@@ -10,7 +11,8 @@
 // All mutants are compiled into one test program, in which $MUTANT chooses one, so
 // that a mutant costs a run and no build. A mutant that no test notices must stand
 // in survivors.txt with the reason why it is harmless; one that stands there and is
-// noticed, or does not exist any more, must be removed from it.
+// noticed, or does not exist any more, must be removed from it. Each package has a list
+// of its own.
 //
 // What was found is kept in the folder for temporary files, under a digest of the
 // code and the tests, so that a run that was interrupted goes on where it was.
@@ -27,6 +29,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -38,12 +41,26 @@ import (
 	"time"
 )
 
-// packageDir is the package that is mutated, and files those of its decision path.
-const packageDir = "authz"
+// target is a package that can be mutated.
+type target struct {
+	dir   string
+	files []string // those that decide
+	// stages are the tests that are run on a mutant, the quick ones first: most mutants
+	// do not live to see the others.
+	stages []stage
+	// survivors is the list of mutants that no test notices.
+	survivors string
+	// reads are what its tests read beside it.
+	reads []string
+}
 
-var files = []string{
-	"claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
-	"program.go", "radix.go", "rule.go", "search.go", "snapshot.go", "table.go", "target.go", "template.go",
+var targets = map[string]target{
+	"authz": {dir: "authz", stages: authzStages, survivors: "integration/mutate/survivors.txt", reads: []string{"identity"}, files: []string{
+		"claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
+		"program.go", "radix.go", "rule.go", "search.go", "snapshot.go", "table.go", "target.go", "template.go",
+	}},
+	"ca/rotation": {dir: "ca/rotation", files: []string{"schedule.go", "state.go", "transition.go"}, survivors: "integration/mutate/survivors-rotation.txt",
+		stages: []stage{{10 * time.Second, []string{"-test.run", "TestTransitions|TestDue"}}, {time.Minute, []string{"-test.run", "."}}}},
 }
 
 // Tests that hang have noticed the mutant, too. A stage may take ten times of the
@@ -67,29 +84,34 @@ func run(ctx context.Context, args []string) error {
 	keep := flags.String("keep", "", "leave the test program here, and run nothing")
 	list := flags.Bool("list", false, "list the mutants and run nothing")
 	parallel := flags.Int("j", 2, "how many to run at a time")
+	name := flags.String("package", "authz", "mutate this package, out of "+strings.Join(slices.Sorted(maps.Keys(targets)), ", "))
 	only := flags.String("files", "", "mutate these of the package's files, separated by commas")
 	again := flags.Bool("survivors", false, "run what survived when it was last run, under whichever tests")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	of, ok := targets[*name]
+	if !ok {
+		return fmt.Errorf("-package %q: one of %s", *name, strings.Join(slices.Sorted(maps.Keys(targets)), ", "))
 	}
 	dir, err := os.MkdirTemp("", "mutate")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	program := filepath.Join(dir, "authz.test")
-	mutants, err := build(ctx, dir, program)
+	program := filepath.Join(dir, "mutants.test")
+	mutants, err := of.build(ctx, dir, program)
 	if err != nil {
 		return err
 	}
 	if *keep != "" {
 		return os.Rename(program, *keep)
 	}
-	excused, err := readSurvivors("integration/mutate/survivors.txt")
+	excused, err := readSurvivors(of.survivors)
 	if err != nil {
 		return err
 	}
-	known, err := openCache()
+	known, err := openCache(of)
 	if err != nil {
 		return err
 	}
@@ -108,13 +130,13 @@ func run(ctx context.Context, args []string) error {
 		}
 		return nil
 	}
-	if why, err := try(ctx, program, 0); err != nil {
+	if why, err := of.try(ctx, program, 0); err != nil {
 		return err
 	} else if why != "" {
 		return fmt.Errorf("the tests fail without a mutant: %s", why)
 	}
 	began := time.Now()
-	caught, survived := tryAll(ctx, program, chosen, *parallel, known)
+	caught, survived := of.tryAll(ctx, program, chosen, *parallel, known)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -146,7 +168,7 @@ func run(ctx context.Context, args []string) error {
 }
 
 // tryAll runs the tests on each mutant.
-func tryAll(ctx context.Context, program string, chosen []mutant, parallel int, known *cache) (caught int, survived []mutant) {
+func (of target) tryAll(ctx context.Context, program string, chosen []mutant, parallel int, known *cache) (caught int, survived []mutant) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	next := 0
@@ -165,7 +187,7 @@ func tryAll(ctx context.Context, program string, chosen []mutant, parallel int, 
 				mu.Unlock()
 				var err error
 				if !remembered {
-					why, err = try(ctx, program, chosen[i].id)
+					why, err = of.try(ctx, program, chosen[i].id)
 				}
 				mu.Lock()
 				if err != nil {
@@ -194,10 +216,9 @@ type stage struct {
 	args     []string
 }
 
-// stages are the tests that are run on a mutant, the quick ones first: most mutants
-// do not live to see the others. What reads policies and complains about them is no
+// authzStages leave out what reads policies and complains about them: that is no
 // decision.
-var stages = []stage{
+var authzStages = []stage{
 	{10 * time.Second, []string{"-test.run", quick}},
 	{10 * time.Second, []string{"-test.run", "TestDecideAgrees"}},
 	{60 * time.Second, []string{"-test.run", "^(Test|Fuzz)", "-test.skip", quick + "|Admission|Lint|Schema|Parse(Problems|Reads|IsBounded)|FuzzParse|TestDecideAgrees|TestUpdateDecides|TestForStays"}},
@@ -210,23 +231,23 @@ const quick = "TestCorpus|InEveryShape|TestPeerMode|TestTemplatesTake|TestParseI
 	"TestForwardedFor|TestJoin|TestClean|TestFolding|TestTextSets|TestManyValues|TestConditionsAre|TestWhatNobody|TestUpdateMakes|TestClassesAre|TestProblemsAre|TestTokenRules|TestHiddenClaims|TestADecisionByNo"
 
 // try says why the tests fail on a mutant, or nothing if they pass.
-func try(ctx context.Context, program string, id int) (why string, err error) {
-	for _, st := range stages {
-		if why, err = st.try(ctx, program, id); why != "" || err != nil {
+func (of target) try(ctx context.Context, program string, id int) (why string, err error) {
+	for _, st := range of.stages {
+		if why, err = st.try(ctx, of.dir, program, id); why != "" || err != nil {
 			return why, err
 		}
 	}
 	return "", nil
 }
 
-func (st stage) try(ctx context.Context, program string, id int) (why string, err error) {
+func (st stage) try(ctx context.Context, dir, program string, id int) (why string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
 	// A mutant may ask for memory without end, and for time.
 	limits := fmt.Sprintf(`ulimit -v 8000000; ulimit -t %d; exec "$0" "$@"`, int(st.patience.Seconds()))
 	args := append([]string{"-c", limits, program, "-test.short", "-test.failfast", "-test.timeout", deadline.String()}, st.args...)
 	cmd := exec.CommandContext(ctx, "sh", args...)
-	cmd.Dir = packageDir
+	cmd.Dir = dir
 	// The same random pairs for every mutant.
 	cmd.Env = append(os.Environ(), fmt.Sprintf("MUTANT=%d", id), "SIGNET_SEED=1")
 	out, err := cmd.CombinedOutput()

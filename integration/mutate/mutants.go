@@ -30,7 +30,7 @@ type mutant struct {
 func (m mutant) String() string { return m.key + " at " + m.at }
 
 // support is what changed code calls.
-const support = `package authz
+const support = `package %s
 
 import (
 	"os"
@@ -77,8 +77,8 @@ type mutator struct {
 }
 
 // build compiles the test program with all mutants in it.
-func build(ctx context.Context, dir, program string) ([]mutant, error) {
-	fset, parsed, info, err := load(ctx)
+func (of target) build(ctx context.Context, dir, program string) ([]mutant, error) {
+	fset, parsed, info, err := of.load(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -88,8 +88,8 @@ func build(ctx context.Context, dir, program string) ([]mutant, error) {
 		var all []mutant
 		ids := 0
 		lines := map[string]map[int][]int{} // ids by line of each changed file
-		for i, name := range files {
-			path := filepath.Join(packageDir, name)
+		for i, name := range of.files {
+			path := filepath.Join(of.dir, name)
 			src, err := os.ReadFile(path)
 			if err != nil {
 				return nil, err
@@ -110,12 +110,12 @@ func build(ctx context.Context, dir, program string) ([]mutant, error) {
 			all = append(all, m.mutants...)
 			lines[name] = idsByLine(head + text)
 		}
-		abs, err := filepath.Abs(filepath.Join(packageDir, "zz_mutants.go"))
+		abs, err := filepath.Abs(filepath.Join(of.dir, "zz_mutants.go"))
 		if err != nil {
 			return nil, err
 		}
 		overlay[abs] = filepath.Join(dir, "zz_mutants.go")
-		if err := os.WriteFile(overlay[abs], []byte(support), 0o600); err != nil {
+		if err := os.WriteFile(overlay[abs], fmt.Appendf(nil, support, filepath.Base(of.dir)), 0o600); err != nil {
 			return nil, err
 		}
 		j, err := json.Marshal(map[string]any{"Replace": overlay})
@@ -126,7 +126,7 @@ func build(ctx context.Context, dir, program string) ([]mutant, error) {
 		if err := os.WriteFile(overlayFile, j, 0o600); err != nil {
 			return nil, err
 		}
-		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-gcflags=-e", "-overlay", overlayFile, "-o", program, "./"+packageDir)
+		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-gcflags=-e", "-overlay", overlayFile, "-o", program, "./"+of.dir)
 		out, err := cmd.CombinedOutput()
 		if err == nil {
 			return all, nil
@@ -160,11 +160,11 @@ func idsByLine(text string) map[int][]int {
 }
 
 // load parses and checks the package.
-func load(ctx context.Context) (*token.FileSet, []*ast.File, *types.Info, error) {
-	cmd := exec.CommandContext(ctx, "go", "list", "-export", "-deps", "-json=ImportPath,Export,GoFiles,Dir", "./"+packageDir)
+func (of target) load(ctx context.Context) (*token.FileSet, []*ast.File, *types.Info, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-export", "-deps", "-json=ImportPath,Export,GoFiles,Dir", "./"+of.dir)
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("listing %s: %w", packageDir, err)
+		return nil, nil, nil, fmt.Errorf("listing %s: %w", of.dir, err)
 	}
 	exports := map[string]string{}
 	var own []string
@@ -179,7 +179,7 @@ func load(ctx context.Context) (*token.FileSet, []*ast.File, *types.Info, error)
 			return nil, nil, nil, err
 		}
 		exports[p.ImportPath] = p.Export
-		if filepath.Base(p.Dir) == packageDir {
+		if strings.HasSuffix(filepath.ToSlash(p.ImportPath), "/"+of.dir) {
 			own = p.GoFiles
 		}
 	}
@@ -187,23 +187,23 @@ func load(ctx context.Context) (*token.FileSet, []*ast.File, *types.Info, error)
 	var all, ours []*ast.File
 	byName := map[string]*ast.File{}
 	for _, name := range own {
-		f, err := parser.ParseFile(fset, filepath.Join(packageDir, name), nil, parser.ParseComments|parser.SkipObjectResolution)
+		f, err := parser.ParseFile(fset, filepath.Join(of.dir, name), nil, parser.ParseComments|parser.SkipObjectResolution)
 		if err != nil {
 			return nil, nil, nil, err
 		}
 		all = append(all, f)
 		byName[name] = f
 	}
-	for _, name := range files {
+	for _, name := range of.files {
 		if byName[name] == nil {
-			return nil, nil, nil, fmt.Errorf("%s is gone from %s: correct the list of files", name, packageDir)
+			return nil, nil, nil, fmt.Errorf("%s is gone from %s: correct the list of files", name, of.dir)
 		}
 		ours = append(ours, byName[name])
 	}
 	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{}}
 	conf := types.Config{Importer: importer.ForCompiler(fset, "gc", func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) })}
-	if _, err := conf.Check(packageDir, fset, all, info); err != nil {
-		return nil, nil, nil, fmt.Errorf("checking %s: %w", packageDir, err)
+	if _, err := conf.Check(of.dir, fset, all, info); err != nil {
+		return nil, nil, nil, fmt.Errorf("checking %s: %w", of.dir, err)
 	}
 	return fset, ours, info, nil
 }
