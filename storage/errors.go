@@ -28,6 +28,10 @@ var (
 	// call until the store or log is opened again: what the disk holds is
 	// unknown, so nothing may be signed or decided on it.
 	ErrNotDurable = errors.New("not durable: a write failed; check the disk and restart")
+	// ErrUnknown is returned by Commit when nobody knows whether the change has
+	// happened. Read again and decide on that: what is read then stays so, since the
+	// change has happened by then or never will.
+	ErrUnknown = errors.New("outcome unknown: the change may have happened; read again")
 	// ErrClock is returned by Append when the wall clock is five minutes or more
 	// before the newest record. Nothing was written.
 	ErrClock = errors.New("clock is too far before the newest record; correct the clock")

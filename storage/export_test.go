@@ -6,6 +6,9 @@ import (
 	"go.etcd.io/bbolt"
 )
 
+// OSFS is the file system that a log has by default.
+func OSFS() FS { return osFS{} }
+
 // Examine is what OpenBolt does before it trusts a file.
 func Examine(file io.ReaderAt, size int64) error { return examine(file, size) }
 

@@ -36,6 +36,12 @@ type LogOptions struct {
 	ReadOnly bool
 	// FS is the file system, the operating system's if nil.
 	FS FS
+	// Remote says that FS is on the other side of a network, where failures pass. Then
+	// Append does not outlast its context, and after a failed write the log opens itself
+	// anew, again and again until that succeeds; until then everything fails with
+	// ErrNotDurable. It goes on only if it finds what it had written, and at most the
+	// write that failed more: where somebody else wrote in between it stays unusable.
+	Remote bool
 	// Log receives the few things worth a line; nil discards them.
 	Log *slog.Logger
 	// Metrics registers signet_storage_log_*; nil registers none.
@@ -54,6 +60,7 @@ type FileLog struct {
 	metrics     *logMetrics
 	lock        io.Closer
 	readOnly    bool
+	remote      bool
 	torn        int64 // bytes behind the last complete write, where readOnly
 
 	// reading is held shared by who reads old segments, exclusively by who removes
@@ -71,6 +78,10 @@ type FileLog struct {
 	queue   []*pending // waiting calls, oldest first; guarded by mu
 	closed  bool       // guarded by mu
 	failed  error      // first failed write; guarded by mu
+	stopped error      // why a remote log does not open itself anew; guarded by mu
+
+	closing chan struct{}  // closed by Close
+	tasks   sync.WaitGroup // what goes on after a write of a remote log failed
 
 	// Changed only by the leader, under mu; the leader may read them without mu.
 	chain      chain      // durable
@@ -84,6 +95,8 @@ type FileLog struct {
 	// tailFirst is when the first batch of the last segment was written, Unix
 	// nanoseconds; 0 if it has none.
 	tailFirst int64
+	// doubt is what the chain would be after the batch that is being written.
+	doubt mark
 }
 
 var _ Log = (*FileLog)(nil)
@@ -169,12 +182,16 @@ func (l *FileLog) Close() error {
 		return nil
 	}
 	l.closed = true
+	close(l.closing)
 	for l.leading {
 		l.idle.Wait()
 	}
+	l.mu.Unlock()
+	l.tasks.Wait()
+	l.mu.Lock()
 	l.metrics.unregister()
 	// The lock last: who gets it may rely on nobody writing.
-	if err := errors.Join(l.file.Close(), l.lock.Close()); err != nil {
+	if err := errors.Join(l.closeFile(), l.unlock()); err != nil {
 		return fmt.Errorf("closing log %s: %w", l.dir, err)
 	}
 	return nil
@@ -187,6 +204,9 @@ func (l *FileLog) usable() error {
 	}
 	if l.readOnly {
 		return ErrReadOnly
+	}
+	if l.stopped != nil {
+		return fmt.Errorf("%w (first failure: %w); opening the log anew: %w", ErrNotDurable, l.failed, l.stopped)
 	}
 	if l.failed != nil {
 		return fmt.Errorf("%w (first failure: %w)", ErrNotDurable, l.failed)
@@ -217,9 +237,23 @@ func (l *FileLog) do(ctx context.Context, p *pending) error {
 			return l.giveUp(ctx, p)
 		}
 	}
-	l.writeOnce()
-	<-p.done
-	return p.err
+	// Whoever is about to append does so now and shares this fsync: a goroutine in
+	// fsync holds its processor for longer than many of them need.
+	runtime.Gosched()
+	l.mu.Lock()
+	calls := l.take()
+	l.mu.Unlock()
+	if !l.remote {
+		l.write(calls)
+		return p.err
+	}
+	go l.write(calls) // ends with the requests of FS, which take a bounded time
+	select {
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		return l.giveUp(ctx, p)
+	}
 }
 
 // giveUp takes a call back whose context ended while it waited.
@@ -280,16 +314,8 @@ func (l *FileLog) take() []*pending {
 	return taken
 }
 
-// writeOnce writes one frame and passes the lead on. The caller has the lead and
-// its own call is the oldest in the queue.
-func (l *FileLog) writeOnce() {
-	// Whoever is about to append does so now and shares this fsync: a goroutine in
-	// fsync holds its processor for longer than many of them need.
-	runtime.Gosched()
-	l.mu.Lock()
-	calls := l.take()
-	l.mu.Unlock()
-
+// write writes one frame for calls that were taken, and passes the lead on.
+func (l *FileLog) write(calls []*pending) {
 	var err error
 	switch {
 	case calls[0].op != nil:
@@ -332,6 +358,7 @@ func (l *FileLog) writeBatch(calls []*pending) error {
 	m := mark{sequence: l.chain.newest.sequence + uint64(count), time: now}
 	first := l.chain.newest.sequence + 1
 	l.buf, m.hash = appendBatch(beginFrame(l.buf, frameBatch), l.chain.newest, now, count, bodies)
+	l.doubt = m
 	if err := l.writeFrame(func(c *chain) { c.advance(m) }); err != nil {
 		return err
 	}
@@ -381,8 +408,11 @@ func (l *FileLog) writeFrame(change func(*chain)) error {
 func (l *FileLog) fail(err error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.remote && l.failed == nil && !l.closed {
+		l.tasks.Go(l.reopen)
+	}
 	l.failed = err
-	l.metrics.fail()
+	l.metrics.failing(true)
 	return fmt.Errorf("%w: %w", ErrNotDurable, err)
 }
 

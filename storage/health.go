@@ -21,6 +21,9 @@ func (l *FileLog) Err() error {
 // Err is nil while the store can be used, else the reason why not.
 func (b *Bolt) Err() error { return b.usable() }
 
+// Remote reports whether the log opens itself anew after a failure: see LogOptions.
+func (l *FileLog) Remote() bool { return l.remote }
+
 // Torn is how many bytes of an incomplete last write were found behind the end of
 // a log that was opened for reading only.
 func (l *FileLog) Torn() int64 { return l.torn }

@@ -108,7 +108,8 @@ type Log interface {
 	// when they are durable. Concurrent callers share one write.
 	//
 	// After an error the records may or may not be in the log. ErrNotDurable
-	// stays until the log is opened again; ErrClock leaves the log usable. If ctx
+	// stays until the log is opened again, which a remote one does by itself (see
+	// LogOptions.Remote); ErrClock leaves the log usable. If ctx
 	// ends before the records were written they are not; once they are being
 	// written, Append returns when ctx ends but the records may land, and no
 	// other caller's records are touched. The records may be reused on return.

@@ -60,7 +60,7 @@ func newLogMetrics(r prometheus.Registerer) (*logMetrics, error) {
 			Help: "Writes that made them durable; records per batch is what group commit saves."}),
 		failed: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "signet_storage_log_failed",
-			Help: "1 if a write to the issuance log failed: nothing is recorded, and so nothing issued, until restart."}),
+			Help: "1 if a write to the issuance log failed: nothing is recorded, and so nothing issued, until it is opened again."}),
 	}
 	return m, m.register(r, m.sync, m.records, m.batches, m.failed)
 }
@@ -72,7 +72,13 @@ func (m *logMetrics) batch(records int) {
 	m.records.Add(float64(records))
 }
 
-func (m *logMetrics) fail() { m.failed.Set(1) }
+func (m *logMetrics) failing(failing bool) {
+	if failing {
+		m.failed.Set(1)
+	} else {
+		m.failed.Set(0)
+	}
+}
 
 type boltMetrics struct {
 	collectors

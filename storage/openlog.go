@@ -42,6 +42,8 @@ func OpenLog(dir string, opt LogOptions) (*FileLog, error) {
 		fs:          opt.FS,
 		log:         opt.Log,
 		readOnly:    opt.ReadOnly,
+		remote:      opt.Remote,
+		closing:     make(chan struct{}),
 	}
 	l.idle.L = &l.mu
 	if l.segmentSize == 0 {
@@ -60,12 +62,7 @@ func OpenLog(dir string, opt LogOptions) (*FileLog, error) {
 		timeout = defaultLockTimeout
 	}
 	if err := l.open(opt, timeout); err != nil {
-		if l.file != nil {
-			err = errors.Join(err, l.file.Close())
-		}
-		if l.lock != nil {
-			err = errors.Join(err, l.lock.Close())
-		}
+		err = errors.Join(err, l.closeFile(), l.unlock())
 		return nil, fmt.Errorf("opening log %s: %w", dir, err)
 	}
 	return l, nil

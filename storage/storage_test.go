@@ -3,9 +3,12 @@ package storage_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/signet-mesh/signet/storage"
 	"github.com/signet-mesh/signet/storage/storagetest"
@@ -13,15 +16,43 @@ import (
 
 func TestBoltIsAStore(t *testing.T) {
 	t.Parallel()
-	storagetest.Store(t, func(t *testing.T) func() (storagetest.ClosableStore, error) {
+	storagetest.Store(t, func(t *testing.T) storagetest.StorePlace {
 		path := filepath.Join(privateDir(t), "state.db")
 		t.Cleanup(func() { checkBolt(t, path) })
-		return func() (storagetest.ClosableStore, error) {
-			b, err := storage.OpenBolt(path, storage.BoltOptions{})
-			if err != nil {
-				return nil, err
-			}
-			return b, nil
+		const history = 1000 // a test watches 630 changes
+		// 0: no failure, 1: before it is written, 2: after.
+		var failing atomic.Int32
+		return storagetest.StorePlace{
+			Open: func() (storagetest.ClosableStore, error) {
+				b, err := storage.OpenBolt(path, storage.BoltOptions{LockTimeout: 50 * time.Millisecond, History: history, Hook: func(landed bool) error {
+					if f := failing.Load(); f == 1 && !landed || f == 2 && landed {
+						return storagetest.ErrInjected
+					}
+					return nil
+				}})
+				if err != nil {
+					return nil, err
+				}
+				return b, nil
+			},
+			Fail: func(_ storagetest.ClosableStore, landed bool) func() {
+				failing.Store(1)
+				if landed {
+					failing.Store(2)
+				}
+				return func() { failing.Store(0) }
+			},
+			Forget: func(t *testing.T, s storage.Store) {
+				for i := range history/storage.MaxOps + 2 {
+					var ops []storage.Op
+					for j := range storage.MaxOps {
+						ops = append(ops, storage.Op{Key: fmt.Sprintf("forget/%d", j), Value: fmt.Append(nil, i)})
+					}
+					if _, err := s.Commit(t.Context(), nil, ops); err != nil {
+						t.Error(err)
+					}
+				}
+			},
 		}
 	})
 }
@@ -29,20 +60,77 @@ func TestBoltIsAStore(t *testing.T) {
 func TestFileLogIsALog(t *testing.T) {
 	t.Parallel()
 	for name, opt := range map[string]storage.LogOptions{
-		"in one segment":   {},
-		"in many segments": {SegmentSize: 4096},
-		"in memory":        {FS: storagetest.NewCrashFS(), SegmentSize: 8192},
+		"in one segment":      {},
+		"in many segments":    {SegmentSize: 4096},
+		"in memory":           {FS: storagetest.NewCrashFS(), SegmentSize: 8192},
+		"as if it was remote": {FS: storagetest.NewCrashFS(), SegmentSize: 8192, Remote: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			storagetest.Log(t, func(t *testing.T) func() (storagetest.ClosableLog, error) {
+			storagetest.Log(t, func(t *testing.T) storagetest.LogPlace {
 				dir := filepath.Join(privateDir(t), "log")
 				opt := opt
-				opt.Instance = 1
-				return func() (storagetest.ClosableLog, error) { return storage.OpenLog(dir, opt) }
+				opt.Instance, opt.LockTimeout = 1, 50*time.Millisecond
+				faults := &faultyFS{FS: opt.FS}
+				if opt.FS == nil {
+					faults.FS = storage.OSFS()
+				}
+				opt.FS = faults
+				return storagetest.LogPlace{
+					Open: func() (storagetest.ClosableLog, error) {
+						l, err := storage.OpenLog(dir, opt)
+						if err != nil {
+							return nil, err
+						}
+						return l, nil
+					},
+					Fail: func(_ storagetest.ClosableLog, landed bool) func() {
+						faults.failing.Store(1)
+						if landed {
+							faults.failing.Store(2)
+						}
+						return func() { faults.failing.Store(0) }
+					},
+				}
 			})
 		})
 	}
+}
+
+// faultyFS fails writes of files: before they are made (1) or after (2).
+type faultyFS struct {
+	storage.FS
+	failing atomic.Int32
+}
+
+func (f *faultyFS) Open(name string) (storage.File, error)   { return f.wrap(f.FS.Open(name)) }
+func (f *faultyFS) Create(name string) (storage.File, error) { return f.wrap(f.FS.Create(name)) }
+
+func (f *faultyFS) wrap(file storage.File, err error) (storage.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	return faultyFile{file, f}, nil
+}
+
+type faultyFile struct {
+	storage.File
+	fs *faultyFS
+}
+
+func (f faultyFile) WriteAt(p []byte, off int64) (int, error) {
+	if f.fs.failing.Load() == 1 {
+		return 0, storagetest.ErrInjected
+	}
+	return f.File.WriteAt(p, off)
+}
+
+func (f faultyFile) Sync() error {
+	err := f.File.Sync()
+	if f.fs.failing.Load() == 2 {
+		return storagetest.ErrInjected
+	}
+	return err
 }
 
 // privateDir is a temporary folder with the mode that storage asks for.

@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// Limits of every Store. They are what etcd accepts with its default settings,
-// so that what one engine takes the other takes too.
+// Limits of every Store. They are what etcd accepts with its default settings, less
+// what that engine adds itself, so that what one engine takes the other takes too.
 const (
 	// MaxKey is the longest key in bytes.
 	MaxKey = 512
 	// MaxValue is the longest value in bytes.
 	MaxValue = 512 << 10
 	// MaxOps is the largest number of conditions, and of operations, in a commit.
-	MaxOps = 128
+	MaxOps = 120
 	// MaxCommit is the largest sum of the keys and values of a commit, in bytes.
 	MaxCommit = 1 << 20
 )
@@ -73,7 +73,8 @@ type Store interface {
 	// the conditions. What it returned without error is durable. No key may occur
 	// twice among the ops. After any other error than ErrConflict and the ones
 	// that say what is wrong with the arguments, the change may or may not have
-	// happened.
+	// happened. Where it wraps ErrUnknown, or once the store was opened again, reading
+	// tells, and a change that is not there then does not come later.
 	Commit(ctx context.Context, conds []Cond, ops []Op) (revision uint64, err error)
 
 	// Watch yields every change after a revision to keys that start with prefix,

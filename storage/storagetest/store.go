@@ -22,10 +22,27 @@ type ClosableStore interface {
 	io.Closer
 }
 
-// Store tests that an engine keeps the contract of storage.Store. fresh makes the
-// place of an empty store and returns what opens it; what is opened is closed
-// before it is opened again.
-func Store(t *testing.T, fresh func(t *testing.T) (open func() (ClosableStore, error))) {
+// StorePlace is where a store is, and what a test can do to it there.
+type StorePlace struct {
+	// Open opens the store.
+	Open func() (ClosableStore, error)
+	// Shared says that several can have it open; where it is not set the second gets
+	// storage.ErrLocked.
+	Shared bool
+	// Fail has what s is asked from then on fail without an answer until heal is called,
+	// which is called once: where landed is set only the answer is lost, otherwise the
+	// request, which may yet arrive after heal. An engine may have to be opened again.
+	Fail func(s ClosableStore, landed bool) (heal func())
+	// Forget has changes up to now forgotten, as far as watchers could ask for them. It
+	// may change entries below forget/.
+	Forget func(t *testing.T, s storage.Store)
+}
+
+// Store tests that an engine keeps the contract of storage.Store, and prints how much it
+// asked. fresh makes the place of an empty store.
+func Store(t *testing.T, fresh func(t *testing.T) StorePlace) {
+	c := &counts{}
+	t.Cleanup(func() { t.Log(c) })
 	for _, tc := range []struct {
 		name string
 		test func(*testing.T, *storeTest)
@@ -51,10 +68,25 @@ func Store(t *testing.T, fresh func(t *testing.T) (open func() (ClosableStore, e
 		{"leases to one at a time", storeLease},
 		{"ends the wait for a lease with its context", storeLeaseContext},
 		{"ends leases when closed", storeLeaseClosed},
+		{"is one store for all who have it open, or one's alone", storeSeveral},
+		{"says unknown and then the truth", storeUnknown},
+		{"keeps what it acknowledged when it fails", storeFails},
+		{"says what a watch cannot know any more", storeForgotten},
+		{"hides no gap from a watch", storeGaps},
+		{"ends a lease that is lost", storeLeaseLost},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			st := &storeTest{t: t, openStore: fresh(t)}
+			c.tests.Add(1)
+			place := fresh(t)
+			st := &storeTest{t: t, place: place, counts: c}
+			st.openStore = func() (ClosableStore, error) {
+				s, err := place.Open()
+				if err != nil {
+					return nil, err
+				}
+				return &countedStore{s, c}, nil
+			}
 			st.reopen()
 			t.Cleanup(func() { st.ClosableStore.Close() })
 			tc.test(t, st)
@@ -66,6 +98,8 @@ func Store(t *testing.T, fresh func(t *testing.T) (open func() (ClosableStore, e
 type storeTest struct {
 	ClosableStore
 	t         *testing.T
+	place     StorePlace
+	counts    *counts
 	openStore func() (ClosableStore, error)
 }
 
