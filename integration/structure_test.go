@@ -21,6 +21,7 @@ var allowed = map[string]string{
 	"identity/attest/devissuer":  "",
 	"identity/holder":            "identity",
 	"storage":                    "",
+	"storage/etcd":               "storage",
 	"storage/storagetest":        "storage",
 	"ca/capb":                    "",
 	"ca/caclient":                "ca/capb identity",
@@ -51,7 +52,9 @@ var allowed = map[string]string{
 	"integration/oracle":         "",
 	"integration/parts":          "",
 	"integration/envoytest":      "integration/parts",
-	"integration/kubetest":       "integration/parts",
+	"integration/kubetest":       "integration/parts integration/process",
+	"integration/etcdtest":       "integration/parts integration/process",
+	"integration/process":        "",
 	"integration/fuzz":           "",
 	"integration/mutate":         "",
 	"integration/fetch":          "integration/parts",
@@ -68,8 +71,8 @@ var binaries = map[string]struct {
 	// An agent that is taken over has nothing in it that could sign. Of client-go it
 	// has the bare protocol: no client for pods, secrets or nodes.
 	"cmd/agent": {never: []string{module + "ca", module + "ca/kube", "go.step.sm/crypto/kms",
-		"k8s.io/api/", "k8s.io/client-go/kubernetes", "k8s.io/client-go/informers", "k8s.io/client-go/listers", "istio.io/client-go"}},
-	"cmd/signet": {never: []string{module + "ca"}},
+		"k8s.io/api/", "k8s.io/client-go/kubernetes", "k8s.io/client-go/informers", "k8s.io/client-go/listers", "istio.io/client-go", "go.etcd.io/"}},
+	"cmd/signet": {never: []string{module + "ca", "go.etcd.io/"}},
 }
 
 // Limits of a program's first-party packages and of its longest chain of imports,

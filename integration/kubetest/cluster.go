@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/integration/parts"
+	"github.com/signet-mesh/signet/integration/process"
 
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,6 +37,11 @@ const Issuer = "https://kubernetes.default.svc.cluster.local"
 const APIAudience = Issuer
 
 const adminToken = "admin-of-a-test-cluster"
+
+// Process is etcd or the API server.
+type Process = process.Process
+
+const patience = process.Patience
 
 // Options say what differs from a cluster of defaults.
 type Options struct {
@@ -100,7 +106,7 @@ func Start(tb testing.TB, opt Options) *Cluster {
 		for _, p := range []*Process{c.APIServer, c.Etcd} {
 			if p != nil {
 				// Nobody needs what it could still save.
-				if err := p.finish(syscall.SIGKILL); err != nil {
+				if err := p.Finish(syscall.SIGKILL); err != nil {
 					tb.Error(err)
 				}
 			}
@@ -186,11 +192,11 @@ func (c *Cluster) run(etcd, apiServer string) (err error) {
 		return err
 	}
 	etcdURL := "http://127.0.0.1:" + ports[0]
-	c.Etcd = &Process{name: "etcd", command: func() *exec.Cmd {
+	c.Etcd = &Process{Name: "etcd", Command: func() *exec.Cmd {
 		return exec.Command(etcd, "--data-dir", data,
 			"--listen-client-urls", etcdURL, "--advertise-client-urls", etcdURL, "--listen-peer-urls", "http://127.0.0.1:"+ports[1],
 			"--unsafe-no-fsync", "--log-level", "warn", "--log-outputs", "stderr")
-	}, ready: func() error { return ask(http.DefaultTransport, etcdURL+"/health") }}
+	}, Ready: func() error { return ask(http.DefaultTransport, etcdURL+"/health") }}
 
 	c.URL = "https://127.0.0.1:" + ports[2]
 	args := []string{
@@ -218,9 +224,9 @@ func (c *Cluster) run(etcd, apiServer string) (err error) {
 		return err
 	}
 	c.APIServer = &Process{
-		name:    "kube-apiserver",
-		command: func() *exec.Cmd { return exec.Command(apiServer, args...) },
-		ready:   func() error { return ask(transport, c.URL+"/readyz") },
+		Name:    "kube-apiserver",
+		Command: func() *exec.Cmd { return exec.Command(apiServer, args...) },
+		Ready:   func() error { return ask(transport, c.URL+"/readyz") },
 	}
 	if c.Kube, err = kubernetes.NewForConfig(c.admin); err != nil {
 		return err
@@ -229,12 +235,12 @@ func (c *Cluster) run(etcd, apiServer string) (err error) {
 		return err
 	}
 	for _, p := range []*Process{c.Etcd, c.APIServer} {
-		if err = p.launch(); err == nil {
-			err = p.waitReady(patience)
+		if err = p.Begin(); err == nil {
+			err = p.Await(patience)
 		}
 		if err != nil {
 			err = fmt.Errorf("%w\n%s", err, p.Log())
-			return errors.Join(err, c.APIServer.finish(syscall.SIGKILL), c.Etcd.finish(syscall.SIGKILL))
+			return errors.Join(err, c.APIServer.Finish(syscall.SIGKILL), c.Etcd.Finish(syscall.SIGKILL))
 		}
 	}
 	return nil

@@ -1,4 +1,11 @@
-package kubetest
+// Package process runs the programs that tests need beside the ones of this
+// repository: each can be ended, frozen and started again with the same address and
+// data, and none outlives the test.
+//
+// # Trust
+//
+// It is linked into tests only, and runs what it is told to.
+package process
 
 import (
 	"bytes"
@@ -12,17 +19,21 @@ import (
 	"time"
 )
 
-// patience is how long anything that should happen at once may take on a busy
+// Patience is how long anything that should happen at once may take on a busy
 // machine.
-const patience = 60 * time.Second
+const Patience = 60 * time.Second
 
-// Process is etcd or the API server. Its methods are safe for concurrent use, but
-// only one caller may end and start it.
+// Process is a program that serves. Its methods are safe for concurrent use, but only
+// one caller may end and start it.
 type Process struct {
-	name    string
-	command func() *exec.Cmd
-	ready   func() error // nil once it serves
-	log     tail
+	// Name is for messages.
+	Name string
+	// Command makes what is started, each time.
+	Command func() *exec.Cmd
+	// Ready is nil once it serves.
+	Ready func() error
+
+	log tail
 
 	mu    sync.Mutex
 	cmd   *exec.Cmd     // guarded by mu; nil: not running
@@ -40,18 +51,19 @@ func (p *Process) Start(tb testing.TB) {
 // Launch is Start without waiting.
 func (p *Process) Launch(tb testing.TB) {
 	tb.Helper()
-	if err := p.launch(); err != nil {
+	if err := p.Begin(); err != nil {
 		tb.Fatal(err)
 	}
 }
 
-func (p *Process) launch() error {
+// Begin is Launch where no test runs yet.
+func (p *Process) Begin() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.cmd != nil {
-		return fmt.Errorf("starting %s: it runs", p.name)
+		return fmt.Errorf("starting %s: it runs", p.Name)
 	}
-	cmd := p.command()
+	cmd := p.Command()
 	cmd.Stdout, cmd.Stderr = &p.log, &p.log
 	// Should the test binary be killed, no cleanup runs; the kernel then ends it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -68,7 +80,7 @@ func (p *Process) launch() error {
 		close(ended)
 	}()
 	if err := <-started; err != nil {
-		return fmt.Errorf("starting %s: %w", p.name, err)
+		return fmt.Errorf("starting %s: %w", p.Name, err)
 	}
 	p.cmd, p.ended = cmd, ended
 	return nil
@@ -77,15 +89,16 @@ func (p *Process) launch() error {
 // WaitReady waits until the process serves.
 func (p *Process) WaitReady(tb testing.TB) {
 	tb.Helper()
-	if err := p.waitReady(patience); err != nil {
+	if err := p.Await(Patience); err != nil {
 		tb.Fatalf("%v\n%s", err, p.Log())
 	}
 }
 
-func (p *Process) waitReady(within time.Duration) error {
+// Await is WaitReady for a limited time.
+func (p *Process) Await(within time.Duration) error {
 	deadline := time.Now().Add(within)
 	for {
-		err := p.ready()
+		err := p.Ready()
 		if err == nil {
 			return nil
 		}
@@ -94,11 +107,11 @@ func (p *Process) waitReady(within time.Duration) error {
 		p.mu.Unlock()
 		select {
 		case <-ended:
-			return fmt.Errorf("%s ended before it was ready: %w", p.name, err)
+			return fmt.Errorf("%s ended before it was ready: %w", p.Name, err)
 		case <-time.After(20 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s is not ready after %v: %w", p.name, within, err)
+			return fmt.Errorf("%s is not ready after %v: %w", p.Name, within, err)
 		}
 	}
 }
@@ -121,22 +134,23 @@ func (p *Process) signal(tb testing.TB, s syscall.Signal) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.cmd == nil {
-		tb.Fatalf("%s does not run", p.name)
+		tb.Fatalf("%s does not run", p.Name)
 	}
 	if err := p.cmd.Process.Signal(s); err != nil {
-		tb.Fatalf("%s: %v", p.name, err)
+		tb.Fatalf("%s: %v", p.Name, err)
 	}
 }
 
 func (p *Process) end(tb testing.TB, s syscall.Signal) {
 	tb.Helper()
-	if err := p.finish(s); err != nil {
+	if err := p.Finish(s); err != nil {
 		tb.Error(err)
 	}
 }
 
-// finish does nothing if the process does not run.
-func (p *Process) finish(s syscall.Signal) error {
+// Finish ends the process by a signal and waits for its end. It does nothing if the
+// process does not run.
+func (p *Process) Finish(s syscall.Signal) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.cmd == nil {
@@ -149,7 +163,7 @@ func (p *Process) finish(s syscall.Signal) error {
 	select {
 	case <-p.ended:
 	case <-time.After(20 * time.Second):
-		err = errors.Join(fmt.Errorf("%s did not end within 20 s", p.name), p.cmd.Process.Kill())
+		err = errors.Join(fmt.Errorf("%s did not end within 20 s", p.Name), p.cmd.Process.Kill())
 		<-p.ended
 	}
 	p.cmd = nil
