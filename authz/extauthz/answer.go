@@ -293,7 +293,7 @@ func (a *attributes) header(name string) []byte {
 			return v
 		}
 	}
-	v, _ := a.joined.get(name)
+	v, _ := a.joinedHeaders().get(name)
 	return v
 }
 

@@ -17,7 +17,9 @@ type attributes struct {
 	http                bool  // false: a connection
 	method, path, host  []byte
 	raw                 []rawHeader // header_map
-	joined              pairs       // headers
+	joined              pairs       // headers, once joinedHeaders was called
+	skip, skipped       bool        // whether scan only checks headers, and whether it did
+	unread              []byte      // the message that has headers which were only checked; nil: none
 	tls                 bool
 	sni                 []byte
 	// The metadata is in one of these. Several parts are one message, one after
@@ -143,6 +145,7 @@ func (a *attributes) reset() {
 	a.raw = kept(a.raw)
 	a.labels.reset()
 	a.joined.reset()
+	a.skip, a.skipped, a.unread = false, false, nil
 	a.metadata = nil
 	a.metadataBytes = kept(a.metadataBytes)
 }

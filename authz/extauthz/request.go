@@ -99,7 +99,7 @@ func FromCheckRequest(r *authv3.CheckRequest, into *authz.Request) error {
 func FromBytes(message []byte, needed authz.Field, into *authz.Request) error {
 	var a attributes
 	*into = authz.Request{}
-	if !a.scan(message) {
+	if !a.scan(message, needed&authz.FieldHeaders != 0) {
 		return errMessage
 	}
 	return (&reader{}).read(&a, needed, into)
@@ -238,7 +238,8 @@ func readClaims(into *authz.Request) error {
 // readHeaders lists the headers without the pseudo-headers, which have fields of
 // their own, but for :scheme and :protocol, which have none.
 func readHeaders(a *attributes, needed authz.Field, into *authz.Request) error {
-	both := len(a.raw) > 0 && len(a.joined.list) > 0
+	// Nobody sends both.
+	both := len(a.raw) > 0 && len(a.joinedHeaders().list) > 0
 	if needed&authz.FieldHeaders == 0 && !both {
 		for i := range a.raw {
 			if _, ok := a.raw[i].value(); !ok && !ownField(headerName(a.raw[i].key)) {
@@ -428,7 +429,7 @@ func readHTTP(a *attributes, into *authz.Request) error {
 		into.Known |= authz.FieldHost
 	case ok:
 		// The field alone does not tell a missing value from an empty one.
-		if v, there := a.joined.get(":authority"); there && len(v) == 0 {
+		if v, there := a.joinedHeaders().get(":authority"); there && len(v) == 0 {
 			into.Host = []byte{}
 			into.Known |= authz.FieldHost
 		}

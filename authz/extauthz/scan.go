@@ -142,8 +142,11 @@ func ascii(b []byte) bool {
 
 // scan reads what b says into a, which is empty. It is false where proto.Unmarshal
 // would return an error; else a is what take makes of that CheckRequest. Its slices
-// share memory with b.
-func (a *attributes) scan(b []byte) bool {
+// share memory with b. Without headers the entries of the map of headers are only
+// checked, and read when somebody asks for joinedHeaders.
+func (a *attributes) scan(b []byte, headers bool) bool {
+	a.skip = !headers
+	message := b
 	for len(b) > 0 {
 		tag, data, rest := field(b)
 		ok := tag != 0
@@ -156,7 +159,41 @@ func (a *attributes) scan(b []byte) bool {
 		}
 		b = rest
 	}
+	if a.skipped {
+		a.unread = message
+	}
 	return true
+}
+
+// joinedHeaders are those of the map of headers. It reads what scan did not.
+func (a *attributes) joinedHeaders() *pairs {
+	if a.unread == nil {
+		return &a.joined
+	}
+	message := a.unread
+	a.unread = nil
+	within(message, checkAttributes, func(b []byte) {
+		within(b, attrRequest, func(b []byte) {
+			within(b, requestHTTP, func(b []byte) {
+				within(b, httpHeaders, func(b []byte) {
+					p, _ := entry(b)
+					a.joined.put(p)
+				})
+			})
+		})
+	})
+	return &a.joined
+}
+
+// within calls f with each field of that tag, in a message that has been scanned.
+func within(b []byte, wanted uint64, f func([]byte)) {
+	for len(b) > 0 {
+		tag, data, rest := field(b)
+		if tag == wanted {
+			f(data)
+		}
+		b = rest
+	}
 }
 
 func (a *attributes) attributes(b []byte) bool {
@@ -363,7 +400,11 @@ func (a *attributes) scanHTTP(b []byte) bool {
 			ok = text(&a.host, data)
 		case httpHeaders:
 			var p pair
-			if p, ok = entry(data); ok {
+			p, ok = entry(data)
+			switch {
+			case a.skip:
+				a.skipped = true
+			case ok:
 				a.joined.put(p)
 			}
 		case httpMap:

@@ -261,10 +261,11 @@ func (s *Server) ask(ctx context.Context, c *check) {
 
 // read reads the message into the request, as much as the policies need.
 func (s *Server) read(c *check) error {
-	if !c.attributes.scan(c.Message) {
+	needed := c.Program.Reads()
+	if !c.attributes.scan(c.Message, needed&authz.FieldHeaders != 0) {
 		return errMessage
 	}
-	return s.reader.read(&c.attributes, c.Program.Reads(), &c.request)
+	return s.reader.read(&c.attributes, needed, &c.request)
 }
 
 // checkDestination refuses an address that the calling pod cannot have.
