@@ -56,19 +56,28 @@ func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
 	}
 	as := &agents{store: s, bySerial: map[string]*agent{}, streams: map[string]*streamsOfNode{}}
 	for _, e := range entries {
-		var r agent
-		if err := json.Unmarshal(e.Value, &r); err != nil {
-			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
+		r, err := parseAgent(e)
+		if err != nil {
+			return nil, err
 		}
-		if r.Version > agentVersion {
-			return nil, fmt.Errorf("reading agent %s: %w: it has version %d, this build reads up to %d; run the newer signet-ca", e.Key, storage.ErrNewerFormat, r.Version, agentVersion)
-		}
-		if r.serial, err = hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)); err != nil {
-			return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
-		}
-		as.bySerial[string(r.serial)] = &r
+		as.bySerial[string(r.serial)] = r
 	}
 	return as, nil
+}
+
+func parseAgent(e storage.Entry) (*agent, error) {
+	var r agent
+	err := json.Unmarshal(e.Value, &r)
+	if err == nil && r.Version > agentVersion {
+		err = fmt.Errorf("%w: it has version %d, this build reads up to %d; run the newer signet-ca", storage.ErrNewerFormat, r.Version, agentVersion)
+	}
+	if err == nil {
+		r.serial, err = hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
+	}
+	return &r, nil
 }
 
 // add makes an agent SVID good, durably.

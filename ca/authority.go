@@ -43,7 +43,7 @@ type Authority struct {
 	cfg      Config
 	instance uint8
 	id       spiffeid.ID // its own SPIFFE ID
-	store    *storage.Bolt
+	store    State
 	log      *storage.FileLog
 	keys     *keys.Ring
 	logKey   crypto.Signer
@@ -94,11 +94,24 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
+	if cfg.shared() {
+		a, dir, err := assembleShared(ctx, cfg)
+		if err == nil {
+			a, err = a.opened(ctx)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("opening the replica in %s: %w", dir, err)
+		}
+		return a, nil
+	}
 	dir, err := ensureFolder(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
-	a, err := open(ctx, cfg, dir)
+	a, err := assemble(cfg, dir, true)
+	if err == nil {
+		a, err = a.opened(ctx)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("opening the authority in %s: %w", dir, err)
 	}
@@ -116,36 +129,54 @@ const (
 // ensureFolder returns the authority's folder, complete; it makes a new authority
 // if there is none.
 func ensureFolder(ctx context.Context, cfg Config) (string, error) {
+	if err := checkDataDir(cfg); err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cfg.DataDir, folderName)
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return dir, create(ctx, cfg, dir)
+	}
+	if err := checkFolder(dir); err != nil {
+		return "", err
+	}
+	return dir, checkComplete(dir)
+}
+
+// checkDataDir refuses a dataDir that is missing, or in which others could put another
+// authority in this one's place.
+func checkDataDir(cfg Config) error {
 	fi, err := os.Stat(cfg.DataDir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("dataDir %s does not exist: mount the volume, or run: install -d -m 700 %s", cfg.DataDir, cfg.DataDir)
+		return fmt.Errorf("dataDir %s does not exist: mount the volume, or run: install -d -m 700 %s", cfg.DataDir, cfg.DataDir)
 	}
 	if err != nil {
-		return "", fmt.Errorf("dataDir: %w", err)
+		return fmt.Errorf("dataDir: %w", err)
 	}
 	if !fi.IsDir() {
-		return "", fmt.Errorf("dataDir %s is not a folder", cfg.DataDir)
+		return fmt.Errorf("dataDir %s is not a folder", cfg.DataDir)
 	}
 	if fi.Mode().Perm()&0o007 != 0 {
-		return "", fmt.Errorf("dataDir %s has mode %v and is open to others: run: chmod o-rwx %s", cfg.DataDir, fi.Mode().Perm(), cfg.DataDir)
+		return fmt.Errorf("dataDir %s has mode %v and is open to others: run: chmod o-rwx %s", cfg.DataDir, fi.Mode().Perm(), cfg.DataDir)
 	}
 	// Whoever may rename in dataDir could put another authority in this one's place.
 	if fi.Mode().Perm()&0o020 != 0 && fi.Mode()&fs.ModeSticky == 0 && !ours(fi) {
-		return "", fmt.Errorf("dataDir %s belongs to somebody else and its group may write: run: chown %d %s", cfg.DataDir, os.Geteuid(), cfg.DataDir)
+		return fmt.Errorf("dataDir %s belongs to somebody else and its group may write: run: chown %d %s", cfg.DataDir, os.Geteuid(), cfg.DataDir)
 	}
-	dir := filepath.Join(cfg.DataDir, folderName)
-	fi, err = os.Lstat(dir)
+	return nil
+}
+
+// checkFolder refuses an authority's folder that is somebody else's or open to others.
+func checkFolder(dir string) error {
+	fi, err := os.Lstat(dir)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return dir, create(ctx, cfg, dir)
 	case err != nil:
-		return "", fmt.Errorf("dataDir: %w", err)
+		return fmt.Errorf("dataDir: %w", err)
 	case !ours(fi):
-		return "", fmt.Errorf("%s belongs to another user than the one that runs signet-ca (%d): it is not this authority's; restore it, or run: chown -R %d %s", dir, os.Geteuid(), os.Geteuid(), dir)
+		return fmt.Errorf("%s belongs to another user than the one that runs signet-ca (%d): it is not this authority's; restore it, or run: chown -R %d %s", dir, os.Geteuid(), os.Geteuid(), dir)
 	case !fi.IsDir() || fi.Mode().Perm()&0o077 != 0:
-		return "", fmt.Errorf("%s has mode %v: it must be a folder that only its owner can enter; run: chmod 700 %s", dir, fi.Mode(), dir)
+		return fmt.Errorf("%s has mode %v: it must be a folder that only its owner can enter; run: chmod 700 %s", dir, fi.Mode(), dir)
 	}
-	return dir, checkComplete(dir)
+	return nil
 }
 
 // ours reports whether a file belongs to the user that this process runs as.
@@ -229,14 +260,16 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	if mustExist {
 		storeOpt.Metrics, logOpt.Metrics, logOpt.Log = cfg.Metrics, cfg.Metrics, cfg.Log
 	}
-	store, err := storage.OpenBolt(filepath.Join(dir, stateName), storeOpt)
+	logOpt.Instance = uint32(cfg.Instance)
+	openStorage := openFiles
+	if cfg.shared() {
+		openStorage = func(_ string, _ storage.BoltOptions, opt storage.LogOptions) (State, *storage.FileLog, error) {
+			return openSharedStorage(cfg, opt)
+		}
+	}
+	store, log, err := openStorage(dir, storeOpt, logOpt)
 	if err != nil {
 		return nil, err
-	}
-	logOpt.Instance = uint32(cfg.Instance)
-	log, err := storage.OpenLog(filepath.Join(dir, logName), logOpt)
-	if err != nil {
-		return nil, errors.Join(err, store.Close())
 	}
 	var reg prometheus.Registerer
 	if mustExist {
@@ -246,6 +279,19 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
+}
+
+// openFiles opens the state and the log that are files of the authority's folder.
+func openFiles(dir string, storeOpt storage.BoltOptions, logOpt storage.LogOptions) (State, *storage.FileLog, error) {
+	store, err := storage.OpenBolt(filepath.Join(dir, stateName), storeOpt)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := storage.OpenLog(filepath.Join(dir, logName), logOpt)
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	return store, log, nil
 }
 
 // found makes keys, root and first intermediate, and commits them as the first
@@ -298,16 +344,12 @@ func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, 
 	return iss, journalEntry{Kind: state, State: stateActive, Certificate: c.Raw, Key: uri}, nil
 }
 
-// open opens an authority that is complete.
-func open(ctx context.Context, cfg Config, dir string) (*Authority, error) {
-	a, err := assemble(cfg, dir, true)
-	if err != nil {
-		return nil, err
-	}
+// opened starts an authority that is complete, or closes its storage.
+func (a *Authority) opened(ctx context.Context) (*Authority, error) {
 	if err := a.start(ctx); err != nil {
 		return nil, errors.Join(err, a.closeStorage())
 	}
-	a.registerGauges(cfg.Metrics)
+	a.registerGauges(a.cfg.Metrics)
 	return a, nil
 }
 
@@ -429,6 +471,7 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
+	g.Go(func() error { return a.follow(ctx) })
 	g.Go(func() error {
 		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
 	})

@@ -46,6 +46,10 @@ type Config struct {
 	// DataDir holds the authority's folder. Required. It must exist and not be
 	// open to others.
 	DataDir string
+	// Shared is the state that replicas have in common, and the place of their logs; then
+	// DataDir holds this replica's keys alone, and an Instance of 0 means the one that it
+	// has claimed, or claims, in the state.
+	Shared Shared
 	// DNSNames go into the authority's own serving certificate, beside its SPIFFE
 	// ID.
 	DNSNames []string
@@ -155,7 +159,7 @@ func (c Config) withDefaults() Config {
 			*d = v
 		}
 	}
-	if c.Instance == 0 {
+	if c.Instance == 0 && !c.shared() {
 		c.Instance = 1
 	}
 	def(&c.RootTTL, 365*24*time.Hour)
@@ -232,6 +236,11 @@ func (c Config) check() error {
 	}
 	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
 		bad("%w", err)
+	}
+	if c.shared() {
+		if err := c.CheckShared(); err != nil {
+			bad("%w", err)
+		}
 	}
 	if c.CRL.Lifetime < 2*s.MaxTTL {
 		bad("authority.crl.lifetime %v: must be at least twice svid.maxTTL (%v): a list that expires before the SVIDs do stops all traffic of proxies that check it", c.CRL.Lifetime, s.MaxTTL)

@@ -34,7 +34,7 @@ func (a *Authority) WrapKeys(wrap func(crypto.Signer) crypto.Signer) {
 func (a *Authority) Root() *x509.Certificate         { return a.root.Load().cert }
 func (a *Authority) Intermediate() *x509.Certificate { return a.intermediate.Load().cert }
 func (a *Authority) Log() *storage.FileLog           { return a.log }
-func (a *Authority) Store() *storage.Bolt            { return a.store }
+func (a *Authority) Store() *storage.Bolt            { return a.store.(*storage.Bolt) }
 func (a *Authority) SignHead(ctx context.Context) error {
 	return a.signHead(ctx)
 }

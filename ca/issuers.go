@@ -1,9 +1,11 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -75,18 +77,42 @@ func (a *Authority) current() journal {
 func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 	a.journalMu.Lock()
 	defer a.journalMu.Unlock()
-	next := a.journal
-	next.Authorities = slices.Clone(next.Authorities)
-	if err := f(&next); err != nil {
-		return err
+	for {
+		next := a.journal
+		next.Authorities = slices.Clone(next.Authorities)
+		if err := f(&next); err != nil {
+			return err
+		}
+		next.Version = journalVersion
+		revision, err := next.commit(ctx, a.store, a.journalRevision)
+		if err == nil {
+			a.journal, a.journalRevision = next, revision
+			return nil
+		}
+		// Another replica was first, or nobody knows whether this change has happened:
+		// what is stored decides. A change that was not made is made on that.
+		conflict := a.cfg.shared() && errors.Is(err, storage.ErrConflict)
+		if !conflict && !errors.Is(err, storage.ErrUnknown) {
+			return err
+		}
+		if rereadErr := a.reread(ctx); rereadErr != nil {
+			return errors.Join(err, rereadErr)
+		}
+		if !conflict {
+			return a.happened(next, err)
+		}
 	}
-	next.Version = journalVersion
-	revision, err := next.commit(ctx, a.store, a.journalRevision)
-	if err != nil {
-		return err
+}
+
+// happened is nil if the journal that was read again is the one that was to be written.
+func (a *Authority) happened(next journal, err error) error {
+	next.Others, next.Instance = a.journal.Others, a.journal.Instance
+	wrote, wroteErr := json.Marshal(next)
+	found, foundErr := json.Marshal(a.journal)
+	if wroteErr == nil && foundErr == nil && bytes.Equal(wrote, found) {
+		return nil
 	}
-	a.journal, a.journalRevision = next, revision
-	return nil
+	return err
 }
 
 // firstAuthorities are those that a new authority begins with.
@@ -315,7 +341,7 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 // failed with err. Where nobody knows whether the journal names the key it stays.
 func (a *Authority) dropKey(entry journalEntry, err error) error {
 	named := slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == entry.Key })
-	if named || errors.Is(err, storage.ErrNotDurable) || entry.Key == "" || entry.External {
+	if named || errors.Is(err, storage.ErrNotDurable) || errors.Is(err, storage.ErrUnknown) || entry.Key == "" || entry.External {
 		return err
 	}
 	return errors.Join(err, a.keys.Remove(kindIntermediate, entry.Key))

@@ -51,6 +51,9 @@ type journal struct {
 	// imported, and when the last of them ends.
 	SeriesStart time.Time `json:"seriesStart,omitzero"`
 	SeriesEnd   time.Time `json:"seriesEnd,omitzero"`
+	// Others are the intermediates of other replicas, by instance. They are read where
+	// state is shared, and never written.
+	Others map[string][]journalEntry `json:"others,omitempty"`
 }
 
 type journalEntry struct {

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
@@ -172,6 +173,12 @@ func (a *Authority) commitLoss(ctx context.Context, next logLoss) error {
 		return fmt.Errorf("recording what was lost of the log: %w", err)
 	}
 	revision, err := a.store.Commit(ctx, []storage.Cond{{Key: lossKey, Revision: a.losses.revision}}, []storage.Op{{Key: lossKey, Value: b}})
+	if errors.Is(err, storage.ErrUnknown) {
+		// What is stored now stays so.
+		if e, getErr := a.store.Get(ctx, lossKey); getErr == nil && bytes.Equal(e.Value, b) {
+			revision, err = e.Revision, nil
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("recording what was lost of the log: %w", err)
 	}

@@ -43,11 +43,16 @@ func OpenOffline(ctx context.Context, cfg Config) (*Offline, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	dir, err := ensureFolder(ctx, cfg)
-	if err != nil {
+	var a *Authority
+	var dir string
+	var err error
+	if cfg.shared() {
+		a, dir, err = assembleShared(ctx, cfg)
+	} else if dir, err = ensureFolder(ctx, cfg); err == nil {
+		a, err = assemble(cfg, dir, true)
+	} else {
 		return nil, err
 	}
-	a, err := assemble(cfg, dir, true)
 	if err == nil {
 		if err = a.loadJournal(ctx); err != nil {
 			err = errors.Join(err, a.closeStorage())

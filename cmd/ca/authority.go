@@ -154,6 +154,12 @@ func withAuthority(ctx context.Context, path string, offline func(*ca.Offline) e
 		return err
 	}
 	cfg.StoreOptions.LockTimeout = 200 * time.Millisecond
+	closeState, err := c.Storage.open(ctx, &cfg)
+	if err != nil {
+		return err
+	}
+	defer closeState()
+	cfg.Shared.LogWait = cfg.StoreOptions.LockTimeout
 	a, err := ca.OpenOffline(ctx, cfg)
 	if err == nil {
 		return errors.Join(offline(a), a.Close())

@@ -20,11 +20,14 @@ type config struct {
 	// TrustDomain of every name that the authority gives out. It cannot change
 	// once the authority exists.
 	TrustDomain string `yaml:"trustDomain"`
-	// Instance tells replicas apart, 1 to 127.
+	// Instance tells replicas apart, 1 to 127. 0: 1, or where replicas share their state
+	// the one that this replica has claimed or claims.
 	Instance uint8 `yaml:"instance"`
 	// DataDir holds keys, state and issuance log. It must exist and not be open to
 	// others.
 	DataDir string `yaml:"dataDir"`
+	// Storage says where state and issuance log are, if not in DataDir.
+	Storage storageConfig `yaml:"storage"`
 	// Listen is HOST:PORT for agents.
 	Listen string `yaml:"listen"`
 	// DNSNames of the serving certificate, beside the SPIFFE ID.
@@ -111,7 +114,7 @@ type workload struct {
 func defaults() config {
 	var c config
 	c.TrustDomain = "cluster.local"
-	c.Instance = 1
+	c.Storage = defaultStorage()
 	c.DataDir = "/var/lib/signet-ca"
 	c.Listen = ":8443"
 	c.Authority = defaultAuthority()
@@ -145,6 +148,9 @@ func loadConfig(path string) (config, error) {
 	}
 	if len(c.Agents.ServiceAccounts) == 0 {
 		return config{}, fmt.Errorf("reading configuration %s: agents.serviceAccounts is empty: no agent could attest", path)
+	}
+	if err := c.sharedState(); err != nil {
+		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
 	if err := c.Istio.complete(c); err != nil {
 		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)

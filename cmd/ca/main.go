@@ -100,6 +100,11 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 
 	cfg.AcceptLogLoss = acceptLoss
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
+	closeState, err := c.Storage.open(ctx, &cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeState()) }()
 	authority, err := ca.Open(ctx, cfg)
 	if err != nil {
 		return err

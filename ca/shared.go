@@ -1,0 +1,425 @@
+package ca
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/replica"
+	"github.com/signet-mesh/signet/ca/revocation"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// State is where an authority keeps its records. *storage.Bolt is one.
+type State interface {
+	storage.Store
+	// Err is nil while records can be made durable, as far as is known, else why not.
+	Err() error
+	Close() error
+}
+
+// Shared is what replicas have in common: the state, and the place of a log for each.
+// The zero value means that there is one authority, with files in its DataDir.
+type Shared struct {
+	// Store is open for as long as the authority is.
+	Store storage.Store
+	// Files hold the logs, each in the folder log/NNN of its instance.
+	Files storage.FS
+	// LogWait is how long to wait for the log of a process of this replica that died.
+	LogWait time.Duration
+}
+
+// shared reports whether the state is one that replicas share.
+func (c Config) shared() bool { return c.Shared.Store != nil }
+
+// CheckShared refuses what replicas cannot have in common, before there is a Store.
+func (c Config) CheckShared() error {
+	var errs []error
+	if root := c.Keys.Made[keys.Root]; c.source() == sourceOwn && (root == "" || strings.HasPrefix(root, "softkms:")) {
+		errs = append(errs, errors.New("authority.keys.root is a file, and state is shared (storage.etcd): each replica would hold the key of the root, "+
+			"so that taking any one over is taking all; keep the root in a key device (authority.keys.root), offline (authority.offlineRoot) or with another authority (authority.upstream)"))
+	}
+	if c.CRL.Enabled {
+		errs = append(errs, errors.New("authority.crl.enabled, and state is shared (storage.etcd): each replica signs a list of its own, and a sequence of trust has to mean one set of lists; "+
+			"turn one of the two off (what is revoked is refused by every replica in any case)"))
+	}
+	return errors.Join(errs...)
+}
+
+// replicaName is the file, in the authority's folder, that says which replica it is of.
+const replicaName = "replica"
+
+// replicaFile is its content.
+type replicaFile struct {
+	Version int `json:"version"`
+	// ID is what the replica claims its instance with.
+	ID string `json:"id"`
+	// Begun says that the replica has a part of the journal: it must be there from then on.
+	Begun bool `json:"begun"`
+}
+
+// sharedFolder returns the authority's folder, which holds this replica's keys, and its
+// file; both are made if there are none.
+func sharedFolder(cfg Config) (dir string, f replicaFile, err error) {
+	dir = filepath.Join(cfg.DataDir, folderName)
+	if err := checkDataDir(cfg); err != nil {
+		return "", f, err
+	}
+	fail := func(err error) (string, replicaFile, error) {
+		return "", replicaFile{}, fmt.Errorf("the replica's folder %s: %w", dir, err)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, stateName)); err == nil {
+		return fail(errors.New("it holds an authority with a state of its own: move that to etcd with `signet-ca migrate-store`, or choose another dataDir"))
+	}
+	for _, d := range []string{dir, filepath.Join(dir, keysName)} {
+		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fail(err)
+		}
+	}
+	if err := checkFolder(dir); err != nil {
+		return "", f, err
+	}
+	b, err := os.ReadFile(filepath.Join(dir, replicaName))
+	if errors.Is(err, fs.ErrNotExist) {
+		f = replicaFile{Version: 1, ID: rand.Text()}
+		return dir, f, f.write(dir)
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &f)
+	}
+	if err == nil && (f.Version != 1 || f.ID == "") {
+		err = fmt.Errorf("version %d: %w", f.Version, storage.ErrNewerFormat)
+	}
+	if err != nil {
+		return fail(fmt.Errorf("reading %s: %w", replicaName, err))
+	}
+	return dir, f, nil
+}
+
+// write makes the file durable, as one change.
+func (f replicaFile) write(dir string) error {
+	b, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(dir, replicaName)
+	w, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(b)
+	if err = errors.Join(err, w.Sync(), w.Close()); err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err == nil {
+		err = errors.Join(keys.SyncFolder(dir), keys.SyncFolder(filepath.Dir(dir)))
+	}
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	return nil
+}
+
+// assembleShared opens this replica's part of the shared state, and makes it if the
+// replica is new. Nothing that is stored is loaded yet.
+func assembleShared(ctx context.Context, cfg Config) (a *Authority, dir string, err error) {
+	dir, f, err := sharedFolder(cfg)
+	if err != nil {
+		return nil, "", err
+	}
+	claimed, err := replica.Claim(ctx, cfg.Shared.Store, f.ID, cfg.Instance)
+	if err != nil {
+		return nil, "", err
+	}
+	cfg.Instance = claimed
+	if a, err = assemble(cfg, dir, true); err != nil {
+		return nil, "", err
+	}
+	if err = a.join(ctx, dir, f); err != nil {
+		return nil, "", errors.Join(err, a.closeStorage())
+	}
+	return a, dir, nil
+}
+
+// openSharedStorage is what assemble opens in the place of files.
+func openSharedStorage(cfg Config, opt storage.LogOptions) (State, *storage.FileLog, error) {
+	opt.FS, opt.Remote, opt.MustExist, opt.LockTimeout = cfg.Shared.Files, true, false, cfg.Shared.LogWait
+	log, err := storage.OpenLog(sharedLog(cfg.Instance), opt)
+	if errors.Is(err, storage.ErrLocked) {
+		err = fmt.Errorf("another process is instance %d: %w", cfg.Instance, err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return replica.View(cfg.Shared.Store, cfg.Instance), log, nil
+}
+
+func sharedLog(instance uint8) string { return fmt.Sprintf("%s/%03d", logName, instance) }
+
+// join makes what a replica has of its own, if it has not: the key of its log, and its
+// intermediate. The first replica of all makes the roots, too. The log is locked, so one
+// process of this replica does it; a lease keeps two replicas from both being the first.
+func (a *Authority) join(ctx context.Context, dir string, f replicaFile) error {
+	lease, err := a.store.Lease(ctx, "join", 10*time.Second)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lease.Release(context.WithoutCancel(ctx)) }() // it expires in any case
+	for {
+		err := a.joinOnce(ctx, f)
+		if errors.Is(err, storage.ErrConflict) {
+			continue // others changed what is in common
+		}
+		if err != nil {
+			return fmt.Errorf("joining as instance %d: %w", a.instance, err)
+		}
+		if f.Begun {
+			return nil
+		}
+		f.Begun = true
+		return f.write(dir)
+	}
+}
+
+func (a *Authority) joinOnce(ctx context.Context, f replicaFile) error {
+	_, err := a.store.Get(ctx, journalKey)
+	first := errors.Is(err, storage.ErrNotFound)
+	if err != nil && !first {
+		return err
+	}
+	var j journal
+	var revision uint64
+	if !first {
+		if j, revision, err = loadJournal(ctx, a.store); err != nil {
+			return err
+		}
+	}
+	switch {
+	case j.LogKey != "":
+		return nil
+	case f.Begun:
+		return errors.New("its part of the journal is gone: this is not the state that it belongs to; restore the right one, or give this replica an empty dataDir to begin as another instance")
+	case !first && (j.TrustDomain != a.cfg.TrustDomain.Name() || j.Source != a.cfg.source()):
+		return fmt.Errorf("the replicas there are of trust domain %s with intermediates signed by %s, this one is configured for %s and %s",
+			j.TrustDomain, sourceNames[j.Source], a.cfg.TrustDomain.Name(), sourceNames[a.cfg.source()])
+	case first:
+		a.cfg.Log.Info("creating a new authority", "trust_domain", a.cfg.TrustDomain.Name(), "instance", a.instance)
+		return a.found(ctx)
+	}
+	a.cfg.Log.Info("a replica joins", "trust_domain", j.TrustDomain, "instance", a.instance)
+	uri, key, err := a.keys.Create(keys.Log)
+	if err != nil {
+		return err
+	}
+	j.LogKey = uri
+	if j.LogPublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+		return err
+	}
+	entries, err := a.ownIntermediates(ctx, j)
+	if err != nil {
+		return err
+	}
+	j.Authorities = append(j.Authorities, entries...)
+	_, err = j.commit(ctx, a.store, revision)
+	return err
+}
+
+// ownIntermediates are those that a replica begins with under roots that are there.
+func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalEntry, error) {
+	roots, err := j.roots()
+	if err != nil {
+		return nil, err
+	}
+	trusted := func(root *x509.Certificate) error {
+		for _, r := range roots {
+			if r.Equal(root) {
+				return nil
+			}
+		}
+		return fmt.Errorf("its root %s is not trusted yet: let a replica that runs publish it first", root.Subject)
+	}
+	switch j.Source {
+	case sourceOffline:
+		return nil, nil // Request adds to it
+	case sourceFolder:
+		f, _, err := a.readFolder()
+		if err == nil {
+			err = trusted(f.Root)
+		}
+		return []journalEntry{folderEntry(f.Issuer)}, err
+	case sourceUpstream:
+		pinned, err := external.ReadRoots(a.cfg.Upstream.RootFile)
+		if err != nil {
+			return nil, fmt.Errorf("authority.upstream.rootFile: %w", err)
+		}
+		got, _, entry, err := a.askUpstream(ctx, pinned)
+		if err == nil {
+			err = trusted(got.Root)
+		}
+		return []journalEntry{entry}, err
+	}
+	for _, e := range j.Authorities {
+		if e.Kind != kindRoot || e.State != stateActive {
+			continue
+		}
+		pub, err := e.pub()
+		if err != nil {
+			return nil, err
+		}
+		key, err := a.keys.Open(kindRoot, e.Key, pub)
+		if err != nil {
+			return nil, err
+		}
+		root, err := e.issuer(key)
+		if err != nil {
+			return nil, err
+		}
+		_, entry, err := a.newAuthority(ctx, root)
+		return []journalEntry{entry}, err
+	}
+	return nil, errors.New("journal: there is no active root")
+}
+
+// reread replaces the journal by what is stored, after others changed it or where it is
+// unknown whether a change has happened. journalMu is held.
+func (a *Authority) reread(ctx context.Context) error {
+	j, revision, err := loadJournal(ctx, a.store)
+	if err != nil {
+		return err
+	}
+	a.journal, a.journalRevision = j, revision
+	return nil
+}
+
+// follow takes up what other replicas change, until ctx ends.
+func (a *Authority) follow(ctx context.Context) error {
+	if !a.cfg.shared() {
+		return nil
+	}
+	const job = "other replicas"
+	for ctx.Err() == nil {
+		revision, err := a.catchUp(ctx)
+		for e, watchErr := range a.store.Watch(ctx, "", revision) {
+			if err != nil {
+				break
+			}
+			if err = watchErr; err == nil {
+				err = a.followed(ctx, e)
+			}
+			if err != nil {
+				break
+			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, storage.ErrCompacted) {
+			continue
+		}
+		a.fails(job, err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+	return nil
+}
+
+// catchUp makes what is known here what is stored, and returns the revision of that.
+func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
+	entries, revision, err := a.store.List(ctx, "")
+	if err != nil {
+		return 0, fmt.Errorf("reading the state: %w", err)
+	}
+	agents, revoked := map[string]*agent{}, revocation.Set{}
+	for _, e := range entries {
+		switch {
+		case strings.HasPrefix(e.Key, agentPrefix):
+			r, err := parseAgent(e)
+			if err != nil {
+				return 0, err
+			}
+			agents[string(r.serial)] = r
+		case strings.HasPrefix(e.Key, revocation.Prefix):
+			r, err := revocation.Parse(e)
+			if err != nil {
+				return 0, err
+			}
+			revoked[string(r.Serial)] = r
+		}
+	}
+	a.agents.mu.Lock()
+	// What this replica adds meanwhile it also sees in the watch.
+	a.agents.bySerial = agents
+	a.agents.mu.Unlock()
+	a.revokeMu.Lock()
+	a.revoked.Store(revoked)
+	a.revokeMu.Unlock()
+	return revision, a.followJournal(ctx)
+}
+
+// followed takes up one change.
+func (a *Authority) followed(ctx context.Context, e storage.Event) error {
+	switch {
+	case e.Key == journalKey:
+		return a.followJournal(ctx)
+	case strings.HasPrefix(e.Key, agentPrefix):
+		r, err := parseAgent(e.Entry)
+		if err != nil && !e.Deleted {
+			return err
+		}
+		a.agents.mu.Lock()
+		defer a.agents.mu.Unlock()
+		if e.Deleted {
+			serial, _ := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)) // another key is of no agent
+			delete(a.agents.bySerial, string(serial))
+		} else {
+			a.agents.bySerial[string(r.serial)] = r
+		}
+	case strings.HasPrefix(e.Key, revocation.Prefix):
+		a.revokeMu.Lock()
+		defer a.revokeMu.Unlock()
+		if !e.Deleted {
+			r, err := revocation.Parse(e.Entry)
+			if err == nil && !a.revoked.Value().Has(r.Serial) {
+				a.revoked.Store(a.revoked.Value().With(r))
+			}
+			return err
+		}
+		set := maps.Clone(a.revoked.Value())
+		for serial, r := range set {
+			if revocation.Key(r.Serial) == e.Key {
+				delete(set, serial)
+				a.revoked.Store(set)
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// followJournal takes up a change of the journal, and publishes what it made of trust.
+func (a *Authority) followJournal(ctx context.Context) error {
+	a.trustMu.Lock()
+	defer a.trustMu.Unlock()
+	a.journalMu.Lock()
+	err := a.reread(ctx)
+	sequence := a.journal.Sequence
+	a.journalMu.Unlock()
+	if err != nil || sequence == a.trust.Value().Sequence() {
+		return err
+	}
+	return a.publishTrust()
+}
