@@ -23,6 +23,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
@@ -118,9 +119,12 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	return a, nil
 }
 
+// FolderName is the authority's folder in DataDir.
+const FolderName = "authority"
+
 // Parts of the authority's folder.
 const (
-	folderName = "authority"
+	folderName = FolderName
 	stateName  = "state.db"
 	logName    = "log"
 	keysName   = "keys"
@@ -412,6 +416,9 @@ func (a *Authority) load(ctx context.Context) error {
 
 // loadJournal reads the journal and checks that it is of this configuration.
 func (a *Authority) loadJournal(ctx context.Context) error {
+	if err := replica.CheckMoved(ctx, a.store); err != nil {
+		return err
+	}
 	j, revision, err := loadJournal(ctx, a.store)
 	if err != nil {
 		return err

@@ -2,10 +2,8 @@ package ca
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -58,27 +56,15 @@ func (c Config) CheckShared() error {
 	return errors.Join(errs...)
 }
 
-// replicaName is the file, in the authority's folder, that says which replica it is of.
-const replicaName = "replica"
-
-// replicaFile is its content.
-type replicaFile struct {
-	Version int `json:"version"`
-	// ID is what the replica claims its instance with.
-	ID string `json:"id"`
-	// Begun says that the replica has a part of the journal: it must be there from then on.
-	Begun bool `json:"begun"`
-}
-
-// sharedFolder returns the authority's folder, which holds this replica's keys, and its
-// file; both are made if there are none.
-func sharedFolder(cfg Config) (dir string, f replicaFile, err error) {
+// sharedFolder returns the authority's folder, which holds this replica's keys, and which
+// replica it is; both are made if there are none.
+func sharedFolder(cfg Config) (dir string, f replica.Identity, err error) {
 	dir = filepath.Join(cfg.DataDir, folderName)
 	if err := checkDataDir(cfg); err != nil {
 		return "", f, err
 	}
-	fail := func(err error) (string, replicaFile, error) {
-		return "", replicaFile{}, fmt.Errorf("the replica's folder %s: %w", dir, err)
+	fail := func(err error) (string, replica.Identity, error) {
+		return "", replica.Identity{}, fmt.Errorf("the replica's folder %s: %w", dir, err)
 	}
 	if _, err := os.Lstat(filepath.Join(dir, stateName)); err == nil {
 		return fail(errors.New("it holds an authority with a state of its own: move that to etcd with `signet-ca migrate-store`, or choose another dataDir"))
@@ -91,45 +77,8 @@ func sharedFolder(cfg Config) (dir string, f replicaFile, err error) {
 	if err := checkFolder(dir); err != nil {
 		return "", f, err
 	}
-	b, err := os.ReadFile(filepath.Join(dir, replicaName))
-	if errors.Is(err, fs.ErrNotExist) {
-		f = replicaFile{Version: 1, ID: rand.Text()}
-		return dir, f, f.write(dir)
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &f)
-	}
-	if err == nil && (f.Version != 1 || f.ID == "") {
-		err = fmt.Errorf("version %d: %w", f.Version, storage.ErrNewerFormat)
-	}
-	if err != nil {
-		return fail(fmt.Errorf("reading %s: %w", replicaName, err))
-	}
-	return dir, f, nil
-}
-
-// write makes the file durable, as one change.
-func (f replicaFile) write(dir string) error {
-	b, err := json.Marshal(f)
-	if err != nil {
-		return err
-	}
-	path := filepath.Join(dir, replicaName)
-	w, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(b)
-	if err = errors.Join(err, w.Sync(), w.Close()); err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err == nil {
-		err = errors.Join(keys.SyncFolder(dir), keys.SyncFolder(filepath.Dir(dir)))
-	}
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	return nil
+	f, err = replica.OpenIdentity(dir)
+	return dir, f, err
 }
 
 // assembleShared opens this replica's part of the shared state, and makes it if the
@@ -171,7 +120,7 @@ func sharedLog(instance uint8) string { return fmt.Sprintf("%s/%03d", logName, i
 // join makes what a replica has of its own, if it has not: the key of its log, and its
 // intermediate. The first replica of all makes the roots, too. The log is locked, so one
 // process of this replica does it; a lease keeps two replicas from both being the first.
-func (a *Authority) join(ctx context.Context, dir string, f replicaFile) error {
+func (a *Authority) join(ctx context.Context, dir string, f replica.Identity) error {
 	lease, err := a.store.Lease(ctx, "join", 10*time.Second)
 	if err != nil {
 		return err
@@ -189,11 +138,14 @@ func (a *Authority) join(ctx context.Context, dir string, f replicaFile) error {
 			return nil
 		}
 		f.Begun = true
-		return f.write(dir)
+		return f.Save(dir)
 	}
 }
 
-func (a *Authority) joinOnce(ctx context.Context, f replicaFile) error {
+func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
+	if err := replica.CheckMoved(ctx, a.cfg.Shared.Store); err != nil {
+		return err
+	}
 	_, err := a.store.Get(ctx, journalKey)
 	first := errors.Is(err, storage.ErrNotFound)
 	if err != nil && !first {

@@ -46,7 +46,7 @@ var allowed = map[string]string{
 	"cmd/internal/run":           "",
 	"cmd/internal/run/runtest":   "identity/attest/attesttest",
 	"cmd/internal/version":       "",
-	"cmd/ca":                     "authz ca ca/capb ca/external ca/istio ca/keys ca/kube identity identity/attest storage storage/etcd cmd/internal/issuancelog cmd/internal/run cmd/internal/version",
+	"cmd/ca":                     "authz ca ca/capb ca/external ca/istio ca/keys ca/kube ca/replica identity identity/attest storage storage/etcd cmd/internal/issuancelog cmd/internal/run cmd/internal/version",
 	"cmd/agent":                  "authz authz/extauthz authz/provider authz/record authz/source authz/token ca/caclient identity identity/attest identity/holder sds cmd/internal/run cmd/internal/version",
 	"cmd/signet":                 "authz authz/explain authz/extauthz authz/record authz/source ca/caclient ca/capb identity identity/attest/devissuer cmd/signet/demo cmd/internal/issuancelog cmd/internal/version",
 	"cmd/signet/demo":            "ca/caclient ca/capb identity identity/attest/devissuer",
