@@ -3,6 +3,8 @@ package authz
 import (
 	"fmt"
 	"strings"
+
+	"github.com/signet-mesh/signet/identity"
 )
 
 // The kinds of resources, as they stand in Decision.Kind and in YAML.
@@ -62,6 +64,12 @@ const (
 	// attribute that it reads is unknown.
 	ReasonAllowUnknown Reason = "allow-unknown"
 
+	// ReasonBanned: the peer, or its certificate, is banned; Kind is [KindBan].
+	ReasonBanned Reason = "banned"
+	// ReasonBanUnknown: a SPIFFE ID is banned and the request does not say who the
+	// peer is, or there is a ban that this build cannot read.
+	ReasonBanUnknown Reason = "ban-unknown"
+
 	// ReasonInvalid: a resource that selects the workload is one that Istio's
 	// admission refuses, and it has no last good version.
 	ReasonInvalid Reason = "invalid"
@@ -89,7 +97,8 @@ type Decision struct {
 	// Provider is the name of the extension provider to ask.
 	Provider string
 	// Kind is the kind of the resource that decided, one of the Kind constants,
-	// or empty where no resource did.
+	// or empty where no resource did. KindBan is no resource: Policy is then whom the
+	// ban is about, as [identity.BanSubject] writes it.
 	Kind string
 	// Policy is its "NAMESPACE/NAME", or empty where no single one decided, as
 	// when no ALLOW rule matches.
@@ -246,6 +255,17 @@ func (d Decision) Text() string {
 		}
 		if d.why != nil {
 			fmt.Fprintf(&b, ": %s:%d: %s", d.why.Origin, d.why.Line, d.why.detail)
+		}
+	case ReasonBanned, ReasonBanUnknown:
+		switch {
+		case d.why == nil:
+			b.WriteString("a ban")
+		case d.Reason == ReasonBanned:
+			b.WriteString(clipPlain(d.why.detail))
+		case d.Policy == identity.Everybody().String():
+			b.WriteString("the authority bans somebody in a way that this version cannot read")
+		default:
+			b.WriteString("it may be about the peer; the proxy did not say who that is")
 		}
 	case ReasonNoPolicies:
 		b.WriteString("no policies were loaded yet")

@@ -90,6 +90,8 @@ type Program struct {
 	language
 	// compiled says that this is no zero Program.
 	compiled bool
+	// bans come before everything; nil is none.
+	bans *bans
 	// reads are the attributes that any policy reads, names what of those they read
 	// by name.
 	reads Field
@@ -141,8 +143,8 @@ type provider struct {
 }
 
 // Decide answers the request, in Istio's order: PeerAuthentication, CUSTOM,
-// RequestAuthentication, AUDIT, DENY, ALLOW. Before all of them a resource that
-// cannot be enforced denies, whatever the request. It does not allocate, but for
+// RequestAuthentication, AUDIT, DENY, ALLOW. Before all of them a ban denies whom it
+// means, and a resource that cannot be enforced denies whatever the request. It does not allocate, but for
 // an authority longer than 256 bytes with upper-case letters in it, and for a
 // malformed IPv6 address in X-Forwarded-For where policies read that; it keeps
 // nothing of r and is safe for concurrent use.
@@ -167,6 +169,12 @@ func (p *Program) decide(d *Decision, r *Request, asked int) {
 	if p == nil || !p.compiled {
 		d.decide(nil, false, ReasonNoPolicies)
 		return
+	}
+	if p.bans != nil {
+		if by, reason := p.bans.check(r); reason != "" {
+			d.decide(by, false, reason)
+			return
+		}
 	}
 	if len(p.refused) > 0 {
 		d.decide(p.refused[0], false, p.refused[0].Reason)

@@ -100,6 +100,9 @@ type Request struct {
 	// does. FieldPrincipal vouches that the list is complete; an X.509-SVID of
 	// Signet has one URI SAN and nothing else, so there nil is complete.
 	OtherNames [][]byte
+	// Serial is that of the peer's certificate, big-endian; nil where it is not known.
+	// Only bans read it, and one that is not known is not banned.
+	Serial []byte
 	// SourceIP is the immediate peer of the connection, never the address from
 	// a forwarding header. Zones and the IPv4-mapped form are removed. Leave
 	// FieldSourceIP out for a peer without an address (a pipe).

@@ -100,6 +100,7 @@ type Snapshot struct {
 	// others is the space of the namespaces without policies of their own.
 	others     *space
 	generation uint64
+	bans       *banned
 }
 
 // Generation counts the snapshots from the one that Compile made, which is 1. It is
@@ -150,7 +151,7 @@ func (s *Snapshot) Update(set Set) (*Snapshot, []Problem) {
 		return Compile(set, Options{})
 	}
 	root := s.options.root()
-	next := &Snapshot{compiler: s.compiler, generation: s.generation + 1}
+	next := &Snapshot{compiler: s.compiler, generation: s.generation + 1, bans: s.bans.again()}
 	var mesh []*policy
 	own := make(map[string][]*policy, len(s.spaces))
 	var problems []Problem
@@ -368,7 +369,11 @@ func (s *Snapshot) For(w identity.Workload) *Program {
 	if sp == nil { // nobody compiled it
 		return nil
 	}
-	return sp.program(w.Labels)
+	p := sp.program(w.Labels)
+	if s.bans != nil {
+		p = s.bans.program(p)
+	}
+	return p
 }
 
 // program is that of a workload with the labels.

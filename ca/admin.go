@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/revocation"
@@ -157,6 +159,50 @@ func (s admin) Revocations(context.Context, *capb.RevocationsRequest) (*capb.Rev
 	}
 	for _, c := range s.a.lists.all() {
 		resp.Crls = append(resp.Crls, c.Raw)
+	}
+	return resp, nil
+}
+
+// AddBan implements signet.ca.v1.Admin.
+func (s admin) AddBan(ctx context.Context, q *capb.AddBanRequest) (*capb.AddBanResponse, error) {
+	var until time.Time
+	if u := q.GetUntil(); u != nil {
+		if err := u.CheckValid(); err != nil {
+			return nil, status.Errorf(codes.InvalidArgument, "until: %v", err)
+		}
+		until = u.AsTime()
+	}
+	resp, err := s.a.addBan(ctx, q.GetSubject(), q.GetReason(), until, operator(ctx))
+	return resp, s.banError("banning failed", err)
+}
+
+// RemoveBan implements signet.ca.v1.Admin.
+func (s admin) RemoveBan(ctx context.Context, q *capb.RemoveBanRequest) (*capb.RemoveBanResponse, error) {
+	resp, err := s.a.removeBan(ctx, q.GetSubject(), q.GetReason(), operator(ctx))
+	return resp, s.banError("removing a ban failed", err)
+}
+
+func (s admin) banError(what string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errBan):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, errNoBan):
+		return status.Error(codes.NotFound, err.Error())
+	}
+	s.a.cfg.Log.Error(what, "err", err)
+	return status.Error(codes.Unavailable, err.Error())
+}
+
+// ListBans implements signet.ca.v1.Admin.
+func (s admin) ListBans(_ context.Context, q *capb.ListBansRequest) (*capb.ListBansResponse, error) {
+	b := s.a.banned()
+	resp := &capb.ListBansResponse{Revision: b.said, Agents: s.a.agents.bansStatus()}
+	for _, subject := range slices.Sorted(maps.Keys(b.records)) {
+		if q.GetAll() || b.records[subject].Ended == nil {
+			resp.Bans = append(resp.Bans, b.record(subject))
+		}
 	}
 	return resp, nil
 }

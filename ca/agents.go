@@ -47,6 +47,10 @@ type agents struct {
 type streamsOfNode struct {
 	open         int
 	acknowledged uint64
+	// bans is the revision of the bans that the agent enforces, bansUnread how many of
+	// them it cannot read.
+	bans       uint64
+	bansUnread uint32
 }
 
 func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {

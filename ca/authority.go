@@ -57,6 +57,13 @@ type Authority struct {
 	journal         journal    // written by Open, and then by edit alone; guarded by journalMu
 	journalRevision uint64     // guarded by journalMu
 
+	bans   identity.Watched[*bansState]
+	bansMu sync.Mutex // held while bans are changed
+	// recording is held for reading from where a certificate is held against the bans until
+	// it is recorded, so that who takes it after a ban finds all that came before it in
+	// the log.
+	recording sync.RWMutex
+
 	root         atomic.Pointer[issuer] // without a key where somebody else has it
 	staged       atomic.Pointer[staged] // set by Open and then by Run
 	trustMu      sync.Mutex             // held while what others trust is changed; before journalMu
@@ -368,6 +375,9 @@ func (a *Authority) start(ctx context.Context) error {
 	if err := a.loadRevocations(ctx); err != nil {
 		return err
 	}
+	if err := a.loadBans(ctx); err != nil {
+		return err
+	}
 	if err := a.load(ctx); err != nil {
 		return err
 	}
@@ -477,6 +487,8 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "head", a.cfg.HeadInterval, a.signHead) })
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
+	g.Go(func() error { return a.every(ctx, "bans", time.Second, a.tendBans) })
+	g.Go(func() error { return a.followBans(ctx) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
 	g.Go(func() error { return a.follow(ctx) })
 	g.Go(func() error {

@@ -121,3 +121,9 @@ func (a *Authority) VerifyAll(ctx context.Context) ([]string, error) {
 	v, err := b.Verify(ctx, nil, true)
 	return v.GetProblems(), err
 }
+
+// Banned reports whether a serial is banned.
+func (a *Authority) Banned(serial []byte) bool { return a.banned().set.Serial(serial) != nil }
+
+// TendBans does the background work of bans once.
+func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }

@@ -90,17 +90,25 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 	inParallel(len(certs), func(i int) { all[i], out[i].err = a.prepare(now, iss, certs[i]) })
 	ready := make([]prepared, 0, len(certs))
 	at := make([]int, 0, len(certs))
+	a.recording.RLock() // see there: over the write to the log
 	for i := range all {
+		if out[i].err == nil {
+			out[i].err = a.refuseBanned(&certs[i])
+		}
 		if out[i].err == nil {
 			ready, at = append(ready, all[i]), append(at, i)
 		} else if errors.Is(out[i].err, errLint) {
 			a.metrics.lintFailures.Inc()
 		}
 	}
+	var logged []recorded
+	if len(ready) > 0 {
+		logged, err = a.record(ctx, ready)
+	}
+	a.recording.RUnlock()
 	if len(ready) == 0 {
 		return out, nil
 	}
-	logged, err := a.record(ctx, ready)
 	if err != nil {
 		return nil, err
 	}

@@ -89,5 +89,6 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 		}
 		return 0
 	})
+	gauge("signet_ca_bans", "Bans in force.", func() float64 { return float64(a.banned().set.Len()) })
 	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })
 }

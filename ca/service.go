@@ -116,6 +116,9 @@ func (a *Authority) verifyClient(chain []*x509.Certificate) error {
 	if err := a.refuseRevoked(chain[0]); err != nil {
 		return err
 	}
+	if ban := a.banned().set.Serial(serialBytes(chain[0])); ban != nil {
+		return fmt.Errorf("%w: certificate %x, by %s", ErrBanned, chain[0].SerialNumber, ban.Subject)
+	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, c := range a.trust.Value().Roots() {
 		roots.AddCert(c)
@@ -156,6 +159,9 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 		return refuse(fmt.Errorf("%s is not on record", id))
 	}
 	if err := a.refuseRevoked(c); err != nil {
+		return refuse(err)
+	}
+	if err := a.banned().refuseAgent(r); err != nil {
 		return refuse(err)
 	}
 	if err := a.alive(r); err != nil {
@@ -208,7 +214,8 @@ func (a *Authority) within(ctx context.Context, r *agent, body func(context.Cont
 }
 
 // bound derives the context of an agent's stream: it ends with the agent's SVID,
-// when that is revoked, or when the agent's pod or node goes.
+// when that is revoked, when one of them is banned, or when the agent's pod or node
+// goes.
 func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithDeadlineCause(ctx, r.NotAfter, errors.New("the agent's SVID expired"))
 	ctx, cancelCause := context.WithCancelCause(ctx)
@@ -216,6 +223,11 @@ func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, conte
 		for {
 			_, changed := a.cfg.Pods.OnNode(r.Node)
 			set, revoked := a.revoked.Load()
+			bans, banned := a.bans.Load()
+			if err := bans.refuseAgent(r); err != nil {
+				cancelCause(err)
+				return
+			}
 			if set.Has(r.serial) {
 				cancelCause(errors.New("the agent's SVID was revoked"))
 				return
@@ -227,6 +239,7 @@ func (a *Authority) bound(ctx context.Context, r *agent) (context.Context, conte
 			select {
 			case <-changed:
 			case <-revoked:
+			case <-banned:
 			case <-ctx.Done():
 				return
 			}
@@ -245,6 +258,8 @@ func code(err error) error {
 	switch {
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrClock):
 		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
+	case errors.Is(err, ErrBanned):
+		return status.Error(codes.PermissionDenied, ErrBanned.Error())
 	case errors.Is(err, ErrKeyInUse):
 		return status.Error(codes.InvalidArgument, ErrKeyInUse.Error())
 	case errors.Is(err, attest.ErrUnavailable):
@@ -317,6 +332,10 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	}})
 	if err == nil {
 		err = out[0].err
+	}
+	if errors.Is(err, ErrBanned) {
+		a.warn("agent attestation refused", "spiffe_id", id.String(), "err", err)
+		return nil, code(err)
 	}
 	if err == nil {
 		// The certificate is worth nothing until this is durable.
@@ -484,6 +503,9 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 			case errors.Is(out[k].err, ErrKeyInUse):
 				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
 				refuse(i, capb.Refusal_CODE_MALFORMED, 0, ErrKeyInUse.Error())
+			case errors.Is(out[k].err, ErrBanned):
+				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
+				refuse(i, capb.Refusal_CODE_BANNED, retryBanned, ErrBanned.Error())
 			case out[k].err != nil:
 				a.cfg.Log.Error("signing failed", "spiffe_id", certs[k].id.String(), "err", out[k].err)
 				refuse(i, capb.Refusal_CODE_UNAVAILABLE, retryFailure, "the authority cannot sign now")
@@ -588,7 +610,9 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
 	requests := receive(ctx, stream.Recv)
 	looking := make(chan struct{}, 1)
+	var sent *bansState
 	for {
+		bans, bansChanged := a.bans.Load()
 		t, trustChanged := a.trust.Load()
 		h, headChanged := a.head.Load()
 		keys, keysChanged := a.tokenKeys()
@@ -602,9 +626,13 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 		if keys.Issuer != "" {
 			m.TokenKeys = tokenKeysToProto(keys)
 		}
+		if sent == nil || bans.said != sent.said {
+			m.Bans = bans.toProto(time.Now())
+		}
 		if err := stream.Send(m); err != nil {
 			return err
 		}
+		sent = bans
 	wait:
 		for {
 			select {
@@ -613,6 +641,8 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 			case <-trustChanged:
 				break wait
 			case <-headChanged:
+				break wait
+			case <-bansChanged:
 				break wait
 			case <-keysChanged:
 				break wait
@@ -695,6 +725,7 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
 	}
 	a.agents.acknowledge(r.Node, m.GetAcknowledged())
+	a.agents.enforces(r.Node, m.GetBansRevision(), m.GetBansUnread())
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
 		if err == nil {

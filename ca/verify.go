@@ -303,6 +303,14 @@ func (v *verifier) state() {
 			if _, err := parseRetired(e); err != nil {
 				v.bad("state: %v", err)
 			}
+		case strings.HasPrefix(e.Key, revocation.BanPrefix):
+			if _, err := revocation.ParseBan(e); err != nil {
+				v.bad("state: %v", err)
+			}
+		case strings.HasPrefix(e.Key, revocation.SerialsPrefix):
+			if _, err := revocation.ParseSerials(e); err != nil {
+				v.bad("state: %v", err)
+			}
 		case strings.HasPrefix(e.Key, revocation.Prefix):
 			v.revocation(e)
 		case strings.HasPrefix(e.Key, revocation.ListPrefix):
@@ -353,6 +361,11 @@ func (v *verifier) decision(r *capb.IssuanceRecord) error {
 	switch {
 	case d.GetWhat() == capb.Decision_WHAT_UNSPECIFIED || len(r.GetSerial()) != 0:
 		return errors.New("a decision that says nothing")
+	case d.GetWhat() == capb.Decision_WHAT_BANNED || d.GetWhat() == capb.Decision_WHAT_BAN_ENDED:
+		if _, err := identity.ParseBanSubject(d.GetBan().GetSubject()); err != nil || d.GetBan().GetAt() == 0 || d.GetReason() == "" {
+			return errors.New("a decision about a ban that does not say which, when or why")
+		}
+		return nil
 	case d.GetWhat() != capb.Decision_WHAT_REVOKED:
 		return nil
 	}

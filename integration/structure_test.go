@@ -29,7 +29,7 @@ var allowed = map[string]string{
 	"ca/external/externaltest":   "",
 	"ca/keys":                    "",
 	"ca/replica":                 "storage",
-	"ca/revocation":              "storage",
+	"ca/revocation":              "identity storage",
 	"ca/rotation":                "",
 	"ca":                         "ca/capb ca/external ca/keys ca/replica ca/revocation ca/rotation identity identity/attest storage",
 	"ca/istio":                   "ca ca/capb identity identity/attest",

@@ -22,6 +22,7 @@ const (
 type peer struct {
 	principal []byte   // as Envoy has it: first URI SAN, else first DNS SAN, else subject
 	others    [][]byte // the names besides, each of which a principal in a policy may match
+	serial    []byte
 }
 
 // certificate is what a certificate says, by its encoded form: reading one costs
@@ -79,7 +80,7 @@ func readCertificate(encoded string) (*peer, error) {
 	if len(names) == 0 {
 		return bad("the certificate has no name")
 	}
-	p := &peer{principal: names[0]}
+	p := &peer{principal: names[0], serial: c.SerialNumber.Bytes()}
 	if len(names) > 1 {
 		p.others = names[1:]
 	}

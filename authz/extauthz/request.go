@@ -342,7 +342,7 @@ func (rd *reader) principal(p *peerAttributes, into *authz.Request) error {
 			return &RequestError{ReasonCertificate, "the principal is not the certificate's"}
 		}
 		into.Authenticated = true
-		into.Principal, into.OtherNames = peer.principal, peer.others
+		into.Principal, into.OtherNames, into.Serial = peer.principal, peer.others, peer.serial
 		into.Known |= authz.FieldPrincipal
 	case len(name) == 0:
 		into.Known |= authz.FieldPrincipal

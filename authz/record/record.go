@@ -62,13 +62,19 @@ type Answer struct {
 	Reason authz.Reason
 }
 
+// Banned reports whether a ban decided. Bans come before policies, and a record does
+// not say which there were, so it cannot be replayed.
+func (r *Record) Banned() bool {
+	return r.Reason == authz.ReasonBanned || r.Reason == authz.ReasonBanUnknown
+}
+
 // Replay decides about the record's request by p, which may be of other policies
 // than those that decided: p is [authz.Snapshot.For] of the record's Workload.
 // Providers answer as they have answered. A decision that still asks is one about a
 // provider that was not asked then: what it would say nobody knows. ok is false for
 // a record that cannot be replayed; no policy changes what was decided there.
 func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
-	if r.Unread {
+	if r.Unread || r.Banned() {
 		return authz.Decision{Kind: r.Kind, Policy: r.Policy, Rule: r.Rule, Reason: r.Reason}, false
 	}
 	d = p.Decide(&r.Request)

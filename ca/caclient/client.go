@@ -94,6 +94,11 @@ type Config struct {
 	SavedTrust *identity.Trust
 	// SavedLogHeads is what LogHeads returned before a restart.
 	SavedLogHeads []byte
+	// SavedBans is what SavedBans returned before a restart.
+	SavedBans []byte
+	// Enforce puts bans in force; it is called by New with those that were saved, and
+	// with others before they are acknowledged. Nil: nobody is denied.
+	Enforce func(*identity.Bans)
 	// Version goes into the authority's log.
 	Version string
 	// Log is for operators; nil discards it. Metrics may be nil.
@@ -108,6 +113,7 @@ type Client struct {
 	trust   identity.Watched[*identity.Trust]
 	cred    identity.Watched[*Credential]
 	keys    identity.Watched[identity.TokenKeys]
+	bans    identity.Watched[*heldBans] // nil: none were said
 	nodeUID atomic.Pointer[string]
 	session identity.Watched[*session]
 	up      identity.Watched[uint64] // how often the authority was reached after it was not
@@ -154,6 +160,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	if err := c.heads.load(cfg.SavedLogHeads); err != nil {
 		cfg.Log.Warn("what was saved of issuance logs is not used", "err", err)
+	}
+	if err := c.loadBans(cfg.SavedBans); err != nil {
+		cfg.Log.Error("bans", "err", err)
 	}
 	notYet := errors.New("not attested yet")
 	c.failure.Store(&notYet)

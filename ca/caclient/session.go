@@ -159,8 +159,13 @@ func (s *session) watchTrust(ctx context.Context) error {
 		if c.cfg.UnknownKeys != nil {
 			unknown, unknownChanged = c.cfg.UnknownKeys()
 		}
-		if first || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
-			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown}
+		var bans heldBans
+		held, bansChanged := c.bans.Load()
+		if held != nil {
+			bans = *held
+		}
+		if first || bans.revision != said.GetBansRevision() || bans.unread != said.GetBansUnread() || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
+			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, BansRevision: bans.revision, BansUnread: bans.unread}
 			if err := stream.Send(said); err != nil {
 				_, err = stream.Recv() // the status behind io.EOF
 				return err
@@ -172,6 +177,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 			return ctx.Err()
 		case <-changed:
 		case <-unknownChanged:
+		case <-bansChanged:
 		case r := <-in:
 			if r.err != nil {
 				return r.err
@@ -180,6 +186,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 				return err
 			}
 			c.learn(r.m.GetTokenKeys())
+			c.heed(r.m.GetBans())
 			s.alive()
 			c.heads.see(r.m.GetLogHead())
 		}

@@ -55,6 +55,8 @@ const (
 	Refusal_CODE_UNAVAILABLE Refusal_Code = 6
 	// CODE_BUSY: the authority sheds load.
 	Refusal_CODE_BUSY Refusal_Code = 7
+	// CODE_BANNED: the identity or the node is banned.
+	Refusal_CODE_BANNED Refusal_Code = 8
 )
 
 // Enum value maps for Refusal_Code.
@@ -68,6 +70,7 @@ var (
 		5: "CODE_UNSUPPORTED",
 		6: "CODE_UNAVAILABLE",
 		7: "CODE_BUSY",
+		8: "CODE_BANNED",
 	}
 	Refusal_Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":      0,
@@ -78,6 +81,7 @@ var (
 		"CODE_UNSUPPORTED":      5,
 		"CODE_UNAVAILABLE":      6,
 		"CODE_BUSY":             7,
+		"CODE_BANNED":           8,
 	}
 )
 
@@ -938,6 +942,11 @@ type WatchTrustRequest struct {
 	// that token_keys did not hold; at most 8. The authority looks for them, and what
 	// it finds comes as token_keys.
 	UnknownKeyIds []string `protobuf:"bytes,3,rep,name=unknown_key_ids,json=unknownKeyIds,proto3" json:"unknown_key_ids,omitempty"`
+	// bans_revision is the revision of the bans that the agent's checks are denied by;
+	// zero before the first.
+	BansRevision uint64 `protobuf:"varint,10,opt,name=bans_revision,json=bansRevision,proto3" json:"bans_revision,omitempty"`
+	// bans_unread is how many of those bans the agent cannot read.
+	BansUnread    uint32 `protobuf:"varint,11,opt,name=bans_unread,json=bansUnread,proto3" json:"bans_unread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -993,6 +1002,20 @@ func (x *WatchTrustRequest) GetUnknownKeyIds() []string {
 	return nil
 }
 
+func (x *WatchTrustRequest) GetBansRevision() uint64 {
+	if x != nil {
+		return x.BansRevision
+	}
+	return 0
+}
+
+func (x *WatchTrustRequest) GetBansUnread() uint32 {
+	if x != nil {
+		return x.BansUnread
+	}
+	return 0
+}
+
 type WatchTrustResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Trust *Trust                 `protobuf:"bytes,1,opt,name=trust,proto3" json:"trust,omitempty"`
@@ -1000,7 +1023,9 @@ type WatchTrustResponse struct {
 	LogHead *LogHead `protobuf:"bytes,2,opt,name=log_head,json=logHead,proto3" json:"log_head,omitempty"`
 	// token_keys are what workloads' tokens are verified with, whole. Unset: the
 	// authority does not know, and what it said before stays.
-	TokenKeys     *TokenKeys `protobuf:"bytes,3,opt,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
+	TokenKeys *TokenKeys `protobuf:"bytes,3,opt,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
+	// bans are all that are in force. Unset: what was said before stays.
+	Bans          *Bans `protobuf:"bytes,10,opt,name=bans,proto3" json:"bans,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1056,6 +1081,77 @@ func (x *WatchTrustResponse) GetTokenKeys() *TokenKeys {
 	return nil
 }
 
+func (x *WatchTrustResponse) GetBans() *Bans {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+// Bans are all bans that are in force.
+type Bans struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// revision is that of the authority's state when they became these. It goes back
+	// only in a restored backup, which raises Trust.sequence by far.
+	Revision uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Bans     []*Ban `protobuf:"bytes,2,rep,name=bans,proto3" json:"bans,omitempty"`
+	// now is the authority's time, which until is meant in.
+	Now           *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=now,proto3" json:"now,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bans) Reset() {
+	*x = Bans{}
+	mi := &file_ca_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bans) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bans) ProtoMessage() {}
+
+func (x *Bans) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bans.ProtoReflect.Descriptor instead.
+func (*Bans) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Bans) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Bans) GetBans() []*Ban {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+func (x *Bans) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
+	}
+	return nil
+}
+
 // TokenKeys are the keys of the issuer of workloads' service-account tokens.
 type TokenKeys struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1068,7 +1164,7 @@ type TokenKeys struct {
 
 func (x *TokenKeys) Reset() {
 	*x = TokenKeys{}
-	mi := &file_ca_proto_msgTypes[14]
+	mi := &file_ca_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1176,7 @@ func (x *TokenKeys) String() string {
 func (*TokenKeys) ProtoMessage() {}
 
 func (x *TokenKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[14]
+	mi := &file_ca_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1189,7 @@ func (x *TokenKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenKeys.ProtoReflect.Descriptor instead.
 func (*TokenKeys) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{14}
+	return file_ca_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TokenKeys) GetIssuer() string {
@@ -1121,7 +1217,10 @@ type Trust struct {
 	// tainted are subject key identifiers of authorities whose SVIDs must be
 	// renewed now.
 	Tainted [][]byte `protobuf:"bytes,4,rep,name=tainted,proto3" json:"tainted,omitempty"`
-	Bans    []*Ban   `protobuf:"bytes,5,rep,name=bans,proto3" json:"bans,omitempty"`
+	// bans is not used: bans come by themselves, since no proxy has to acknowledge them.
+	//
+	// Deprecated: Marked as deprecated in ca.proto.
+	Bans []*Ban `protobuf:"bytes,5,rep,name=bans,proto3" json:"bans,omitempty"`
 	// crls are the certificate revocation lists of the own trust domain's issuing
 	// authorities, DER, one of each; none where the authority publishes none. Their
 	// numbers are not above sequence.
@@ -1132,7 +1231,7 @@ type Trust struct {
 
 func (x *Trust) Reset() {
 	*x = Trust{}
-	mi := &file_ca_proto_msgTypes[15]
+	mi := &file_ca_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1243,7 @@ func (x *Trust) String() string {
 func (*Trust) ProtoMessage() {}
 
 func (x *Trust) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[15]
+	mi := &file_ca_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1256,7 @@ func (x *Trust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trust.ProtoReflect.Descriptor instead.
 func (*Trust) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{15}
+	return file_ca_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Trust) GetSequence() uint64 {
@@ -1188,6 +1287,7 @@ func (x *Trust) GetTainted() [][]byte {
 	return nil
 }
 
+// Deprecated: Marked as deprecated in ca.proto.
 func (x *Trust) GetBans() []*Ban {
 	if x != nil {
 		return x.Bans
@@ -1215,7 +1315,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_ca_proto_msgTypes[16]
+	mi := &file_ca_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1327,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[16]
+	mi := &file_ca_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1340,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{16}
+	return file_ca_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1275,7 +1375,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_ca_proto_msgTypes[17]
+	mi := &file_ca_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1287,7 +1387,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[17]
+	mi := &file_ca_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1300,7 +1400,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{17}
+	return file_ca_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1317,7 +1417,12 @@ func (x *JWTKey) GetPublicKey() []byte {
 	return nil
 }
 
-// Ban refuses an identity, a serial or a node until it expires.
+// Ban refuses an identity, a certificate or a node until it ends.
+//
+// An agent that does not know the subject, since a later version has introduced it,
+// bans otherwise in its place. Where that is not set either it cannot know whom it has
+// to deny, and denies everybody: a version that adds a subject sets otherwise, as
+// narrow as it can.
 type Ban struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Subject:
@@ -1325,16 +1430,24 @@ type Ban struct {
 	//	*Ban_SpiffeId
 	//	*Ban_Serial
 	//	*Ban_Node
-	Subject       isBan_Subject          `protobuf_oneof:"subject"`
-	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	//	*Ban_SpiffeIdPrefix
+	Subject isBan_Subject `protobuf_oneof:"subject"`
+	// until is when it ends; unset: when it is removed.
+	Until  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	Reason string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	// serials are, of a node, those of the certificates that were issued for its pods
+	// and had not expired.
+	Serials [][]byte `protobuf:"bytes,7,rep,name=serials,proto3" json:"serials,omitempty"`
+	// otherwise is spiffe://TRUSTDOMAIN/PATH, with a final /* for all below, serial/HEX
+	// or node/NAME.
+	Otherwise     string `protobuf:"bytes,8,opt,name=otherwise,proto3" json:"otherwise,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ban) Reset() {
 	*x = Ban{}
-	mi := &file_ca_proto_msgTypes[18]
+	mi := &file_ca_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1459,7 @@ func (x *Ban) String() string {
 func (*Ban) ProtoMessage() {}
 
 func (x *Ban) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[18]
+	mi := &file_ca_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1472,7 @@ func (x *Ban) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ban.ProtoReflect.Descriptor instead.
 func (*Ban) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{18}
+	return file_ca_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Ban) GetSubject() isBan_Subject {
@@ -1396,6 +1509,15 @@ func (x *Ban) GetNode() string {
 	return ""
 }
 
+func (x *Ban) GetSpiffeIdPrefix() string {
+	if x != nil {
+		if x, ok := x.Subject.(*Ban_SpiffeIdPrefix); ok {
+			return x.SpiffeIdPrefix
+		}
+	}
+	return ""
+}
+
 func (x *Ban) GetUntil() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Until
@@ -1410,6 +1532,20 @@ func (x *Ban) GetReason() string {
 	return ""
 }
 
+func (x *Ban) GetSerials() [][]byte {
+	if x != nil {
+		return x.Serials
+	}
+	return nil
+}
+
+func (x *Ban) GetOtherwise() string {
+	if x != nil {
+		return x.Otherwise
+	}
+	return ""
+}
+
 type isBan_Subject interface {
 	isBan_Subject()
 }
@@ -1419,6 +1555,7 @@ type Ban_SpiffeId struct {
 }
 
 type Ban_Serial struct {
+	// serial is big-endian.
 	Serial []byte `protobuf:"bytes,2,opt,name=serial,proto3,oneof"`
 }
 
@@ -1426,11 +1563,19 @@ type Ban_Node struct {
 	Node string `protobuf:"bytes,3,opt,name=node,proto3,oneof"`
 }
 
+type Ban_SpiffeIdPrefix struct {
+	// spiffe_id_prefix is a SPIFFE ID without a final slash; it means itself and those
+	// that continue it after a slash.
+	SpiffeIdPrefix string `protobuf:"bytes,6,opt,name=spiffe_id_prefix,json=spiffeIdPrefix,proto3,oneof"`
+}
+
 func (*Ban_SpiffeId) isBan_Subject() {}
 
 func (*Ban_Serial) isBan_Subject() {}
 
 func (*Ban_Node) isBan_Subject() {}
+
+func (*Ban_SpiffeIdPrefix) isBan_Subject() {}
 
 // LogHead is a signed statement: "my log has this many records and this hash".
 type LogHead struct {
@@ -1450,7 +1595,7 @@ type LogHead struct {
 
 func (x *LogHead) Reset() {
 	*x = LogHead{}
-	mi := &file_ca_proto_msgTypes[19]
+	mi := &file_ca_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1462,7 +1607,7 @@ func (x *LogHead) String() string {
 func (*LogHead) ProtoMessage() {}
 
 func (x *LogHead) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[19]
+	mi := &file_ca_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1475,7 +1620,7 @@ func (x *LogHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogHead.ProtoReflect.Descriptor instead.
 func (*LogHead) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{19}
+	return file_ca_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogHead) GetInstance() uint32 {
@@ -1521,7 +1666,7 @@ type WatchNodeRequest struct {
 
 func (x *WatchNodeRequest) Reset() {
 	*x = WatchNodeRequest{}
-	mi := &file_ca_proto_msgTypes[20]
+	mi := &file_ca_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1678,7 @@ func (x *WatchNodeRequest) String() string {
 func (*WatchNodeRequest) ProtoMessage() {}
 
 func (x *WatchNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[20]
+	mi := &file_ca_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1691,7 @@ func (x *WatchNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchNodeRequest.ProtoReflect.Descriptor instead.
 func (*WatchNodeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{20}
+	return file_ca_proto_rawDescGZIP(), []int{21}
 }
 
 type WatchNodeResponse struct {
@@ -1564,7 +1709,7 @@ type WatchNodeResponse struct {
 
 func (x *WatchNodeResponse) Reset() {
 	*x = WatchNodeResponse{}
-	mi := &file_ca_proto_msgTypes[21]
+	mi := &file_ca_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +1721,7 @@ func (x *WatchNodeResponse) String() string {
 func (*WatchNodeResponse) ProtoMessage() {}
 
 func (x *WatchNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[21]
+	mi := &file_ca_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +1734,7 @@ func (x *WatchNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchNodeResponse.ProtoReflect.Descriptor instead.
 func (*WatchNodeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{21}
+	return file_ca_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *WatchNodeResponse) GetNodeUid() string {
@@ -1636,7 +1781,7 @@ type Pod struct {
 
 func (x *Pod) Reset() {
 	*x = Pod{}
-	mi := &file_ca_proto_msgTypes[22]
+	mi := &file_ca_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +1793,7 @@ func (x *Pod) String() string {
 func (*Pod) ProtoMessage() {}
 
 func (x *Pod) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[22]
+	mi := &file_ca_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +1806,7 @@ func (x *Pod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pod.ProtoReflect.Descriptor instead.
 func (*Pod) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{22}
+	return file_ca_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Pod) GetUid() string {
@@ -1721,7 +1866,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_ca_proto_msgTypes[23]
+	mi := &file_ca_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1733,7 +1878,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[23]
+	mi := &file_ca_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1746,7 +1891,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{23}
+	return file_ca_proto_rawDescGZIP(), []int{24}
 }
 
 type StatusResponse struct {
@@ -1767,7 +1912,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_ca_proto_msgTypes[24]
+	mi := &file_ca_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +1924,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[24]
+	mi := &file_ca_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +1937,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{24}
+	return file_ca_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusResponse) GetVersion() string {
@@ -1872,7 +2017,7 @@ type ListLogRequest struct {
 
 func (x *ListLogRequest) Reset() {
 	*x = ListLogRequest{}
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1884,7 +2029,7 @@ func (x *ListLogRequest) String() string {
 func (*ListLogRequest) ProtoMessage() {}
 
 func (x *ListLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[25]
+	mi := &file_ca_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1897,7 +2042,7 @@ func (x *ListLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLogRequest.ProtoReflect.Descriptor instead.
 func (*ListLogRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{25}
+	return file_ca_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListLogRequest) GetFrom() uint64 {
@@ -1976,7 +2121,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_ca_proto_msgTypes[26]
+	mi := &file_ca_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1988,7 +2133,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[26]
+	mi := &file_ca_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2001,7 +2146,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{26}
+	return file_ca_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *LogEntry) GetInstance() uint32 {
@@ -2044,7 +2189,7 @@ type VerifyLogRequest struct {
 
 func (x *VerifyLogRequest) Reset() {
 	*x = VerifyLogRequest{}
-	mi := &file_ca_proto_msgTypes[27]
+	mi := &file_ca_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2056,7 +2201,7 @@ func (x *VerifyLogRequest) String() string {
 func (*VerifyLogRequest) ProtoMessage() {}
 
 func (x *VerifyLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[27]
+	mi := &file_ca_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2069,7 +2214,7 @@ func (x *VerifyLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyLogRequest.ProtoReflect.Descriptor instead.
 func (*VerifyLogRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{27}
+	return file_ca_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VerifyLogRequest) GetHeads() []*LogHead {
@@ -2101,7 +2246,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_ca_proto_msgTypes[28]
+	mi := &file_ca_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2113,7 +2258,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[28]
+	mi := &file_ca_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2126,7 +2271,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{28}
+	return file_ca_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VerifyResponse) GetProblems() []string {
@@ -2179,7 +2324,7 @@ type LogReport struct {
 
 func (x *LogReport) Reset() {
 	*x = LogReport{}
-	mi := &file_ca_proto_msgTypes[29]
+	mi := &file_ca_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2191,7 +2336,7 @@ func (x *LogReport) String() string {
 func (*LogReport) ProtoMessage() {}
 
 func (x *LogReport) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[29]
+	mi := &file_ca_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2204,7 +2349,7 @@ func (x *LogReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogReport.ProtoReflect.Descriptor instead.
 func (*LogReport) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{29}
+	return file_ca_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LogReport) GetInstance() uint32 {
@@ -2274,7 +2419,7 @@ type AcceptLogLossRequest struct {
 
 func (x *AcceptLogLossRequest) Reset() {
 	*x = AcceptLogLossRequest{}
-	mi := &file_ca_proto_msgTypes[30]
+	mi := &file_ca_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2431,7 @@ func (x *AcceptLogLossRequest) String() string {
 func (*AcceptLogLossRequest) ProtoMessage() {}
 
 func (x *AcceptLogLossRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[30]
+	mi := &file_ca_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2444,7 @@ func (x *AcceptLogLossRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLogLossRequest.ProtoReflect.Descriptor instead.
 func (*AcceptLogLossRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{30}
+	return file_ca_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AcceptLogLossRequest) GetSequence() uint64 {
@@ -2324,7 +2469,7 @@ type AcceptLogLossResponse struct {
 
 func (x *AcceptLogLossResponse) Reset() {
 	*x = AcceptLogLossResponse{}
-	mi := &file_ca_proto_msgTypes[31]
+	mi := &file_ca_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2336,7 +2481,7 @@ func (x *AcceptLogLossResponse) String() string {
 func (*AcceptLogLossResponse) ProtoMessage() {}
 
 func (x *AcceptLogLossResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[31]
+	mi := &file_ca_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2349,7 +2494,7 @@ func (x *AcceptLogLossResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLogLossResponse.ProtoReflect.Descriptor instead.
 func (*AcceptLogLossResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{31}
+	return file_ca_proto_rawDescGZIP(), []int{32}
 }
 
 type CreateRequestsRequest struct {
@@ -2362,7 +2507,7 @@ type CreateRequestsRequest struct {
 
 func (x *CreateRequestsRequest) Reset() {
 	*x = CreateRequestsRequest{}
-	mi := &file_ca_proto_msgTypes[32]
+	mi := &file_ca_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2374,7 +2519,7 @@ func (x *CreateRequestsRequest) String() string {
 func (*CreateRequestsRequest) ProtoMessage() {}
 
 func (x *CreateRequestsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[32]
+	mi := &file_ca_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2387,7 +2532,7 @@ func (x *CreateRequestsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequestsRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequestsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{32}
+	return file_ca_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateRequestsRequest) GetCount() uint32 {
@@ -2407,7 +2552,7 @@ type CreateRequestsResponse struct {
 
 func (x *CreateRequestsResponse) Reset() {
 	*x = CreateRequestsResponse{}
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +2564,7 @@ func (x *CreateRequestsResponse) String() string {
 func (*CreateRequestsResponse) ProtoMessage() {}
 
 func (x *CreateRequestsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +2577,7 @@ func (x *CreateRequestsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequestsResponse.ProtoReflect.Descriptor instead.
 func (*CreateRequestsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{33}
+	return file_ca_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateRequestsResponse) GetRequests() [][]byte {
@@ -2452,7 +2597,7 @@ type ImportChainsRequest struct {
 
 func (x *ImportChainsRequest) Reset() {
 	*x = ImportChainsRequest{}
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2609,7 @@ func (x *ImportChainsRequest) String() string {
 func (*ImportChainsRequest) ProtoMessage() {}
 
 func (x *ImportChainsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2622,7 @@ func (x *ImportChainsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainsRequest.ProtoReflect.Descriptor instead.
 func (*ImportChainsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{34}
+	return file_ca_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ImportChainsRequest) GetChains() [][]byte {
@@ -2501,7 +2646,7 @@ type ImportChainsResponse struct {
 
 func (x *ImportChainsResponse) Reset() {
 	*x = ImportChainsResponse{}
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2513,7 +2658,7 @@ func (x *ImportChainsResponse) String() string {
 func (*ImportChainsResponse) ProtoMessage() {}
 
 func (x *ImportChainsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2526,7 +2671,7 @@ func (x *ImportChainsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainsResponse.ProtoReflect.Descriptor instead.
 func (*ImportChainsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{35}
+	return file_ca_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ImportChainsResponse) GetIntermediates() [][]byte {
@@ -2563,7 +2708,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2575,7 +2720,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2588,7 +2733,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{36}
+	return file_ca_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RevokeRequest) GetSerial() []byte {
@@ -2626,7 +2771,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2638,7 +2783,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2651,7 +2796,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{37}
+	return file_ca_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -2702,7 +2847,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +2859,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +2872,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{38}
+	return file_ca_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Revocation) GetSerial() []byte {
@@ -2794,7 +2939,7 @@ type RevocationsRequest struct {
 
 func (x *RevocationsRequest) Reset() {
 	*x = RevocationsRequest{}
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2806,7 +2951,7 @@ func (x *RevocationsRequest) String() string {
 func (*RevocationsRequest) ProtoMessage() {}
 
 func (x *RevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2819,7 +2964,7 @@ func (x *RevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationsRequest.ProtoReflect.Descriptor instead.
 func (*RevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{39}
+	return file_ca_proto_rawDescGZIP(), []int{40}
 }
 
 type RevocationsResponse struct {
@@ -2835,7 +2980,7 @@ type RevocationsResponse struct {
 
 func (x *RevocationsResponse) Reset() {
 	*x = RevocationsResponse{}
-	mi := &file_ca_proto_msgTypes[40]
+	mi := &file_ca_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2847,7 +2992,7 @@ func (x *RevocationsResponse) String() string {
 func (*RevocationsResponse) ProtoMessage() {}
 
 func (x *RevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[40]
+	mi := &file_ca_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2860,7 +3005,7 @@ func (x *RevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationsResponse.ProtoReflect.Descriptor instead.
 func (*RevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{40}
+	return file_ca_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RevocationsResponse) GetRevocations() []*Revocation {
@@ -2884,6 +3029,599 @@ func (x *RevocationsResponse) GetPublished() bool {
 	return false
 }
 
+type AddBanRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// subject is spiffe://TRUSTDOMAIN/PATH, with a final /* for all below, serial/HEX or
+	// node/NAME.
+	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// reason is for those who read of it later. Required.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// until is when it ends; unset: when it is removed.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddBanRequest) Reset() {
+	*x = AddBanRequest{}
+	mi := &file_ca_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddBanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddBanRequest) ProtoMessage() {}
+
+func (x *AddBanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddBanRequest.ProtoReflect.Descriptor instead.
+func (*AddBanRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *AddBanRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *AddBanRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *AddBanRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type AddBanResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ban   *BanRecord             `protobuf:"bytes,1,opt,name=ban,proto3" json:"ban,omitempty"`
+	// changed says that the subject was banned before.
+	Changed bool `protobuf:"varint,2,opt,name=changed,proto3" json:"changed,omitempty"`
+	// revision is that of the bans with it.
+	Revision uint64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	// revoked is how many certificates are on the next CRLs because of it, and pending
+	// why not all that it means are; empty if they are.
+	Revoked       uint32 `protobuf:"varint,4,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	Pending       string `protobuf:"bytes,5,opt,name=pending,proto3" json:"pending,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddBanResponse) Reset() {
+	*x = AddBanResponse{}
+	mi := &file_ca_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddBanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddBanResponse) ProtoMessage() {}
+
+func (x *AddBanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddBanResponse.ProtoReflect.Descriptor instead.
+func (*AddBanResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *AddBanResponse) GetBan() *BanRecord {
+	if x != nil {
+		return x.Ban
+	}
+	return nil
+}
+
+func (x *AddBanResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *AddBanResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *AddBanResponse) GetRevoked() uint32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+func (x *AddBanResponse) GetPending() string {
+	if x != nil {
+		return x.Pending
+	}
+	return ""
+}
+
+type RemoveBanRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Subject string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// reason is for those who read of it later. Required.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveBanRequest) Reset() {
+	*x = RemoveBanRequest{}
+	mi := &file_ca_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveBanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveBanRequest) ProtoMessage() {}
+
+func (x *RemoveBanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveBanRequest.ProtoReflect.Descriptor instead.
+func (*RemoveBanRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *RemoveBanRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *RemoveBanRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type RemoveBanResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ban   *BanRecord             `protobuf:"bytes,1,opt,name=ban,proto3" json:"ban,omitempty"`
+	// revision is that of the bans without it.
+	Revision      uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveBanResponse) Reset() {
+	*x = RemoveBanResponse{}
+	mi := &file_ca_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveBanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveBanResponse) ProtoMessage() {}
+
+func (x *RemoveBanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveBanResponse.ProtoReflect.Descriptor instead.
+func (*RemoveBanResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *RemoveBanResponse) GetBan() *BanRecord {
+	if x != nil {
+		return x.Ban
+	}
+	return nil
+}
+
+func (x *RemoveBanResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ListBansRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// all also lists bans that have ended, for as long as they are remembered.
+	All           bool `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBansRequest) Reset() {
+	*x = ListBansRequest{}
+	mi := &file_ca_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBansRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBansRequest) ProtoMessage() {}
+
+func (x *ListBansRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBansRequest.ProtoReflect.Descriptor instead.
+func (*ListBansRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ListBansRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type ListBansResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bans          []*BanRecord           `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	Agents        []*BanAgent            `protobuf:"bytes,3,rep,name=agents,proto3" json:"agents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBansResponse) Reset() {
+	*x = ListBansResponse{}
+	mi := &file_ca_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBansResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBansResponse) ProtoMessage() {}
+
+func (x *ListBansResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBansResponse.ProtoReflect.Descriptor instead.
+func (*ListBansResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *ListBansResponse) GetBans() []*BanRecord {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+func (x *ListBansResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ListBansResponse) GetAgents() []*BanAgent {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+// BanRecord is what the authority remembers of a ban.
+type BanRecord struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Subject string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	Reason  string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// by is who asked, at when.
+	By string                 `protobuf:"bytes,3,opt,name=by,proto3" json:"by,omitempty"`
+	At *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	// until is when it ends; unset: when it is removed.
+	Until *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=until,proto3" json:"until,omitempty"`
+	// ended is set once it is not in force any more.
+	Ended *BanEnd `protobuf:"bytes,6,opt,name=ended,proto3" json:"ended,omitempty"`
+	// serials is how many certificates a node's ban means.
+	Serials uint32 `protobuf:"varint,7,opt,name=serials,proto3" json:"serials,omitempty"`
+	// spiffe_id is whose the banned certificate is, if that is known.
+	SpiffeId      string `protobuf:"bytes,8,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanRecord) Reset() {
+	*x = BanRecord{}
+	mi := &file_ca_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanRecord) ProtoMessage() {}
+
+func (x *BanRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanRecord.ProtoReflect.Descriptor instead.
+func (*BanRecord) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *BanRecord) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *BanRecord) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *BanRecord) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *BanRecord) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *BanRecord) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *BanRecord) GetEnded() *BanEnd {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *BanRecord) GetSerials() uint32 {
+	if x != nil {
+		return x.Serials
+	}
+	return 0
+}
+
+func (x *BanRecord) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+// BanEnd is how a ban ended.
+type BanEnd struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	By            string                 `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanEnd) Reset() {
+	*x = BanEnd{}
+	mi := &file_ca_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanEnd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanEnd) ProtoMessage() {}
+
+func (x *BanEnd) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanEnd.ProtoReflect.Descriptor instead.
+func (*BanEnd) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *BanEnd) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *BanEnd) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *BanEnd) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+// BanAgent is how far an agent has come.
+type BanAgent struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Node      string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Connected bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	// revision is that of the bans that it enforces; unread, how many of them it cannot
+	// read.
+	Revision      uint64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Unread        uint32 `protobuf:"varint,4,opt,name=unread,proto3" json:"unread,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgent) Reset() {
+	*x = BanAgent{}
+	mi := &file_ca_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgent) ProtoMessage() {}
+
+func (x *BanAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
+func (*BanAgent) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *BanAgent) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *BanAgent) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *BanAgent) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *BanAgent) GetUnread() uint32 {
+	if x != nil {
+		return x.Unread
+	}
+	return 0
+}
+
 type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2892,7 +3630,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_ca_proto_msgTypes[41]
+	mi := &file_ca_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2904,7 +3642,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[41]
+	mi := &file_ca_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2917,7 +3655,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{41}
+	return file_ca_proto_rawDescGZIP(), []int{51}
 }
 
 type BackupChunk struct {
@@ -2929,7 +3667,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_ca_proto_msgTypes[42]
+	mi := &file_ca_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2941,7 +3679,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[42]
+	mi := &file_ca_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2954,7 +3692,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{42}
+	return file_ca_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -2979,7 +3717,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[43]
+	mi := &file_ca_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2991,7 +3729,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[43]
+	mi := &file_ca_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3004,7 +3742,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{43}
+	return file_ca_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -3055,7 +3793,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[44]
+	mi := &file_ca_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +3805,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[44]
+	mi := &file_ca_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +3818,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{44}
+	return file_ca_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -3168,12 +3906,12 @@ const file_ca_proto_rawDesc = "" +
 	"\aJWTSVID\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x125\n" +
-	"\brenew_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\arenewAt\"\xc0\x02\n" +
+	"\brenew_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\arenewAt\"\xd1\x02\n" +
 	"\aRefusal\x12.\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x1a.signet.ca.v1.Refusal.CodeR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12:\n" +
 	"\vretry_after\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryAfter\"\xae\x01\n" +
+	"retryAfter\"\xbf\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCODE_MALFORMED\x10\x01\x12\x11\n" +
@@ -3182,25 +3920,36 @@ const file_ca_proto_rawDesc = "" +
 	"\x15CODE_UNKNOWN_WORKLOAD\x10\x04\x12\x14\n" +
 	"\x10CODE_UNSUPPORTED\x10\x05\x12\x14\n" +
 	"\x10CODE_UNAVAILABLE\x10\x06\x12\r\n" +
-	"\tCODE_BUSY\x10\a\"\x93\x01\n" +
+	"\tCODE_BUSY\x10\a\x12\x0f\n" +
+	"\vCODE_BANNED\x10\b\"\xd9\x01\n" +
 	"\x11WatchTrustRequest\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\x04R\facknowledged\x122\n" +
 	"\tlog_heads\x18\x02 \x03(\v2\x15.signet.ca.v1.LogHeadR\blogHeads\x12&\n" +
-	"\x0funknown_key_ids\x18\x03 \x03(\tR\runknownKeyIds\"\xa9\x01\n" +
+	"\x0funknown_key_ids\x18\x03 \x03(\tR\runknownKeyIds\x12#\n" +
+	"\rbans_revision\x18\n" +
+	" \x01(\x04R\fbansRevision\x12\x1f\n" +
+	"\vbans_unread\x18\v \x01(\rR\n" +
+	"bansUnread\"\xd1\x01\n" +
 	"\x12WatchTrustResponse\x12)\n" +
 	"\x05trust\x18\x01 \x01(\v2\x13.signet.ca.v1.TrustR\x05trust\x120\n" +
 	"\blog_head\x18\x02 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\x126\n" +
 	"\n" +
-	"token_keys\x18\x03 \x01(\v2\x17.signet.ca.v1.TokenKeysR\ttokenKeys\"M\n" +
+	"token_keys\x18\x03 \x01(\v2\x17.signet.ca.v1.TokenKeysR\ttokenKeys\x12&\n" +
+	"\x04bans\x18\n" +
+	" \x01(\v2\x12.signet.ca.v1.BansR\x04bans\"w\n" +
+	"\x04Bans\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12%\n" +
+	"\x04bans\x18\x02 \x03(\v2\x11.signet.ca.v1.BanR\x04bans\x12,\n" +
+	"\x03now\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"M\n" +
 	"\tTokenKeys\x12\x16\n" +
 	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12(\n" +
-	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xcb\x01\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xcf\x01\n" +
 	"\x05Trust\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12.\n" +
 	"\abundles\x18\x03 \x03(\v2\x14.signet.ca.v1.BundleR\abundles\x12\x18\n" +
-	"\atainted\x18\x04 \x03(\fR\atainted\x12%\n" +
-	"\x04bans\x18\x05 \x03(\v2\x11.signet.ca.v1.BanR\x04bans\x12\x12\n" +
+	"\atainted\x18\x04 \x03(\fR\atainted\x12)\n" +
+	"\x04bans\x18\x05 \x03(\v2\x11.signet.ca.v1.BanB\x02\x18\x01R\x04bans\x12\x12\n" +
 	"\x04crls\x18\x06 \x03(\fR\x04crls\"\x87\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12)\n" +
@@ -3209,13 +3958,16 @@ const file_ca_proto_rawDesc = "" +
 	"\x06JWTKey\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
-	"public_key\x18\x02 \x01(\fR\tpublicKey\"\xa9\x01\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"\x8d\x02\n" +
 	"\x03Ban\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x18\n" +
 	"\x06serial\x18\x02 \x01(\fH\x00R\x06serial\x12\x14\n" +
-	"\x04node\x18\x03 \x01(\tH\x00R\x04node\x120\n" +
+	"\x04node\x18\x03 \x01(\tH\x00R\x04node\x12*\n" +
+	"\x10spiffe_id_prefix\x18\x06 \x01(\tH\x00R\x0espiffeIdPrefix\x120\n" +
 	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reasonB\t\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
+	"\aserials\x18\a \x03(\fR\aserials\x12\x1c\n" +
+	"\totherwise\x18\b \x01(\tR\totherwiseB\t\n" +
 	"\asubject\"\xa3\x01\n" +
 	"\aLogHead\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\rR\binstance\x12\x1a\n" +
@@ -3324,7 +4076,47 @@ const file_ca_proto_rawDesc = "" +
 	"\x13RevocationsResponse\x12:\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x18.signet.ca.v1.RevocationR\vrevocations\x12\x12\n" +
 	"\x04crls\x18\x02 \x03(\fR\x04crls\x12\x1c\n" +
-	"\tpublished\x18\x03 \x01(\bR\tpublished\"\x0f\n" +
+	"\tpublished\x18\x03 \x01(\bR\tpublished\"s\n" +
+	"\rAddBanRequest\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x120\n" +
+	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xa5\x01\n" +
+	"\x0eAddBanResponse\x12)\n" +
+	"\x03ban\x18\x01 \x01(\v2\x17.signet.ca.v1.BanRecordR\x03ban\x12\x18\n" +
+	"\achanged\x18\x02 \x01(\bR\achanged\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x18\n" +
+	"\arevoked\x18\x04 \x01(\rR\arevoked\x12\x18\n" +
+	"\apending\x18\x05 \x01(\tR\apending\"D\n" +
+	"\x10RemoveBanRequest\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"Z\n" +
+	"\x11RemoveBanResponse\x12)\n" +
+	"\x03ban\x18\x01 \x01(\v2\x17.signet.ca.v1.BanRecordR\x03ban\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"#\n" +
+	"\x0fListBansRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"\x8b\x01\n" +
+	"\x10ListBansResponse\x12+\n" +
+	"\x04bans\x18\x01 \x03(\v2\x17.signet.ca.v1.BanRecordR\x04bans\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12.\n" +
+	"\x06agents\x18\x03 \x03(\v2\x16.signet.ca.v1.BanAgentR\x06agents\"\x8e\x02\n" +
+	"\tBanRecord\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\x12*\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x120\n" +
+	"\x05until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12*\n" +
+	"\x05ended\x18\x06 \x01(\v2\x14.signet.ca.v1.BanEndR\x05ended\x12\x18\n" +
+	"\aserials\x18\a \x01(\rR\aserials\x12\x1b\n" +
+	"\tspiffe_id\x18\b \x01(\tR\bspiffeId\"\\\n" +
+	"\x06BanEnd\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x02 \x01(\tR\x02by\x12*\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"p\n" +
+	"\bBanAgent\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x16\n" +
+	"\x06unread\x18\x04 \x01(\rR\x06unread\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\xd5\x01\n" +
@@ -3346,7 +4138,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xc5\x05\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xa3\a\n" +
 	"\x05Admin\x12C\n" +
 	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
 	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
@@ -3356,7 +4148,10 @@ const file_ca_proto_rawDesc = "" +
 	"\x0eCreateRequests\x12#.signet.ca.v1.CreateRequestsRequest\x1a$.signet.ca.v1.CreateRequestsResponse\x12U\n" +
 	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponse\x12C\n" +
 	"\x06Revoke\x12\x1b.signet.ca.v1.RevokeRequest\x1a\x1c.signet.ca.v1.RevokeResponse\x12R\n" +
-	"\vRevocations\x12 .signet.ca.v1.RevocationsRequest\x1a!.signet.ca.v1.RevocationsResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
+	"\vRevocations\x12 .signet.ca.v1.RevocationsRequest\x1a!.signet.ca.v1.RevocationsResponse\x12C\n" +
+	"\x06AddBan\x12\x1b.signet.ca.v1.AddBanRequest\x1a\x1c.signet.ca.v1.AddBanResponse\x12L\n" +
+	"\tRemoveBan\x12\x1e.signet.ca.v1.RemoveBanRequest\x1a\x1f.signet.ca.v1.RemoveBanResponse\x12I\n" +
+	"\bListBans\x12\x1d.signet.ca.v1.ListBansRequest\x1a\x1e.signet.ca.v1.ListBansResponseB'Z%github.com/signet-mesh/signet/ca/capbb\x06proto3"
 
 var (
 	file_ca_proto_rawDescOnce sync.Once
@@ -3371,7 +4166,7 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),              // 0: signet.ca.v1.Refusal.Code
 	(*AttestRequest)(nil),          // 1: signet.ca.v1.AttestRequest
@@ -3388,48 +4183,58 @@ var file_ca_proto_goTypes = []any{
 	(*Refusal)(nil),                // 12: signet.ca.v1.Refusal
 	(*WatchTrustRequest)(nil),      // 13: signet.ca.v1.WatchTrustRequest
 	(*WatchTrustResponse)(nil),     // 14: signet.ca.v1.WatchTrustResponse
-	(*TokenKeys)(nil),              // 15: signet.ca.v1.TokenKeys
-	(*Trust)(nil),                  // 16: signet.ca.v1.Trust
-	(*Bundle)(nil),                 // 17: signet.ca.v1.Bundle
-	(*JWTKey)(nil),                 // 18: signet.ca.v1.JWTKey
-	(*Ban)(nil),                    // 19: signet.ca.v1.Ban
-	(*LogHead)(nil),                // 20: signet.ca.v1.LogHead
-	(*WatchNodeRequest)(nil),       // 21: signet.ca.v1.WatchNodeRequest
-	(*WatchNodeResponse)(nil),      // 22: signet.ca.v1.WatchNodeResponse
-	(*Pod)(nil),                    // 23: signet.ca.v1.Pod
-	(*StatusRequest)(nil),          // 24: signet.ca.v1.StatusRequest
-	(*StatusResponse)(nil),         // 25: signet.ca.v1.StatusResponse
-	(*ListLogRequest)(nil),         // 26: signet.ca.v1.ListLogRequest
-	(*LogEntry)(nil),               // 27: signet.ca.v1.LogEntry
-	(*VerifyLogRequest)(nil),       // 28: signet.ca.v1.VerifyLogRequest
-	(*VerifyResponse)(nil),         // 29: signet.ca.v1.VerifyResponse
-	(*LogReport)(nil),              // 30: signet.ca.v1.LogReport
-	(*AcceptLogLossRequest)(nil),   // 31: signet.ca.v1.AcceptLogLossRequest
-	(*AcceptLogLossResponse)(nil),  // 32: signet.ca.v1.AcceptLogLossResponse
-	(*CreateRequestsRequest)(nil),  // 33: signet.ca.v1.CreateRequestsRequest
-	(*CreateRequestsResponse)(nil), // 34: signet.ca.v1.CreateRequestsResponse
-	(*ImportChainsRequest)(nil),    // 35: signet.ca.v1.ImportChainsRequest
-	(*ImportChainsResponse)(nil),   // 36: signet.ca.v1.ImportChainsResponse
-	(*RevokeRequest)(nil),          // 37: signet.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),         // 38: signet.ca.v1.RevokeResponse
-	(*Revocation)(nil),             // 39: signet.ca.v1.Revocation
-	(*RevocationsRequest)(nil),     // 40: signet.ca.v1.RevocationsRequest
-	(*RevocationsResponse)(nil),    // 41: signet.ca.v1.RevocationsResponse
-	(*BackupRequest)(nil),          // 42: signet.ca.v1.BackupRequest
-	(*BackupChunk)(nil),            // 43: signet.ca.v1.BackupChunk
-	(*AuthorityStatus)(nil),        // 44: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),            // 45: signet.ca.v1.AgentStatus
-	nil,                            // 46: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil),  // 47: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 48: google.protobuf.Duration
-	(*IssuanceRecord)(nil),         // 49: signet.ca.v1.IssuanceRecord
+	(*Bans)(nil),                   // 15: signet.ca.v1.Bans
+	(*TokenKeys)(nil),              // 16: signet.ca.v1.TokenKeys
+	(*Trust)(nil),                  // 17: signet.ca.v1.Trust
+	(*Bundle)(nil),                 // 18: signet.ca.v1.Bundle
+	(*JWTKey)(nil),                 // 19: signet.ca.v1.JWTKey
+	(*Ban)(nil),                    // 20: signet.ca.v1.Ban
+	(*LogHead)(nil),                // 21: signet.ca.v1.LogHead
+	(*WatchNodeRequest)(nil),       // 22: signet.ca.v1.WatchNodeRequest
+	(*WatchNodeResponse)(nil),      // 23: signet.ca.v1.WatchNodeResponse
+	(*Pod)(nil),                    // 24: signet.ca.v1.Pod
+	(*StatusRequest)(nil),          // 25: signet.ca.v1.StatusRequest
+	(*StatusResponse)(nil),         // 26: signet.ca.v1.StatusResponse
+	(*ListLogRequest)(nil),         // 27: signet.ca.v1.ListLogRequest
+	(*LogEntry)(nil),               // 28: signet.ca.v1.LogEntry
+	(*VerifyLogRequest)(nil),       // 29: signet.ca.v1.VerifyLogRequest
+	(*VerifyResponse)(nil),         // 30: signet.ca.v1.VerifyResponse
+	(*LogReport)(nil),              // 31: signet.ca.v1.LogReport
+	(*AcceptLogLossRequest)(nil),   // 32: signet.ca.v1.AcceptLogLossRequest
+	(*AcceptLogLossResponse)(nil),  // 33: signet.ca.v1.AcceptLogLossResponse
+	(*CreateRequestsRequest)(nil),  // 34: signet.ca.v1.CreateRequestsRequest
+	(*CreateRequestsResponse)(nil), // 35: signet.ca.v1.CreateRequestsResponse
+	(*ImportChainsRequest)(nil),    // 36: signet.ca.v1.ImportChainsRequest
+	(*ImportChainsResponse)(nil),   // 37: signet.ca.v1.ImportChainsResponse
+	(*RevokeRequest)(nil),          // 38: signet.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),         // 39: signet.ca.v1.RevokeResponse
+	(*Revocation)(nil),             // 40: signet.ca.v1.Revocation
+	(*RevocationsRequest)(nil),     // 41: signet.ca.v1.RevocationsRequest
+	(*RevocationsResponse)(nil),    // 42: signet.ca.v1.RevocationsResponse
+	(*AddBanRequest)(nil),          // 43: signet.ca.v1.AddBanRequest
+	(*AddBanResponse)(nil),         // 44: signet.ca.v1.AddBanResponse
+	(*RemoveBanRequest)(nil),       // 45: signet.ca.v1.RemoveBanRequest
+	(*RemoveBanResponse)(nil),      // 46: signet.ca.v1.RemoveBanResponse
+	(*ListBansRequest)(nil),        // 47: signet.ca.v1.ListBansRequest
+	(*ListBansResponse)(nil),       // 48: signet.ca.v1.ListBansResponse
+	(*BanRecord)(nil),              // 49: signet.ca.v1.BanRecord
+	(*BanEnd)(nil),                 // 50: signet.ca.v1.BanEnd
+	(*BanAgent)(nil),               // 51: signet.ca.v1.BanAgent
+	(*BackupRequest)(nil),          // 52: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),            // 53: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),        // 54: signet.ca.v1.AuthorityStatus
+	(*AgentStatus)(nil),            // 55: signet.ca.v1.AgentStatus
+	nil,                            // 56: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 57: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 58: google.protobuf.Duration
+	(*IssuanceRecord)(nil),         // 59: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
 	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
-	16, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	47, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	47, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	17, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
+	57, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	57, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
@@ -3437,72 +4242,90 @@ var file_ca_proto_depIdxs = []int32{
 	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	47, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	57, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	48, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	20, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
-	16, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
-	20, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
-	15, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
-	18, // 19: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
-	17, // 20: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
-	19, // 21: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	18, // 22: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	47, // 23: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	47, // 24: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
-	23, // 25: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	46, // 26: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	44, // 27: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	20, // 28: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	45, // 29: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	20, // 30: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	47, // 31: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	47, // 32: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	47, // 33: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	49, // 34: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
-	20, // 35: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
-	30, // 36: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
-	20, // 37: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	47, // 38: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	47, // 39: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	39, // 40: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	47, // 41: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	47, // 42: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	39, // 43: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	47, // 44: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	47, // 45: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	47, // 46: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 47: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 48: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 49: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	21, // 50: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	24, // 51: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	26, // 52: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	28, // 53: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	31, // 54: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	42, // 55: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	33, // 56: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	35, // 57: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	37, // 58: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	40, // 59: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	3,  // 60: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 61: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 62: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	22, // 63: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	25, // 64: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	27, // 65: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	29, // 66: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	32, // 67: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	43, // 68: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	34, // 69: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	36, // 70: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	38, // 71: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	41, // 72: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	60, // [60:73] is the sub-list for method output_type
-	47, // [47:60] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	58, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	21, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
+	17, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
+	21, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
+	16, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
+	15, // 19: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
+	20, // 20: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
+	57, // 21: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
+	19, // 22: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
+	18, // 23: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
+	20, // 24: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
+	19, // 25: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
+	57, // 26: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	57, // 27: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	24, // 28: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
+	56, // 29: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	54, // 30: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	21, // 31: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	55, // 32: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	21, // 33: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	57, // 34: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	57, // 35: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	57, // 36: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	59, // 37: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	21, // 38: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	31, // 39: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	21, // 40: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	57, // 41: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	57, // 42: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	40, // 43: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	57, // 44: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	57, // 45: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	40, // 46: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	57, // 47: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	49, // 48: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	49, // 49: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	49, // 50: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	51, // 51: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	57, // 52: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	57, // 53: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	50, // 54: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	57, // 55: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	57, // 56: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	57, // 57: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	57, // 58: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	1,  // 59: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	5,  // 60: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	13, // 61: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	22, // 62: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	25, // 63: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	27, // 64: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	29, // 65: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	32, // 66: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	52, // 67: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	34, // 68: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	36, // 69: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	38, // 70: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	41, // 71: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	43, // 72: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	45, // 73: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	47, // 74: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	3,  // 75: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	9,  // 76: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	14, // 77: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	23, // 78: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	26, // 79: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	28, // 80: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	30, // 81: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	33, // 82: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	53, // 83: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	35, // 84: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	37, // 85: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	39, // 86: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	42, // 87: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	44, // 88: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	46, // 89: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	48, // 90: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	75, // [75:91] is the sub-list for method output_type
+	59, // [59:75] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -3526,19 +4349,20 @@ func file_ca_proto_init() {
 		(*IssueResult_Jwt)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
-	file_ca_proto_msgTypes[18].OneofWrappers = []any{
+	file_ca_proto_msgTypes[19].OneofWrappers = []any{
 		(*Ban_SpiffeId)(nil),
 		(*Ban_Serial)(nil),
 		(*Ban_Node)(nil),
+		(*Ban_SpiffeIdPrefix)(nil),
 	}
-	file_ca_proto_msgTypes[22].OneofWrappers = []any{}
+	file_ca_proto_msgTypes[23].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   46,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

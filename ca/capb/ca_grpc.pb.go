@@ -279,6 +279,9 @@ const (
 	Admin_ImportChains_FullMethodName   = "/signet.ca.v1.Admin/ImportChains"
 	Admin_Revoke_FullMethodName         = "/signet.ca.v1.Admin/Revoke"
 	Admin_Revocations_FullMethodName    = "/signet.ca.v1.Admin/Revocations"
+	Admin_AddBan_FullMethodName         = "/signet.ca.v1.Admin/AddBan"
+	Admin_RemoveBan_FullMethodName      = "/signet.ca.v1.Admin/RemoveBan"
+	Admin_ListBans_FullMethodName       = "/signet.ca.v1.Admin/ListBans"
 )
 
 // AdminClient is the client API for Admin service.
@@ -314,6 +317,14 @@ type AdminClient interface {
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 	// Revocations are the certificates that are revoked, and the CRLs that say so.
 	Revocations(ctx context.Context, in *RevocationsRequest, opts ...grpc.CallOption) (*RevocationsResponse, error)
+	// AddBan bans a SPIFFE ID, a certificate or a node, or changes the end and the
+	// reason of a ban that there is. It is in force here when this returns, and on its
+	// way to every agent. Codes: INVALID_ARGUMENT for what cannot be banned.
+	AddBan(ctx context.Context, in *AddBanRequest, opts ...grpc.CallOption) (*AddBanResponse, error)
+	// RemoveBan ends a ban. Codes: NOT_FOUND if there is none of that subject.
+	RemoveBan(ctx context.Context, in *RemoveBanRequest, opts ...grpc.CallOption) (*RemoveBanResponse, error)
+	// ListBans are the bans, and which agents enforce them.
+	ListBans(ctx context.Context, in *ListBansRequest, opts ...grpc.CallOption) (*ListBansResponse, error)
 }
 
 type adminClient struct {
@@ -432,6 +443,36 @@ func (c *adminClient) Revocations(ctx context.Context, in *RevocationsRequest, o
 	return out, nil
 }
 
+func (c *adminClient) AddBan(ctx context.Context, in *AddBanRequest, opts ...grpc.CallOption) (*AddBanResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AddBanResponse)
+	err := c.cc.Invoke(ctx, Admin_AddBan_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RemoveBan(ctx context.Context, in *RemoveBanRequest, opts ...grpc.CallOption) (*RemoveBanResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveBanResponse)
+	err := c.cc.Invoke(ctx, Admin_RemoveBan_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListBans(ctx context.Context, in *ListBansRequest, opts ...grpc.CallOption) (*ListBansResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBansResponse)
+	err := c.cc.Invoke(ctx, Admin_ListBans_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -465,6 +506,14 @@ type AdminServer interface {
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	// Revocations are the certificates that are revoked, and the CRLs that say so.
 	Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error)
+	// AddBan bans a SPIFFE ID, a certificate or a node, or changes the end and the
+	// reason of a ban that there is. It is in force here when this returns, and on its
+	// way to every agent. Codes: INVALID_ARGUMENT for what cannot be banned.
+	AddBan(context.Context, *AddBanRequest) (*AddBanResponse, error)
+	// RemoveBan ends a ban. Codes: NOT_FOUND if there is none of that subject.
+	RemoveBan(context.Context, *RemoveBanRequest) (*RemoveBanResponse, error)
+	// ListBans are the bans, and which agents enforce them.
+	ListBans(context.Context, *ListBansRequest) (*ListBansResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -501,6 +550,15 @@ func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*Revoke
 }
 func (UnimplementedAdminServer) Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revocations not implemented")
+}
+func (UnimplementedAdminServer) AddBan(context.Context, *AddBanRequest) (*AddBanResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddBan not implemented")
+}
+func (UnimplementedAdminServer) RemoveBan(context.Context, *RemoveBanRequest) (*RemoveBanResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveBan not implemented")
+}
+func (UnimplementedAdminServer) ListBans(context.Context, *ListBansRequest) (*ListBansResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBans not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -671,6 +729,60 @@ func _Admin_Revocations_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_AddBan_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddBanRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AddBan(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AddBan_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AddBan(ctx, req.(*AddBanRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RemoveBan_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveBanRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RemoveBan(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RemoveBan_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RemoveBan(ctx, req.(*RemoveBanRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListBans_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBansRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListBans(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListBans_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListBans(ctx, req.(*ListBansRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -705,6 +817,18 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Revocations",
 			Handler:    _Admin_Revocations_Handler,
+		},
+		{
+			MethodName: "AddBan",
+			Handler:    _Admin_AddBan_Handler,
+		},
+		{
+			MethodName: "RemoveBan",
+			Handler:    _Admin_RemoveBan_Handler,
+		},
+		{
+			MethodName: "ListBans",
+			Handler:    _Admin_ListBans_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -165,21 +165,29 @@ const (
 	Decision_WHAT_RESTORED Decision_What = 2
 	// WHAT_REVOKED: a certificate was taken back.
 	Decision_WHAT_REVOKED Decision_What = 3
+	// WHAT_BANNED: a subject was banned, or its ban changed.
+	Decision_WHAT_BANNED Decision_What = 20
+	// WHAT_BAN_ENDED: a ban was removed, or its time was over.
+	Decision_WHAT_BAN_ENDED Decision_What = 21
 )
 
 // Enum value maps for Decision_What.
 var (
 	Decision_What_name = map[int32]string{
-		0: "WHAT_UNSPECIFIED",
-		1: "WHAT_LOG_LOSS_ACCEPTED",
-		2: "WHAT_RESTORED",
-		3: "WHAT_REVOKED",
+		0:  "WHAT_UNSPECIFIED",
+		1:  "WHAT_LOG_LOSS_ACCEPTED",
+		2:  "WHAT_RESTORED",
+		3:  "WHAT_REVOKED",
+		20: "WHAT_BANNED",
+		21: "WHAT_BAN_ENDED",
 	}
 	Decision_What_value = map[string]int32{
 		"WHAT_UNSPECIFIED":       0,
 		"WHAT_LOG_LOSS_ACCEPTED": 1,
 		"WHAT_RESTORED":          2,
 		"WHAT_REVOKED":           3,
+		"WHAT_BANNED":            20,
+		"WHAT_BAN_ENDED":         21,
 	}
 )
 
@@ -382,7 +390,9 @@ type Decision struct {
 	// by is who asked, as far as the system knows: the user of the process.
 	By string `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`
 	// revoked is what WHAT_REVOKED took back.
-	Revoked       *RevokedCertificate `protobuf:"bytes,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	Revoked *RevokedCertificate `protobuf:"bytes,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	// ban is what WHAT_BANNED and WHAT_BAN_ENDED are about.
+	Ban           *BannedSubject `protobuf:"bytes,20,opt,name=ban,proto3" json:"ban,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -466,6 +476,77 @@ func (x *Decision) GetRevoked() *RevokedCertificate {
 	return nil
 }
 
+func (x *Decision) GetBan() *BannedSubject {
+	if x != nil {
+		return x.Ban
+	}
+	return nil
+}
+
+// BannedSubject is whom a decision about a ban means.
+type BannedSubject struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// subject is spiffe://TRUSTDOMAIN/PATH, with a final /* for all below, serial/HEX or
+	// node/NAME.
+	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// at is when it was decided, until when the ban ends, Unix seconds; 0: it does not.
+	At            int64 `protobuf:"varint,2,opt,name=at,proto3" json:"at,omitempty"`
+	Until         int64 `protobuf:"varint,3,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BannedSubject) Reset() {
+	*x = BannedSubject{}
+	mi := &file_record_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BannedSubject) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BannedSubject) ProtoMessage() {}
+
+func (x *BannedSubject) ProtoReflect() protoreflect.Message {
+	mi := &file_record_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BannedSubject.ProtoReflect.Descriptor instead.
+func (*BannedSubject) Descriptor() ([]byte, []int) {
+	return file_record_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *BannedSubject) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *BannedSubject) GetAt() int64 {
+	if x != nil {
+		return x.At
+	}
+	return 0
+}
+
+func (x *BannedSubject) GetUntil() int64 {
+	if x != nil {
+		return x.Until
+	}
+	return 0
+}
+
 // RevokedCertificate says which certificate was revoked, and why.
 type RevokedCertificate struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -484,7 +565,7 @@ type RevokedCertificate struct {
 
 func (x *RevokedCertificate) Reset() {
 	*x = RevokedCertificate{}
-	mi := &file_record_proto_msgTypes[2]
+	mi := &file_record_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +577,7 @@ func (x *RevokedCertificate) String() string {
 func (*RevokedCertificate) ProtoMessage() {}
 
 func (x *RevokedCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_record_proto_msgTypes[2]
+	mi := &file_record_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +590,7 @@ func (x *RevokedCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokedCertificate.ProtoReflect.Descriptor instead.
 func (*RevokedCertificate) Descriptor() ([]byte, []int) {
-	return file_record_proto_rawDescGZIP(), []int{2}
+	return file_record_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RevokedCertificate) GetSerial() []byte {
@@ -591,7 +672,7 @@ const file_record_proto_rawDesc = "" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
 	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
-	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xca\x02\n" +
+	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\x9f\x03\n" +
 	"\bDecision\x12/\n" +
 	"\x04what\x18\x01 \x01(\x0e2\x1b.signet.ca.v1.Decision.WhatR\x04what\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\rR\binstance\x12\x1a\n" +
@@ -599,12 +680,19 @@ const file_record_proto_rawDesc = "" +
 	"\x04hash\x18\x04 \x01(\fR\x04hash\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x0e\n" +
 	"\x02by\x18\x06 \x01(\tR\x02by\x12:\n" +
-	"\arevoked\x18\a \x01(\v2 .signet.ca.v1.RevokedCertificateR\arevoked\"]\n" +
+	"\arevoked\x18\a \x01(\v2 .signet.ca.v1.RevokedCertificateR\arevoked\x12-\n" +
+	"\x03ban\x18\x14 \x01(\v2\x1b.signet.ca.v1.BannedSubjectR\x03ban\"\x82\x01\n" +
 	"\x04What\x12\x14\n" +
 	"\x10WHAT_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16WHAT_LOG_LOSS_ACCEPTED\x10\x01\x12\x11\n" +
 	"\rWHAT_RESTORED\x10\x02\x12\x10\n" +
-	"\fWHAT_REVOKED\x10\x03\"\xb6\x01\n" +
+	"\fWHAT_REVOKED\x10\x03\x12\x0f\n" +
+	"\vWHAT_BANNED\x10\x14\x12\x12\n" +
+	"\x0eWHAT_BAN_ENDED\x10\x15\"O\n" +
+	"\rBannedSubject\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x0e\n" +
+	"\x02at\x18\x02 \x01(\x03R\x02at\x12\x14\n" +
+	"\x05until\x18\x03 \x01(\x03R\x05until\"\xb6\x01\n" +
 	"\x12RevokedCertificate\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1c\n" +
@@ -626,26 +714,28 @@ func file_record_proto_rawDescGZIP() []byte {
 }
 
 var file_record_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_record_proto_goTypes = []any{
 	(IssuanceRecord_Kind)(0),     // 0: signet.ca.v1.IssuanceRecord.Kind
 	(IssuanceRecord_Evidence)(0), // 1: signet.ca.v1.IssuanceRecord.Evidence
 	(Decision_What)(0),           // 2: signet.ca.v1.Decision.What
 	(*IssuanceRecord)(nil),       // 3: signet.ca.v1.IssuanceRecord
 	(*Decision)(nil),             // 4: signet.ca.v1.Decision
-	(*RevokedCertificate)(nil),   // 5: signet.ca.v1.RevokedCertificate
+	(*BannedSubject)(nil),        // 5: signet.ca.v1.BannedSubject
+	(*RevokedCertificate)(nil),   // 6: signet.ca.v1.RevokedCertificate
 }
 var file_record_proto_depIdxs = []int32{
 	0, // 0: signet.ca.v1.IssuanceRecord.kind:type_name -> signet.ca.v1.IssuanceRecord.Kind
 	1, // 1: signet.ca.v1.IssuanceRecord.evidence:type_name -> signet.ca.v1.IssuanceRecord.Evidence
 	4, // 2: signet.ca.v1.IssuanceRecord.decision:type_name -> signet.ca.v1.Decision
 	2, // 3: signet.ca.v1.Decision.what:type_name -> signet.ca.v1.Decision.What
-	5, // 4: signet.ca.v1.Decision.revoked:type_name -> signet.ca.v1.RevokedCertificate
-	5, // [5:5] is the sub-list for method output_type
-	5, // [5:5] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	6, // 4: signet.ca.v1.Decision.revoked:type_name -> signet.ca.v1.RevokedCertificate
+	5, // 5: signet.ca.v1.Decision.ban:type_name -> signet.ca.v1.BannedSubject
+	6, // [6:6] is the sub-list for method output_type
+	6, // [6:6] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_record_proto_init() }
@@ -659,7 +749,7 @@ func file_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_record_proto_rawDesc), len(file_record_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   3,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

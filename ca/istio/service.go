@@ -75,6 +75,10 @@ func (d *Door) refuse(ctx context.Context, o ca.Order, err error) error {
 		d.metrics.signing.WithLabelValues("CSR_ERROR").Inc()
 		d.warn("request refused", "namespace", o.Workload.Namespace, "service_account", o.Workload.ServiceAccount, "pod_uid", o.Workload.PodUID, "err", err)
 		return status.Errorf(codes.InvalidArgument, "CSR signing error (%v)", public)
+	case errors.Is(err, ca.ErrBanned):
+		d.metrics.signing.WithLabelValues("AUTHORIZATION_ERROR").Inc()
+		d.warn("request refused", "namespace", o.Workload.Namespace, "service_account", o.Workload.ServiceAccount, "pod_uid", o.Workload.PodUID, "err", err)
+		return status.Errorf(codes.PermissionDenied, "CSR signing error (%v)", ca.ErrBanned)
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, ca.ErrClock):

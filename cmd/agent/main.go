@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/authz/extauthz"
+	"github.com/signet-mesh/signet/authz/source"
 	"github.com/signet-mesh/signet/ca/caclient"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/cmd/internal/version"
@@ -133,6 +134,8 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 	world.exports[savedRequestKeys] = tokens.keys.Export
+	// Bans come before policies, and those that were saved before the first check.
+	bans := source.NewBans(world.policies.Snapshot, log, reg)
 	attestor, err := attest.New(attest.Config{Issuer: c.Tokens.Issuer, Audience: c.Tokens.Audience, Keys: world.keys, Pods: pods, Node: c.Node,
 		AnyServiceAccount: true, MaxLifetime: c.Tokens.MaxLifetime, Skew: c.Tokens.Skew, Outage: world.outage, Metrics: reg})
 	if err != nil {
@@ -152,6 +155,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		Addresses: c.CA.Addresses, TrustDomain: td, Node: c.Node,
 		RootFile: c.CA.RootFile, RootHash: c.CA.RootHash, TokenFile: c.CA.TokenFile,
 		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust, SavedLogHeads: saved.state.Extra[extraLogHeads],
+		SavedBans: saved.state.Extra[savedBans], Enforce: func(b *identity.Bans) { bans.Put(b) },
 		UnknownKeys:  world.unknownKeys,
 		Acknowledged: func(current uint64) (uint64, <-chan struct{}) { return streams.Acknowledged(current) },
 		Version:      version.Current().String(), Log: log, Metrics: reg,
@@ -159,6 +163,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 	if err != nil {
 		return err
 	}
+	world.exports[savedBans] = client.SavedBans
 	svids, err := holder.New(holder.Config{
 		TrustDomain: td, Issuer: client, Pods: pods, Node: c.Node,
 		Trust: func() *identity.Trust { t, _ := client.Trust(); return t },
@@ -184,7 +189,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 	denial, denials := c.denials()
-	checks, err := extauthz.New(extauthz.Config{Snapshot: world.policies.Snapshot, Tokens: tokens, Providers: providers, Records: records,
+	checks, err := extauthz.New(extauthz.Config{Snapshot: bans.Snapshot, Tokens: tokens, Providers: providers, Records: records,
 		Denial: denial, Denials: denials, Log: log, Metrics: reg})
 	if err != nil {
 		return err
@@ -235,6 +240,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		append(world.loops(client),
 			client.Run, svids.Run, world.policies.Run, tokens.keys.Run, records.Run,
 			func(ctx context.Context) error { return tokens.watch(ctx, world.policies, pods, c.Node) },
+			func(ctx context.Context) error { return bans.Follow(ctx, client.Bans) },
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),

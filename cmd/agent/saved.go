@@ -91,6 +91,7 @@ const (
 	savedOutage   = "outage" // of the API server
 	// savedRequestKeys are the keys of requests' tokens.
 	savedRequestKeys = "request-keys"
+	savedBans        = "bans"
 )
 
 // export is something to be saved, and a channel that is closed when it changes.

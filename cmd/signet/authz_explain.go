@@ -136,6 +136,14 @@ func (e *explaining) eachRecord(stdin io.Reader, c explain.Case, write func(expl
 			}
 			continue
 		}
+		if r.Banned() {
+			x := explain.Refused(r.Reason, fmt.Sprintf("the peer is banned, or may be, by the ban of %s; no policy lets it in (signet ca ban list)", r.Policy))
+			x.Kind, x.Policy = r.Kind, r.Policy
+			if err := write(x); err != nil {
+				return err
+			}
+			continue
+		}
 		c.Workload, c.Request, c.Providers = r.Workload, r.Request, map[string]bool{}
 		for _, a := range r.Answers {
 			c.Providers[a.Provider] = a.Allowed

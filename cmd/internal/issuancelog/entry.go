@@ -49,6 +49,9 @@ type decision struct {
 	SPIFFEID  string     `json:"spiffeID,omitempty"`
 	CRLReason uint32     `json:"crlReason,omitempty"`
 	NotAfter  *time.Time `json:"notAfter,omitempty"`
+	// Of a ban.
+	Subject string     `json:"subject,omitempty"`
+	Until   *time.Time `json:"until,omitempty"`
 }
 
 func entryOf(p *capb.LogEntry) entry {
@@ -64,6 +67,9 @@ func entryOf(p *capb.LogEntry) entry {
 	if d := r.GetDecision(); d != nil {
 		e.Decision = &decision{What: word(d.GetWhat().String(), "WHAT_"), Instance: d.GetInstance(), Sequence: d.GetSequence(),
 			Hash: hex.EncodeToString(d.GetHash()), Reason: d.GetReason(), By: d.GetBy()}
+		if b := d.GetBan(); b != nil {
+			e.Decision.Subject, e.Decision.Until = b.GetSubject(), seconds(b.GetUntil())
+		}
 		if r := d.GetRevoked(); r != nil {
 			e.Decision.Serial, e.Decision.SPIFFEID = hex.EncodeToString(r.GetSerial()), r.GetSpiffeId()
 			e.Decision.CRLReason, e.Decision.NotAfter = r.GetReason(), seconds(r.GetNotAfter())
