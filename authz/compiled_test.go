@@ -450,6 +450,41 @@ func TestAHiddenQueryIsUnknownToAHeader(t *testing.T) {
 	}
 }
 
+func TestNamesAreWhatRulesReadByName(t *testing.T) {
+	t.Parallel()
+	const meta = "experimental.envoy.filters.a.b"
+	for spec, want := range map[string][]Name{
+		"from: [{source: {requestPrincipals: [a/b]}}]":               {{Field: FieldClaims, Name: "iss"}, {Field: FieldClaims, Name: "sub"}},
+		"from: [{source: {notRequestPrincipals: ['*']}}]":            {{Field: FieldClaims, Name: "iss"}, {Field: FieldClaims, Name: "sub"}},
+		"when: [{key: 'request.headers[x-a]', values: [v]}]":         {{Field: FieldHeaders, Name: "x-a"}},
+		"when: [{key: 'request.auth.claims[a][b]', notValues: [v]}]": {{Field: FieldClaims, Name: "a"}},
+		"when: [{key: '" + meta + "[k]', values: [v]}]":              {{FieldMetadata, "k", "envoy.filters.a.b"}},
+		"to: [{operation: {paths: [/a]}}]":                           nil,
+		"when: [{key: request.auth.presenter, values: [v]}]":         {{Field: FieldClaims, Name: "azp"}},
+	} {
+		s, problems := Compile(compileText(t, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: a}\nspec: {rules: [{"+spec+"}]}\n"), Options{})
+		got := s.For(identity.Workload{Namespace: "a"}).Names()
+		slices.SortFunc(got, func(a, b Name) int { return strings.Compare(a.Name, b.Name) })
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v (%v)", spec, got, want, problems)
+		}
+	}
+}
+
+func TestParametersOfOneCharacter(t *testing.T) {
+	t.Parallel()
+	for _, path := range []string{"/?t", "/?b=1&t", "/?t#t=2", "/?%74"} {
+		if v, ok := param([]byte(path), "t"); !ok || len(v) > 0 {
+			t.Errorf("%s: %q, %t", path, v, ok)
+		}
+	}
+	for in, want := range map[string]string{"%41b": "Ab", "a%42": "aB", "%": "%", "%4": "%4", "": ""} {
+		if got := unescape([]byte(in)); string(got) != want {
+			t.Errorf("%q: %q", in, got)
+		}
+	}
+}
+
 func TestADecisionByNoRuleNamesItsKind(t *testing.T) {
 	t.Parallel()
 	s, _ := Compile(compileText(t, strings.ReplaceAll(manyPolicies(1, "a", func(int) string { return "" }), "DENY", "ALLOW")), Options{})
