@@ -139,6 +139,14 @@ func (s *standalone) launch(program string) {
 	p := &process{cmd: exec.Command(path, "serve", "--config", filepath.Join(s.dir, program+".yaml")), done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), s.env...)
 	p.cmd.Stderr = &p.log
+	p.run(s.tb)
+	s.procs[program] = p
+	s.tb.Cleanup(func() { s.stop(program, syscall.SIGTERM) })
+}
+
+// run starts the child.
+func (p *process) run(tb testing.TB) {
+	tb.Helper()
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
 	go func() {
@@ -152,10 +160,8 @@ func (s *standalone) launch(program string) {
 		close(p.done)
 	}()
 	if err := <-started; err != nil {
-		s.tb.Fatal(err)
+		tb.Fatal(err)
 	}
-	s.procs[program] = p
-	s.tb.Cleanup(func() { s.stop(program, syscall.SIGTERM) })
 }
 
 // waitReady waits until a program that runs is ready.
