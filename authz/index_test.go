@@ -226,7 +226,10 @@ func TestTheIndexLosesNoRule(t *testing.T) {
 	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 5))}
 	worlds, requests := 120, 300
-	if testing.Short() || raceEnabled {
+	switch {
+	case raceEnabled:
+		worlds = 10
+	case testing.Short():
 		worlds = 40
 	}
 	good, decided := 0, map[authz.Reason]int{}
@@ -262,7 +265,7 @@ func TestTheIndexLosesNoRule(t *testing.T) {
 	}
 	t.Logf("seed %d: %d policies, %v", seed, good, decided)
 	for _, reason := range []authz.Reason{authz.ReasonAllowRule, authz.ReasonDenyRule, authz.ReasonDenyUnknown, authz.ReasonAllowUnknown, authz.ReasonNoAllowRule} {
-		if decided[reason] < 20 {
+		if decided[reason] < 20 && !raceEnabled { // a few worlds need not come to all
 			t.Errorf("only %d decisions %s", decided[reason], reason)
 		}
 	}

@@ -86,7 +86,10 @@ func TestKnowingLessNeverOpens(t *testing.T) {
 	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 6))}
 	worlds := 2000
-	if testing.Short() || raceEnabled {
+	switch {
+	case raceEnabled:
+		worlds = 60
+	case testing.Short():
 		worlds = 300
 	}
 	denied, allowed := 0, 0

@@ -139,7 +139,10 @@ func TestLintRefusesWhatParseRefuses(t *testing.T) {
 		slices.Sort(errs)
 		return errs
 	}
-	for _, text := range texts {
+	for i, text := range texts {
+		if raceEnabled && i%8 != 0 {
+			continue
+		}
 		_, problems := authz.Parse(text.Origin, text.Data)
 		if diff := cmp.Diff(errorsOf(problems), errorsOf(authz.Lint([]authz.Text{text}, authz.Options{}))); diff != "" {
 			t.Errorf("%s (-Parse +Lint):\n%s", text.Data, diff)

@@ -104,7 +104,10 @@ func TestRecordsDecideAgain(t *testing.T) {
 	seed := seeded(t)
 	g := generator{rand.New(rand.NewPCG(seed, 9))}
 	worlds := 2000
-	if testing.Short() || raceEnabled {
+	switch {
+	case raceEnabled:
+		worlds = 50
+	case testing.Short():
 		worlds = 250
 	}
 	unknowns := []authz.Reason{authz.ReasonAskUnknown, authz.ReasonDenyUnknown, authz.ReasonAllowUnknown, authz.ReasonTokenUnknown, authz.ReasonProviders, authz.ReasonPlaintextUnknown}

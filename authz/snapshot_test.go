@@ -44,7 +44,10 @@ func TestUpdateDecidesAsCompile(t *testing.T) {
 		return out
 	}
 	steps := 60
-	if testing.Short() || raceEnabled {
+	switch {
+	case raceEnabled:
+		steps = 5
+	case testing.Short():
 		steps = 15
 	}
 	set, _ := authz.Set{}.Update(chosen(a))

@@ -2,9 +2,13 @@ package integration_test
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -193,5 +197,74 @@ func TestProgramsStaySmall(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestSweepsRunWhole: what is shorter with the race detector runs whole without, in
+// make test.
+func TestSweepsRunWhole(t *testing.T) {
+	t.Parallel()
+	b, err := os.ReadFile("../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	makefile := string(b)
+	_, recipe, _ := strings.Cut(makefile, "\ntest: ")
+	recipe, _, _ = strings.Cut(recipe, "\n\n")
+	_, sweeps, _ := strings.Cut(makefile, "\nSWEEPS := ")
+	sweeps, _, _ = strings.Cut(sweeps, "\n")
+	named, whole := strings.Split(sweeps, "|"), map[string]string{}
+	for run := range strings.SplitSeq(strings.Join(strings.Fields(recipe), " "), " -- ") {
+		if strings.Contains(run, "-race") {
+			continue
+		}
+		for f := range strings.FieldsSeq(run) {
+			if strings.HasPrefix(f, "./") {
+				whole[f] = run
+			}
+		}
+	}
+	files, err := filepath.Glob("../*/race_test.go")
+	for _, pattern := range []string{"../*/*/race_test.go", "../*/*/*/race_test.go"} {
+		more, errMore := filepath.Glob(pattern)
+		files, err = append(files, more...), errors.Join(err, errMore)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	shorter := 0
+	test := regexp.MustCompile(`(?ms)^func (Test\w+)\(.*?^}`)
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err != nil || !strings.Contains(string(b), "raceEnabled") {
+			continue
+		}
+		shorter++
+		dir := filepath.Dir(f)
+		run, ok := whole["."+strings.TrimPrefix(dir, "..")]
+		if !ok {
+			t.Errorf("%s: its tests know of the race detector, and make test does not run them without", dir)
+			continue
+		}
+		if !strings.Contains(run, "-run") {
+			continue
+		}
+		sources, err := filepath.Glob(dir + "/*_test.go")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, source := range sources {
+			b, err := os.ReadFile(source)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range test.FindAllStringSubmatch(string(b), -1) {
+				if (strings.Contains(m[0], "whole(") || strings.Contains(m[0], "raceEnabled") || strings.Contains(m[0], "*worlds")) && !slices.Contains(named, m[1]) {
+					t.Errorf("%s: %s is shorter with the race detector; add it to SWEEPS in the Makefile", dir, m[1])
+				}
+			}
+		}
+	}
+	if shorter < 5 {
+		t.Errorf("%d packages know of the race detector; are they looked for in the right place?", shorter)
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/signet-mesh/signet/authz/explain"
 )
 
-var asked = flag.Int("asked", 100_000, "how many random requests TestWhoCanIsExact holds against answers")
+var asked = flag.Int("asked", whole(100_000, 15_000), "how many random requests TestWhoCanIsExact holds against answers")
 
 // TestWhoCanIsExact holds that a random request is allowed if and only if the answer to
 // who can covers it, once it has been through JSON, and that it is asked about likewise.

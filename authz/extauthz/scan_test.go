@@ -288,7 +288,10 @@ func TestScanAgreesWithTheGeneratedDecoder(t *testing.T) {
 	}
 	n := *messages
 	if n == 0 {
-		if n = 200_000; raceEnabled || testing.Short() {
+		switch n = 200_000; {
+		case raceEnabled:
+			n = 5_000
+		case testing.Short():
 			n = 30_000
 		}
 	}
@@ -346,8 +349,11 @@ func TestMalformedNeverAllows(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	w := writer{rand.New(rand.NewPCG(seed, 1))}
 	seeds := append(corpus(t), captured(t)...)
-	refused := 0
-	for refused < 20_000 {
+	refused, want := 0, 20_000
+	if raceEnabled {
+		want = 3_000
+	}
+	for refused < want {
 		b := w.message(nil, "check", 0)
 		if w.IntN(2) == 0 {
 			b = bytes.Clone(seeds[w.IntN(len(seeds))])

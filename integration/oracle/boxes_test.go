@@ -3,9 +3,11 @@ package oracle_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // box is one entry of the list of what goes wrong in such engines, held against
@@ -207,7 +209,10 @@ func TestBoxesAgreeWithEnvoy(t *testing.T) {
 			w := worlds[name]
 			program := w.program(t)
 			var cl *client
-			for _, s := range b.shots {
+			for k, s := range b.shots {
+				if k%whole(1, 8) != 0 {
+					continue
+				}
 				n++
 				p := pair{id: strconv.Itoa(n), world: w, program: program, shot: s, allowing: strings.HasPrefix(b.policies[j], "{rules") || strings.Contains(b.policies[j], "ALLOW")}
 				p.shot.headers = append(append([][2]string(nil), s.headers...), [2]string{"x-pair", p.id})
@@ -226,7 +231,21 @@ func TestBoxesAgreeWithEnvoy(t *testing.T) {
 			cl.close()
 		}
 	}
-	logs := proxy.logs(t, 1)
+	// Envoy logs a request a moment after its answer. One that was refused before any
+	// filter may have a line without its number.
+	var logs map[string]logged
+	unlogged := func(p pair) bool {
+		before, _, _ := rec.of(p.id)
+		_, ok := logs[p.id]
+		return before != nil && !p.outcome.closed && !ok
+	}
+	deadline := time.Now().Add(wirePatience)
+	for logs = proxy.logs(t, 1); slices.ContainsFunc(slices.Concat(byBox...), unlogged); logs = proxy.logs(t, 1) {
+		if time.Now().After(deadline) {
+			t.Fatal("requests are not in the access log")
+		}
+		time.Sleep(20 * time.Millisecond) // polling a file that another process writes
+	}
 	total := newTally()
 	for i, b := range list {
 		t.Run(b.name, func(t *testing.T) {
@@ -235,7 +254,7 @@ func TestBoxesAgreeWithEnvoy(t *testing.T) {
 				count.compare(t, p, logs[p.id], rec)
 			}
 			t.Logf("%d compared, %v; deviations %v; refused before any filter %v", count.compared, count.ends, count.deviations, count.unreached)
-			if count.compared < 40 || count.ends["deny"] == 0 || count.ends["allow"] == 0 {
+			if few := raceEnabled && count.compared > 0; !few && (count.compared < 40 || count.ends["deny"] == 0 || count.ends["allow"] == 0) {
 				t.Errorf("%d pairs, %v: too few to tell anything", count.compared, count.ends)
 			}
 			total.compared += count.compared

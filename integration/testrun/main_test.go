@@ -1,6 +1,7 @@
 package main
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -43,7 +44,7 @@ func TestReport(t *testing.T) {
 			t.Parallel()
 			var out strings.Builder
 			r := newReport(&out)
-			if err := r.read(strings.NewReader(tt.events)); err != nil {
+			if _, err := r.read(strings.NewReader(tt.events)); err != nil {
 				t.Fatal(err)
 			}
 			err := r.close(tt.ci)
@@ -54,6 +55,33 @@ func TestReport(t *testing.T) {
 				if !strings.Contains(out.String(), line) {
 					t.Errorf("%q is missing in:\n%s", line, out.String())
 				}
+			}
+		})
+	}
+}
+
+func TestRunsSideBySide(t *testing.T) {
+	t.Parallel()
+	got := split([]string{"-race", "./a", "--", "./b", "--", "./c"})
+	if want := [][]string{{"-race", "./a"}, {"./b"}, {"./c"}}; !reflect.DeepEqual(got, want) {
+		t.Errorf("split into %q, want %q", got, want)
+	}
+	for _, tt := range []struct {
+		name string
+		args string
+		want string // in the output
+		err  string
+	}{
+		{"both count", "-run ^TestReport$/is . -- -run ^TestReport$/skip .", "skipped", ""},
+		{"one that does not know its flags fails", "-run ^TestReport$/is . -- -count=x .", "FAIL\tgo test: ", "1 failed"},
+		{"one without tests fails", "-run ^TestReport$/is . -- -run ^$ .", "FAIL\tgo test: no test ran: nice ", "1 failed"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var out, errs strings.Builder
+			err := run(t.Context(), strings.Fields(tt.args), &out, &errs)
+			if (err == nil) != (tt.err == "") || err != nil && err.Error() != tt.err || !strings.Contains(out.String(), tt.want) {
+				t.Errorf("error %v, want %q; printed\n%s\n%s", err, tt.err, out.String(), errs.String())
 			}
 		})
 	}
