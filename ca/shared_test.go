@@ -113,6 +113,19 @@ func TestReplicasShareTheirState(t *testing.T) {
 		_, err := issue(t, chain, item(t, byUID(server.PodUID)))
 		return err != nil
 	})
+	// A ban that one is told holds at the other.
+	agentOfB, _ := b.attest(agentB)
+	mayIssue := func() bool {
+		rs, err := issue(t, agentOfB, item(t, byUID(onNodeB.PodUID)))
+		return err == nil && rs[0].GetX509() != nil
+	}
+	if !mayIssue() {
+		t.Error("nothing is banned, and nothing issued")
+	}
+	if _, err := adminOf(t, a).AddBan(t.Context(), &capb.AddBanRequest{Subject: "spiffe://cluster.local/ns/default/sa/db", Reason: "a test"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the other replica to know of the ban", func() bool { return !mayIssue() })
 	// Each renews its own, and what they have in common goes on as one.
 	for range 3 {
 		for _, w := range []*world{a, b} {
