@@ -9,6 +9,7 @@ import (
 // module of its own: they build all of it, and let it talk to services that are not
 // there.
 func TestCloudKMS(t *testing.T) {
+	t.Parallel()
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", ".")
 	cmd.Dir = "../cmd/ca/cloudkms"
 	out, err := cmd.CombinedOutput()

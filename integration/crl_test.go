@@ -163,6 +163,7 @@ func TestRotationWithCRLsUnderTraffic(t *testing.T) {
 // TestWhatEnvoyDoesWithCRLs holds the documentation to what a real Envoy does, with the
 // configuration that the agent gives it.
 func TestWhatEnvoyDoesWithCRLs(t *testing.T) {
+	t.Parallel()
 	root := externaltest.Root(t, "root", externaltest.P256)
 	inter, other := root.Intermediate(t, "one", externaltest.P256), root.Intermediate(t, "two", externaltest.P256)
 	leaf := func(i *externaltest.Signer) tls.Certificate {

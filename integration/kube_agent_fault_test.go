@@ -76,13 +76,13 @@ func (n *kubeNode) metric(name string) string {
 // fails.
 func TestOutagesOnKubernetes(t *testing.T) {
 	c := kubetest.Start(t, kubetest.Options{})
-	n := newKubeNode(t, c, "svid: {ttl: 24s, minTTL: 5s}\n", "")
+	n := newKubeNode(t, c, "svid: {ttl: 12s, minTTL: 5s}\n", "")
 	n.startSidecars(10 * time.Minute)
 	n.create(n.policy("deny", security.AuthorizationPolicy_DENY, paths("/admin")))
 	n.becomes(403, "/admin")
 
-	// Tokens that are good for half a minute, as if kubelet were about to replace them.
-	const life = 30 * time.Second
+	// Tokens that are good for seconds, as if kubelet were about to replace them.
+	const life = 16 * time.Second
 	n.rotateTokens(life)
 	used := c.Sign(t, n.client, "signet", life, nil)
 	unused := c.Sign(t, n.client, "signet", life, nil)
