@@ -471,6 +471,87 @@ func TestNamesAreWhatRulesReadByName(t *testing.T) {
 	}
 }
 
+// TestIndexesBelowIndexes are gone through: sixteen rules share each value of each
+// attribute, so that one attribute leads to an index by another one.
+func TestIndexesBelowIndexes(t *testing.T) {
+	t.Parallel()
+	const kinds = 8
+	var b strings.Builder
+	for i := range 20 * kinds {
+		k := i % kinds
+		fmt.Fprintf(&b, "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p%03d, namespace: a}\n"+
+			"spec: {action: DENY, rules: [{from: [{source: {principals: [td/ns/a/sa/s%d]}}], to: [{operation: {paths: [/%d], methods: [M%d]}}]}]}\n", i, k&1, k>>1&1, k>>2)
+	}
+	s, _ := Compile(compileText(t, b.String()), Options{})
+	p := s.For(identity.Workload{Namespace: "a"})
+	nested := 0
+	for _, l := range p.layers {
+		for _, g := range l.rules.base.index.branches {
+			g.postings(func(p *posting) {
+				if p.below != nil {
+					nested++
+				}
+			})
+		}
+	}
+	if nested == 0 {
+		t.Error("no index is below another: the test tests nothing")
+	}
+	for k := range kinds + 1 {
+		r := Request{Known: FieldsHTTP, HTTP: true, Authenticated: true, Principal: fmt.Appendf(nil, "spiffe://td/ns/a/sa/s%d", k&1),
+			Path: fmt.Appendf(nil, "/%d", k>>1&1), Method: fmt.Appendf(nil, "M%d", k>>2)}
+		want := fmt.Sprintf("a/p%03d", k)
+		if k == kinds { // M2
+			want = ""
+		}
+		if d := p.Decide(&r); d.Policy != want || d.Allowed != (want == "") {
+			t.Errorf("%s %s by %s: %s, by %q; want %q", r.Method, r.Path, r.Principal, d.Reason, d.Policy, want)
+		}
+	}
+}
+
+// TestHiddenClaimsAreUnknownToAnIndex of them, too.
+func TestHiddenClaimsAreUnknownToAnIndex(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	for i := range 40 {
+		fmt.Fprintf(&b, "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p%d, namespace: a}\n"+
+			"spec: {action: DENY, rules: [{when: [{key: 'request.auth.claims[r]', values: [v%d]}]}]}\n", i, i)
+	}
+	s, _ := Compile(compileText(t, b.String()), Options{})
+	p := s.For(identity.Workload{Namespace: "a"})
+	text, list := structpb.NewStringValue, func(vs ...*structpb.Value) *structpb.Value {
+		return structpb.NewListValue(&structpb.ListValue{Values: vs})
+	}
+	for _, c := range []struct {
+		claim *structpb.Value
+		want  Reason
+	}{
+		{text("v7"), ReasonDenyRule}, {text("other"), ReasonNoAllowPolicy}, {list(text("other"), text("v7")), ReasonDenyRule},
+		{&structpb.Value{}, ReasonDenyUnknown}, {list(text("other"), &structpb.Value{}), ReasonDenyUnknown},
+	} {
+		r := Request{Known: FieldsHTTP | FieldClaims, HTTP: true, Claims: &structpb.Struct{Fields: map[string]*structpb.Value{"r": c.claim}}}
+		if d := p.Decide(&r); d.Reason != c.want {
+			t.Errorf("%v: %s, want %s", c.claim, d.Reason, c.want)
+		}
+	}
+}
+
+func TestGenerationsAndReads(t *testing.T) {
+	t.Parallel()
+	var none *Snapshot
+	set := compileText(t, manyPolicies(1, "a", func(int) string { return "" }))
+	s, _ := Compile(set, Options{})
+	next, _ := s.Update(set)
+	if none.Generation() != 0 || s.Generation() != 1 || next.Generation() != 2 {
+		t.Errorf("generations %d, %d, %d", none.Generation(), s.Generation(), next.Generation())
+	}
+	// Paths, and no headers, which only tokens and conditions on them need.
+	if reads := s.For(identity.Workload{Namespace: "a"}).Reads(); reads&FieldPath == 0 || reads&(FieldHeaders|FieldClaims) != 0 {
+		t.Errorf("one policy of a path reads %b", reads)
+	}
+}
+
 func TestParametersOfOneCharacter(t *testing.T) {
 	t.Parallel()
 	for _, path := range []string{"/?t", "/?b=1&t", "/?t#t=2", "/?%74"} {

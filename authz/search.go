@@ -207,10 +207,7 @@ func (q *search) name(g *branch, name []byte) {
 					break
 				}
 				below = below[i+len("/sa"):]
-				account := below[1:]
-				if end := bytes.IndexByte(account, '/'); end >= 0 {
-					account = account[:end]
-				}
+				account, _, _ := bytes.Cut(below[1:], []byte("/"))
 				q.visit(accounts[string(account)])
 			}
 		}
