@@ -20,6 +20,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // Options says how to reach a cluster. Only Endpoints is required.
@@ -50,6 +51,8 @@ type Options struct {
 	Log *slog.Logger
 	// Metrics registers signet_storage_*; nil registers none.
 	Metrics prometheus.Registerer
+
+	dial []grpc.DialOption // for tests
 }
 
 // Store is the storage.Store in an etcd cluster, for any number of processes. It is
@@ -177,7 +180,7 @@ func open(ctx context.Context, opt Options) (*Store, error) {
 		Context: s.life, DialTimeout: opt.Timeout,
 		// A member that went away without a word is noticed by whoever waits for it.
 		DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: opt.Timeout, PermitWithoutStream: true,
-		Logger: zap.NewNop(),
+		Logger: zap.NewNop(), DialOptions: opt.dial,
 	})
 	if err != nil {
 		s.stop(storage.ErrClosed)
