@@ -298,7 +298,11 @@ func (as *agents) status() []*capb.AgentStatus {
 	as.mu.RLock()
 	defer as.mu.RUnlock()
 	var out []*capb.AgentStatus
+	now := time.Now()
 	for _, r := range as.bySerial {
+		if !now.Before(r.NotAfter) {
+			continue // it only counts for its workloads' SVIDs
+		}
 		s := &capb.AgentStatus{Node: r.Node, Serial: r.serial, NotAfter: timestamppb.New(r.NotAfter)}
 		if w := as.streams[r.Node]; w != nil {
 			s.Acknowledged, s.Connected = w.acknowledged, w.open > 0

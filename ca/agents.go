@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 )
 
@@ -30,8 +31,20 @@ type agent struct {
 	NotAfter time.Time `json:"notAfter"`
 	// TokenAt is when a token was last verified; renewals hand it on.
 	TokenAt time.Time `json:"tokenAt"`
+	// Workloads is when the last workload's SVID can end that was issued to the agent,
+	// as lives were configured when it was attested.
+	Workloads time.Time `json:"workloads,omitzero"`
 
 	serial []byte
+}
+
+// until is when the last SVID of the agent's node can end that was issued on the
+// strength of this one; ttl is the present life of a workload's SVID.
+func (r *agent) until(ttl time.Duration) time.Time {
+	if end := r.NotAfter.Add(ttl); end.After(r.Workloads) {
+		return end
+	}
+	return r.Workloads
 }
 
 // agents is the set of agent SVIDs that are good, in memory and in the store.
@@ -51,6 +64,7 @@ type streamsOfNode struct {
 	// them it cannot read.
 	bans       uint64
 	bansUnread uint32
+	renewed    uint64
 }
 
 func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
@@ -84,15 +98,45 @@ func parseAgent(e storage.Entry) (*agent, error) {
 	return &r, nil
 }
 
-// add makes an agent SVID good, durably.
-func (as *agents) add(ctx context.Context, r agent) error {
+// enrol makes an agent SVID good, durably, and returns the state of trust that the agent
+// begins with. It is the newest one when the record becomes durable: a root that is used
+// after that waits for the agent, and one that is used already is in it.
+func (a *Authority) enrol(ctx context.Context, r agent) (*identity.Trust, error) {
+	r.Workloads = r.NotAfter.Add(a.cfg.SVID.TTL)
+	for try := 0; ; try++ {
+		trust, err := a.enrolNow(ctx, r)
+		if !errors.Is(err, storage.ErrConflict) || !a.cfg.shared() || try == 5 {
+			return trust, err
+		}
+		// Another replica changed the journal, and this one has not heard of it yet.
+		if err := a.followJournal(ctx); err != nil {
+			return nil, fmt.Errorf("%w: recording agent on %s: %w", ErrUnavailable, r.Node, err)
+		}
+	}
+}
+
+func (a *Authority) enrolNow(ctx context.Context, r agent) (*identity.Trust, error) {
+	a.trustMu.RLock()
+	defer a.trustMu.RUnlock()
+	for {
+		same := a.journalUnchanged()
+		err := a.agents.add(ctx, r, same)
+		if errors.Is(err, storage.ErrConflict) && a.journalUnchanged() != same {
+			continue // another change of the journal, which trust does not hang on
+		}
+		return a.trust.Value(), err
+	}
+}
+
+// add makes an agent SVID good, durably, if a condition holds.
+func (as *agents) add(ctx context.Context, r agent, cond storage.Cond) error {
 	r.Version = agentVersion
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("recording agent on %s: %w", r.Node, err)
 	}
 	key := agentPrefix + hex.EncodeToString(r.serial)
-	if _, err := as.store.Commit(ctx, []storage.Cond{{Key: key}}, []storage.Op{{Key: key, Value: b}}); err != nil {
+	if _, err := as.store.Commit(ctx, []storage.Cond{{Key: key}, cond}, []storage.Op{{Key: key, Value: b}}); err != nil {
 		return fmt.Errorf("%w: recording agent on %s: %w", ErrUnavailable, r.Node, err)
 	}
 	as.mu.Lock()
@@ -129,13 +173,14 @@ func (a *Authority) alive(r *agent) error {
 	return nil
 }
 
-// forget removes agents whose SVIDs ended before now.
-func (as *agents) forget(ctx context.Context, now time.Time) error {
+// forget removes agents of whose nodes the last SVID ended before now; ttl is the present
+// life of a workload's SVID.
+func (as *agents) forget(ctx context.Context, ttl time.Duration, now time.Time) error {
 	as.mu.RLock()
 	var ops []storage.Op
 	var serials []string
 	for s, r := range as.bySerial {
-		if r.NotAfter.Before(now) {
+		if r.until(ttl).Before(now) {
 			ops = append(ops, storage.Op{Key: agentPrefix + hex.EncodeToString(r.serial), Delete: true})
 			serials = append(serials, s)
 		}
@@ -164,7 +209,8 @@ func (a *Authority) forgetAgents(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(errors.New("forgetting expired agents"), err)
 	}
-	return a.agents.forget(ctx, now)
+	// A while later than rotation counts them, so that clocks may differ.
+	return a.agents.forget(ctx, a.cfg.SVID.TTL+a.cfg.SVID.Backdate, now)
 }
 
 // watching notes that a WatchTrust stream of node opened (+1) or closed (-1).
@@ -179,10 +225,10 @@ func (as *agents) watching(node string, delta int) {
 	s.open += delta
 }
 
-func (as *agents) acknowledge(node string, sequence uint64) {
+func (as *agents) acknowledge(node string, sequence, renewed uint64) {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	if s := as.streams[node]; s != nil && sequence > s.acknowledged {
-		s.acknowledged = sequence
+	if s := as.streams[node]; s != nil {
+		s.acknowledged, s.renewed = max(s.acknowledged, sequence), max(s.renewed, renewed)
 	}
 }

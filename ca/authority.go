@@ -64,9 +64,14 @@ type Authority struct {
 	// the log.
 	recording sync.RWMutex
 
-	root         atomic.Pointer[issuer] // without a key where somebody else has it
-	staged       atomic.Pointer[staged] // set by Open and then by Run
-	trustMu      sync.Mutex             // held while what others trust is changed; before journalMu
+	root   atomic.Pointer[issuer] // without a key where somebody else has it
+	staged atomic.Pointer[staged] // set by Open and then by Run
+	// trustMu is held while what others trust is changed, and shared while an agent gets
+	// its first trust; before journalMu.
+	trustMu      sync.RWMutex
+	rotationMu   sync.Mutex // held during a step of package rotation; before trustMu
+	began        time.Time
+	parsed       atomic.Pointer[parsedRotation]
 	lists        lists
 	revoked      identity.Watched[revocation.Set]
 	revokeMu     sync.Mutex         // held while something is revoked
@@ -76,7 +81,8 @@ type Authority struct {
 	trust        identity.Watched[*identity.Trust]
 	head         identity.Watched[storage.Head] // newest signed head; zero before the first
 	serving      atomic.Pointer[tls.Certificate]
-	servingRenew time.Time // owned by Open and then by Run
+	servingMu    sync.Mutex
+	servingRenew time.Time // guarded by servingMu
 	losses       losses
 	strangers    chan struct{} // a place for each first attestation under way
 
@@ -288,6 +294,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	}
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
+	a.began = time.Now()
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
 }
@@ -334,6 +341,9 @@ func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, 
 	uri, key, err := a.keys.Create(state)
 	if err != nil {
 		return nil, journalEntry{}, err
+	}
+	if parent == nil && slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == uri }) {
+		return nil, journalEntry{}, errFixedKey
 	}
 	signer := parent
 	if parent == nil {
@@ -554,15 +564,15 @@ func (a *Authority) failing() error {
 func (a *Authority) renew(ctx context.Context) error {
 	now := time.Now().Round(0)
 	c := a.intermediate.Load().cert
-	errs := []error{a.settle(ctx, now), a.dropRoots(ctx, now), a.watchExternal(ctx, now)}
+	errs := []error{a.settle(ctx, now), a.dropRoots(ctx, now), a.watchExternal(ctx, now), a.rotateDue(ctx)}
 	// Half life, where life is what the certificate was made for; the root's end
 	// may have cut it.
-	if a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
+	if a.cfg.source() != sourceOwn && a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
 		errs = append(errs, a.renewIntermediate(ctx))
 	}
 	// Also when the intermediate cannot be renewed: it is good for days yet.
 	errs = append(errs, a.tendLists(ctx, now))
-	if !now.Before(a.servingRenew) {
+	if a.servingDue(now) {
 		errs = append(errs, a.renewServing(ctx))
 	}
 	return errors.Join(errs...)
@@ -576,7 +586,8 @@ func (a *Authority) renewServing(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renewing the serving certificate: %w", err)
 	}
-	out, err := a.issue(ctx, a.intermediate.Load(), []certificate{{
+	iss := a.intermediate.Load()
+	out, err := a.issue(ctx, iss, []certificate{{
 		kind: capb.IssuanceRecord_KIND_SERVING, evidence: capb.IssuanceRecord_EVIDENCE_SELF,
 		id: a.id, dnsNames: a.cfg.DNSNames, pub: key.Public(), ttl: a.cfg.SVID.AgentTTL,
 	}})
@@ -586,13 +597,30 @@ func (a *Authority) renewServing(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renewing the serving certificate: %w", err)
 	}
+	root, err := a.rootOf(iss, a.current())
+	if err != nil {
+		return fmt.Errorf("renewing the serving certificate: %w", err)
+	}
 	cert := &tls.Certificate{PrivateKey: key, Leaf: out[0].chain[0]}
-	for _, c := range append(out[0].chain, a.root.Load().cert) {
+	for _, c := range append(out[0].chain, root) {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
+	a.servingMu.Lock()
+	defer a.servingMu.Unlock()
 	a.serving.Store(cert)
 	a.servingRenew = out[0].renewAt
 	return nil
+}
+
+// servingDue reports whether the serving certificate has to be replaced: because of its
+// time, or because it is not from the intermediate that signs now, whose root may be
+// another.
+func (a *Authority) servingDue(now time.Time) bool {
+	a.servingMu.Lock()
+	due := !now.Before(a.servingRenew)
+	a.servingMu.Unlock()
+	c := a.serving.Load()
+	return due || a.cfg.source() == sourceOwn && c != nil && c.Leaf.CheckSignatureFrom(a.intermediate.Load().cert) != nil
 }
 
 // warn logs a refusal, at a bounded rate: refused callers must not fill a disk.

@@ -71,6 +71,13 @@ type Config struct {
 	// it, for those who trust it without saying so; 0 means a minute. Agents say so,
 	// and are waited for.
 	Propagation time.Duration
+	// Consumers are others who trust roots without saying so, by name, and how long
+	// each takes to have a new one. The longest of them and Propagation is waited for
+	// when this authority's own root is replaced.
+	Consumers map[string]time.Duration
+	// TaintSpread is how long the replacement of SVIDs is spread over when an authority is
+	// tainted; 0 means a minute.
+	TaintSpread time.Duration
 	// CRL says whether and how revoked certificates are published.
 	CRL CRLConfig
 	// Keys says where the authority's keys are made and how they are opened; the
@@ -176,6 +183,7 @@ func (c Config) withDefaults() Config {
 	def(&c.HeadInterval, 10*time.Second)
 	def(&c.Upstream.Timeout, 30*time.Second)
 	def(&c.Propagation, time.Minute)
+	def(&c.TaintSpread, time.Minute)
 	def(&c.CRL.Lifetime, 2*c.SVID.MaxTTL)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"encoding/json"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -108,6 +109,24 @@ func (k KeyUses) Len() int             { return k.u.len() }
 
 // CertifiedKeys is how many keys the authority remembers.
 func (a *Authority) CertifiedKeys() int { return a.keyUses.len() }
+
+// Rotate does a step of a rotation as an operator.
+func (a *Authority) Rotate(ctx context.Context, step capb.RotateRequest_Step, id string, force bool) error {
+	_, err := a.rotateBy(ctx, &capb.RotateRequest{Step: step, Id: id, Force: force}, "a test")
+	return err
+}
+
+// RewriteJournal reads a journal and writes it in the present format, indented.
+func RewriteJournal(b []byte) ([]byte, error) {
+	j, err := parseJournal(b)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := j.rotation(); err != nil {
+		return nil, err
+	}
+	return json.MarshalIndent(j, "", "  ")
+}
 
 // RenewServing makes a new serving certificate.
 func (a *Authority) RenewServing(ctx context.Context) error { return a.renewServing(ctx) }

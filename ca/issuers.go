@@ -134,12 +134,7 @@ func (a *Authority) firstAuthorities(ctx context.Context, source string) ([]jour
 		_, _, entry, err := a.askUpstream(ctx, roots)
 		return append(rootEntries(roots), entry), err
 	}
-	root, rootEntry, err := a.newAuthority(ctx, nil)
-	if err != nil {
-		return nil, err
-	}
-	_, entry, err := a.newAuthority(ctx, root)
-	return []journalEntry{rootEntry, entry}, err
+	return a.firstRoot(ctx)
 }
 
 func rootEntries(roots []*x509.Certificate) (entries []journalEntry) {
@@ -170,11 +165,9 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	if len(roots) == 0 && j.Source == sourceOffline {
 		return errors.New("no intermediate was imported yet: have the requests signed that `signet-ca authority csr` printed, then run `signet-ca authority import`")
 	}
-	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
-	if err != nil {
+	if err := a.publishTrust(); err != nil {
 		return err
 	}
-	a.trust.Store(t)
 	for _, e := range j.Authorities {
 		if e.State != stateActive || e.Key == "" {
 			continue
@@ -214,6 +207,9 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 		if err := a.findRoot(a.intermediate.Load(), roots); err != nil {
 			return err
 		}
+	}
+	if j.Source == sourceOwn && !now.Before(a.root.Load().cert.NotAfter) {
+		return a.replaceExpiredRoot(ctx)
 	}
 	// An intermediate that expired while the authority was down is replaced before
 	// anything is served; one that is due is left to Run.
@@ -280,7 +276,7 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 	root := a.root.Load()
 	if end := root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
 		// Another intermediate would end no later: it gains nothing.
-		return fmt.Errorf("the root ends at %s, no later than the intermediate: replace the root", end.Format(time.RFC3339))
+		return fmt.Errorf("the root ends at %s, no later than the intermediate: it is replaced first (`signet ca authority list`)", end.Format(time.RFC3339))
 	}
 	iss, entry, err := a.newAuthority(ctx, root)
 	if err != nil {
@@ -294,6 +290,9 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 // if there are any, are those that stay trusted; others leave when no leaf under them
 // can be valid any more. The entry replaces a former one of the same key.
 func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, roots []*x509.Certificate) error {
+	if a.cfg.source() == sourceOwn {
+		return a.succeed(ctx, iss, entry)
+	}
 	var gone []string
 	now := time.Now().Round(0)
 	err := a.edit(ctx, func(j *journal) error {
@@ -337,14 +336,14 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 	return nil
 }
 
-// dropKey removes the key of an intermediate that did not come into the journal, which
+// dropKey removes the key of an authority that did not come into the journal, which
 // failed with err. Where nobody knows whether the journal names the key it stays.
 func (a *Authority) dropKey(entry journalEntry, err error) error {
 	named := slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == entry.Key })
 	if named || errors.Is(err, storage.ErrNotDurable) || errors.Is(err, storage.ErrUnknown) || entry.Key == "" || entry.External {
 		return err
 	}
-	return errors.Join(err, a.keys.Remove(kindIntermediate, entry.Key))
+	return errors.Join(err, a.keys.Remove(entry.Kind, entry.Key))
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -403,7 +402,7 @@ func (a *Authority) settled(ctx context.Context, s *staged) error {
 	if err := a.take(ctx, s.issuer, s.entry, s.roots); err != nil {
 		return err
 	}
-	if root := a.root.Load(); root == nil || !root.cert.Equal(s.root) {
+	if root := a.root.Load(); a.cfg.source() != sourceOwn && (root == nil || !root.cert.Equal(s.root)) {
 		a.root.Store(&issuer{cert: s.root})
 	}
 	a.folderHash = s.hash
@@ -465,6 +464,11 @@ func (a *Authority) changeTrust(ctx context.Context, f func(j *journal) error) e
 	if err != nil {
 		return err
 	}
+	return a.changed(ctx)
+}
+
+// changed publishes what a change of the journal made of trust. trustMu is held.
+func (a *Authority) changed(ctx context.Context) error {
 	if a.cfg.CRL.Enabled {
 		// The roots go out in any case; the former lists are good for a while.
 		a.fails("crl", a.signLists(ctx))
@@ -472,7 +476,8 @@ func (a *Authority) changeTrust(ctx context.Context, f func(j *journal) error) e
 	return a.publishTrust()
 }
 
-// publishTrust makes the journal's roots, and the lists, the ones that are trusted.
+// publishTrust makes the journal's roots, and the lists, the ones that are trusted, as
+// far as there are any.
 // trustMu is held, or nobody else runs yet.
 func (a *Authority) publishTrust() error {
 	j := a.current()
@@ -487,7 +492,11 @@ func (a *Authority) publishTrust() error {
 	if err != nil {
 		return err
 	}
-	a.trust.Store(t)
+	tainted, err := j.tainted()
+	if err != nil {
+		return err
+	}
+	a.trust.Store(t.WithTainted(tainted, a.cfg.TaintSpread))
 	return nil
 }
 
@@ -495,12 +504,14 @@ func (a *Authority) publishTrust() error {
 // those who do not acknowledge had their time; or when the present one is about to
 // end.
 func (a *Authority) settle(ctx context.Context, now time.Time) error {
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
 	s := a.staged.Load()
 	if s == nil {
 		return nil
 	}
 	sequence, listed := a.listed(s)
-	missing := a.agents.behind(sequence, now)
+	missing := a.behind(sequence, now)
 	left := a.intermediate.Load().cert.NotAfter.Sub(now)
 	late := left < a.cfg.SVID.TTL
 	if !late && (!listed || len(missing) > 0 || now.Sub(s.since) < a.cfg.Propagation) {
@@ -513,20 +524,6 @@ func (a *Authority) settle(ctx context.Context, now time.Time) error {
 		return fmt.Errorf("taking the next intermediate: %w", err)
 	}
 	return nil
-}
-
-// behind are the nodes of agents whose SVIDs are valid and who have not acknowledged
-// a state of trust.
-func (as *agents) behind(sequence uint64, now time.Time) (nodes []string) {
-	as.mu.RLock()
-	defer as.mu.RUnlock()
-	for _, r := range as.bySerial {
-		if s := as.streams[r.Node]; now.Before(r.NotAfter) && (s == nil || s.acknowledged < sequence) && !slices.Contains(nodes, r.Node) {
-			nodes = append(nodes, r.Node)
-		}
-	}
-	slices.Sort(nodes)
-	return nodes
 }
 
 // dropRoots takes roots out of the bundle when no leaf under them can be valid.

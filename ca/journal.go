@@ -7,18 +7,22 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
+	"github.com/signet-mesh/signet/ca/rotation"
 	"github.com/signet-mesh/signet/storage"
 )
 
 const (
 	journalKey = "journal"
-	// Version 2 has certificates that others signed.
-	journalVersion = 2
+	// Version 2 has certificates that others signed, version 3 roots that follow each
+	// other.
+	journalVersion = 3
 )
 
 const (
@@ -31,6 +35,10 @@ const (
 	// its time comes.
 	statePending = "pending"
 	stateNext    = "next"
+	// A root of this authority's own is prepared and then published before it is
+	// active, as package rotation has it.
+	statePrepared  = string(rotation.Prepared)
+	statePublished = string(rotation.Published)
 )
 
 // journal is the authority's state: one record, replaced as a whole by
@@ -67,8 +75,126 @@ type journalEntry struct {
 	Chain [][]byte `json:"chain,omitempty"`
 	// Request is what is to be signed, PKCS#10, DER.
 	Request []byte `json:"request,omitempty"`
-	// Until is when an old root leaves the bundle: no leaf under it is valid then.
+	// Until is when an old root that somebody else signed leaves the bundle: no leaf
+	// under it is valid then.
 	Until time.Time `json:"until,omitzero"`
+	// The rest is what package rotation says of this authority's own root and of what
+	// is below it; the fields are those of rotation.Root and rotation.Intermediate.
+	Sequence      uint64    `json:"sequence,omitempty"`
+	Since         time.Time `json:"since,omitzero"`
+	Leaves        time.Time `json:"leaves,omitzero"`
+	Tainted       time.Time `json:"tainted,omitzero"`
+	TaintSequence uint64    `json:"taintSequence,omitempty"`
+}
+
+// authorityID is the name of an authority towards operators and in package rotation:
+// its serial, because an intermediate can follow another one with the same key.
+func authorityID(c *x509.Certificate) string { return hex.EncodeToString(serialBytes(c)) }
+
+// turns reports whether an entry is in the hands of package rotation: this authority's
+// own root, or an intermediate below it that signs or has signed.
+func (e journalEntry) turns() bool {
+	return !e.External && (e.Kind == kindRoot || e.State == stateActive || e.State == stateOld)
+}
+
+// rotation is the state of this authority's own root and of what is below it.
+func (j journal) rotation() (rotation.State, error) {
+	s := rotation.State{Sequence: j.Sequence}
+	roots := map[string]string{} // IDs by subject key identifier
+	for _, e := range j.Authorities {
+		if !e.turns() || e.Kind != kindRoot {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return rotation.State{}, err
+		}
+		roots[string(c.SubjectKeyId)] = authorityID(c)
+		s.Roots = append(s.Roots, rotation.Root{ID: authorityID(c), Stage: rotation.Stage(e.State), Start: c.NotBefore, End: c.NotAfter,
+			Sequence: e.Sequence, Since: e.Since, Tainted: e.Tainted, TaintSequence: e.TaintSequence})
+	}
+	for _, e := range j.Authorities {
+		if !e.turns() || e.Kind != kindIntermediate {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return rotation.State{}, err
+		}
+		s.Intermediates = append(s.Intermediates, rotation.Intermediate{ID: authorityID(c), Root: roots[string(c.AuthorityKeyId)], Replica: j.Instance,
+			Start: c.NotBefore, End: c.NotAfter, Leaves: e.Leaves, Tainted: e.Tainted})
+	}
+	return s, nil
+}
+
+// turn makes the journal say what a state says. It returns what left the journal: roots,
+// and intermediates below them or without a leaf that could be valid.
+func (j *journal) turn(s rotation.State) (gone []journalEntry, err error) {
+	j.Sequence = s.Sequence
+	active, _ := s.Active()
+	var issuing []byte // subject key identifier of the active root
+	for _, e := range j.Authorities {
+		if c, err := e.cert(); err == nil && c != nil && authorityID(c) == active.ID {
+			issuing = c.SubjectKeyId
+		}
+	}
+	next := make([]journalEntry, 0, len(j.Authorities))
+	for _, e := range j.Authorities {
+		c, err := e.cert()
+		if err != nil {
+			return nil, err
+		}
+		stays := true
+		switch {
+		case !e.turns():
+			// One that was published and not used yet is of no use below another root.
+			stays = e.External || c == nil || e.State != stateNext || bytes.Equal(c.AuthorityKeyId, issuing)
+		case e.Kind == kindRoot:
+			var r rotation.Root
+			if r, stays = s.Root(authorityID(c)); stays {
+				e.State, e.Sequence, e.Since, e.Tainted, e.TaintSequence = string(r.Stage), r.Sequence, r.Since, r.Tainted, r.TaintSequence
+			}
+		default:
+			i := slices.IndexFunc(s.Intermediates, func(m rotation.Intermediate) bool { return m.ID == authorityID(c) })
+			if stays = i >= 0; stays {
+				m := s.Intermediates[i]
+				if e.State = stateActive; !m.Leaves.IsZero() {
+					e.State = stateOld
+				}
+				e.Leaves, e.Tainted = m.Leaves, m.Tainted
+			}
+		}
+		if stays {
+			next = append(next, e)
+		} else {
+			gone = append(gone, e)
+		}
+	}
+	j.Authorities = next
+	return gone, nil
+}
+
+// tainted are the subject key identifiers of authorities whose SVIDs are to be replaced
+// now.
+func (j journal) tainted() (ids [][]byte, err error) {
+	s, err := j.rotation()
+	if err != nil {
+		return nil, err
+	}
+	tainted := s.Tainted()
+	for _, e := range j.Authorities {
+		if !e.turns() {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(tainted, authorityID(c)) {
+			ids = append(ids, c.SubjectKeyId)
+		}
+	}
+	return ids, nil
 }
 
 // cert is the entry's certificate; nil while it is pending.
@@ -123,7 +249,7 @@ func (e journalEntry) issuer(key crypto.Signer) (*issuer, error) {
 // roots are the certificates that are trusted.
 func (j journal) roots() (roots []*x509.Certificate, err error) {
 	for _, e := range j.Authorities {
-		if e.Kind != kindRoot {
+		if e.Kind != kindRoot || e.State == statePrepared {
 			continue
 		}
 		c, err := e.cert()
@@ -164,7 +290,34 @@ func parseJournal(b []byte) (journal, error) {
 	if err := d.Decode(&j); err != nil {
 		return journal{}, fmt.Errorf("reading the journal: %w", err)
 	}
-	return j, nil
+	return j, j.upgrade()
+}
+
+// upgrade fills in what a journal of an earlier version does not say. Its own root was
+// the only one, and has been there from the beginning; the leaves of an intermediate
+// that signs no more end with it at the latest.
+func (j *journal) upgrade() error {
+	if j.Version < 1 || j.Version >= 3 {
+		return nil
+	}
+	j.Version = journalVersion
+	for i := range j.Authorities {
+		e := &j.Authorities[i]
+		if !e.turns() {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return err
+		}
+		switch {
+		case e.Kind == kindRoot:
+			e.Sequence, e.Since = 1, c.NotBefore
+		case e.State == stateOld:
+			e.Leaves = c.NotAfter
+		}
+	}
+	return nil
 }
 
 // commit replaces the journal that was read at revision; 0 means that there was

@@ -15,6 +15,9 @@ type metrics struct {
 	logFailures  prometheus.Counter
 	retiredLost  *prometheus.GaugeVec
 	batch        prometheus.Histogram
+	overrides    *prometheus.CounterVec
+	waitsFor     prometheus.Gauge
+	lacking      prometheus.Gauge
 }
 
 // newMetrics registers with r, or nowhere if r is nil.
@@ -34,11 +37,17 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "Records of a retired instance that agents have a signed head of and that the backup did not have."}, []string{"instance"}),
 		logFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_log_failures_total",
 			Help: "Batches that could not be recorded, so that nothing was signed."}),
+		overrides: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_rotation_overrides_total",
+			Help: "Steps of a rotation that did not wait for somebody, by why: force (an operator) or deadline."}, []string{"override"}),
+		waitsFor: prometheus.NewGauge(prometheus.GaugeOpts{Name: "signet_ca_rotation_waits_for_nodes",
+			Help: "Nodes whose agents have not acknowledged the root that is published and not used yet."}),
+		lacking: prometheus.NewGauge(prometheus.GaugeOpts{Name: "signet_ca_active_root_lacking_nodes",
+			Help: "Nodes whose agents have not acknowledged the active root: what is issued does not verify there."}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "signet_ca_issue_seconds",
 			Help: "Time to answer a batch.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14)}),
 	}
 	if r != nil {
-		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.retiredLost, m.logFailures, m.batch)
+		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.retiredLost, m.logFailures, m.batch, m.overrides, m.waitsFor, m.lacking)
 	}
 	return m
 }

@@ -337,10 +337,11 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 		a.warn("agent attestation refused", "spiffe_id", id.String(), "err", err)
 		return nil, code(err)
 	}
+	var trust *identity.Trust
 	if err == nil {
 		// The certificate is worth nothing until this is durable.
 		r.serial, r.NotAfter = serialBytes(out[0].chain[0]), out[0].chain[0].NotAfter
-		err = a.agents.add(ctx, r)
+		trust, err = a.enrol(ctx, r)
 	}
 	if err != nil {
 		a.cfg.Log.Error("issuing agent SVID failed", "spiffe_id", id.String(), "err", err)
@@ -349,7 +350,7 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	a.cfg.Log.Info("agent attested", "spiffe_id", id.String(), "serial", fmt.Sprintf("%x", r.serial), "evidence", evidence.String(), "version", req.GetVersion())
 	return &capb.AttestResponse{
 		Svid:    svidToProto(id.String(), out[0]),
-		Trust:   trustToProto(a.trust.Value()),
+		Trust:   trustToProto(trust),
 		TokenBy: timestamppb.New(r.TokenAt.Add(a.cfg.TokenEvery)),
 	}, nil
 }
@@ -721,10 +722,13 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 	if newest := a.trust.Value().Sequence(); m.GetAcknowledged() > newest {
 		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
 	}
+	if newest := a.trust.Value().Sequence(); m.GetRenewed() > newest {
+		return status.Errorf(codes.InvalidArgument, "what is tainted at sequence %d replaced; the newest is %d", m.GetRenewed(), newest)
+	}
 	if len(m.GetLogHeads()) > maxHeads {
 		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
 	}
-	a.agents.acknowledge(r.Node, m.GetAcknowledged())
+	a.agents.acknowledge(r.Node, m.GetAcknowledged(), m.GetRenewed())
 	a.agents.enforces(r.Node, m.GetBansRevision(), m.GetBansUnread())
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
@@ -800,6 +804,9 @@ func trustToProto(t *identity.Trust) *capb.Trust {
 	p := &capb.Trust{Sequence: t.Sequence(), TrustDomain: t.TrustDomain().Name(), Bundles: []*capb.Bundle{b}}
 	for _, c := range t.CRLs() {
 		p.Crls = append(p.Crls, c.Raw)
+	}
+	if tainted, spread := t.Tainted(); len(tainted) > 0 {
+		p.Tainted, p.TaintSpread = tainted, durationpb.New(spread)
 	}
 	return p
 }

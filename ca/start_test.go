@@ -73,7 +73,7 @@ func TestRefusesToStart(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "loading key file"},
-		{"with a store of a newer version", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `"version":2`, `"version":3`) }, "run the newer signet-ca"},
+		{"with a store of a newer version", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `"version":3`, `"version":4`) }, "run the newer signet-ca"},
 		{"with a journal that is garbage", func(t *testing.T, dir string, _ *ca.Config) { editJournal(t, dir, `{`, `[`) }, "journal"},
 		{"under another trust domain", func(_ *testing.T, _ string, c *ca.Config) { c.TrustDomain = otherTD }, "cannot be renamed"},
 		{"as another instance", func(_ *testing.T, _ string, c *ca.Config) { c.Instance = 2 }, "instance"},
@@ -230,7 +230,7 @@ func TestTheFormerJournalIsRead(t *testing.T) {
 	w := newWorld(t)
 	w.close()
 	root := w.Root()
-	editJournal(t, w.cfg.DataDir, `"version":2`, `"version":1`)
+	editJournal(t, w.cfg.DataDir, `"version":3`, `"version":2`)
 	w.open()
 	if !w.Root().Equal(root) {
 		t.Error("another root")
@@ -239,5 +239,5 @@ func TestTheFormerJournalIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.close()
-	editJournal(t, w.cfg.DataDir, `"version":2`, `"version":2 `)
+	editJournal(t, w.cfg.DataDir, `"version":3`, `"version":3 `)
 }

@@ -2,6 +2,11 @@ package ca_test
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -9,9 +14,11 @@ import (
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 
+	"go.step.sm/crypto/kms/apiv1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -244,27 +251,50 @@ func TestAStreamEndsWithItsSVID(t *testing.T) {
 	})
 }
 
-// TestTheServingCertificateOutlivesTheIntermediatesRenewal: in the root's last
-// days no intermediate can be renewed, and agents must still be served.
+// oneKey is a key management that has one key and makes none.
+type oneKey struct{ key *ecdsa.PrivateKey }
+
+func (k oneKey) GetPublicKey(*apiv1.GetPublicKeyRequest) (crypto.PublicKey, error) {
+	return k.key.Public(), nil
+}
+func (oneKey) CreateKey(*apiv1.CreateKeyRequest) (*apiv1.CreateKeyResponse, error) {
+	return nil, errors.New("no key is made here")
+}
+func (k oneKey) CreateSigner(*apiv1.CreateSignerRequest) (crypto.Signer, error) { return k.key, nil }
+func (oneKey) Close() error                                                     { return nil }
+
+// TestTheServingCertificateOutlivesTheIntermediatesRenewal: where the configuration names
+// the root's key no other root can be made. An alarm says so at half of its life; in its
+// last days no intermediate can be renewed, and agents must still be served.
 func TestTheServingCertificateOutlivesTheIntermediatesRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, func(c *ca.Config) {
-			c.RootTTL, c.IntermediateTTL, c.HeadInterval = 15*24*time.Hour, 7*24*time.Hour, time.Hour
+			c.RootTTL, c.IntermediateTTL, c.HeadInterval = 5*24*time.Hour, 2*24*time.Hour, time.Hour
+			key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+			c.Keys.Made = map[string]string{keys.Root: "awskms:key-id=only"}
+			c.Keys.Managers = map[string]keys.Opener{"awskms": func(context.Context, apiv1.Options) (apiv1.KeyManager, error) { return oneKey{key}, nil }}
 		})
+		first := w.Root()
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- w.Run(ctx) }()
-		refused := false
-		for time.Now().Add(6 * time.Hour).Before(w.Root().NotAfter) {
+		refused, alarmed := false, false
+		for time.Now().Add(6 * time.Hour).Before(first.NotAfter) {
 			time.Sleep(5 * time.Hour)
 			refused = refused || w.Ready() != nil
+			if err := w.Alarms(); err != nil && !alarmed {
+				alarmed = true
+				if left := time.Until(first.NotAfter); !strings.Contains(err.Error(), "names one key") || left > 3*24*time.Hour || left < 2*24*time.Hour {
+					t.Errorf("%v before the root's end the alarm is %v", left, err)
+				}
+			}
 			a, _ := w.attest(agentA)
 			if rs, err := issue(t, a, item(t, byUID(server.PodUID))); err != nil || rs[0].GetX509() == nil {
 				t.Fatalf("%v before the root's end: %v, %v", time.Until(w.Root().NotAfter), rs, err)
 			}
 		}
-		if !refused {
-			t.Error("readiness never said that the root has to be replaced")
+		if !refused || !alarmed || !w.Root().Equal(first) {
+			t.Errorf("readiness said that the root has to be replaced: %v; an alarm: %v", refused, alarmed)
 		}
 		cancel()
 		if err := <-done; err != nil {

@@ -218,7 +218,9 @@ func (w *world) dial(cert *tls.Certificate) capb.AuthorityClient {
 func (w *world) conn(cert *tls.Certificate) *grpc.ClientConn {
 	w.t.Helper()
 	roots := x509.NewCertPool()
-	roots.AddCert(w.Root())
+	for _, c := range trustOf(w).Roots() {
+		roots.AddCert(c)
+	}
 	cfg := &tls.Config{RootCAs: roots, ServerName: "localhost", MinVersion: tls.VersionTLS13}
 	if cert != nil {
 		cfg.Certificates = []tls.Certificate{*cert}
@@ -246,6 +248,12 @@ func (w *world) attest(agent identity.Workload) (capb.AuthorityClient, *tls.Cert
 
 func (w *world) tryAttest(c capb.AuthorityClient, edit func(*capb.AttestRequest)) (*tls.Certificate, error) {
 	w.t.Helper()
+	return w.tryAttestFor(c, edit, new(*capb.Trust))
+}
+
+// tryAttestFor is tryAttest, and the trust that comes with the SVID.
+func (w *world) tryAttestFor(c capb.AuthorityClient, edit func(*capb.AttestRequest), trust **capb.Trust) (*tls.Certificate, error) {
+	w.t.Helper()
 	key, pub := newKey(w.t)
 	req := &capb.AttestRequest{PublicKey: pub}
 	edit(req)
@@ -253,6 +261,7 @@ func (w *world) tryAttest(c capb.AuthorityClient, edit func(*capb.AttestRequest)
 	if err != nil {
 		return nil, err
 	}
+	*trust = resp.GetTrust()
 	leaf, err := x509.ParseCertificate(resp.GetSvid().GetChain()[0])
 	if err != nil {
 		w.t.Fatal(err)

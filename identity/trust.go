@@ -6,6 +6,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -21,6 +23,8 @@ type Trust struct {
 	td       spiffeid.TrustDomain
 	roots    []*x509.Certificate
 	crls     []*x509.RevocationList
+	tainted  []string // subject key identifiers, sorted
+	spread   time.Duration
 }
 
 // NewTrust checks and makes a Trust. roots must not be empty; each must be an
@@ -69,6 +73,37 @@ func (t *Trust) CRLPEM() []byte {
 		_ = pem.Encode(&b, &pem.Block{Type: "X509 CRL", Bytes: c.Raw})
 	}
 	return b.Bytes()
+}
+
+// WithTainted is the same trust with authorities, by subject key identifier, whose SVIDs
+// are to be replaced now, each at a random moment of spread. What they issued still
+// verifies.
+func (t *Trust) WithTainted(keyIDs [][]byte, spread time.Duration) *Trust {
+	out := *t
+	out.tainted, out.spread = nil, max(spread, 0)
+	for _, id := range keyIDs {
+		if len(id) > 0 && !slices.Contains(out.tainted, string(id)) {
+			out.tainted = append(out.tainted, string(id))
+		}
+	}
+	slices.Sort(out.tainted)
+	return &out
+}
+
+// Taints reports whether a certificate is one to be replaced now: a tainted authority
+// issued it.
+func (t *Trust) Taints(c *x509.Certificate) bool {
+	_, found := slices.BinarySearch(t.tainted, string(c.AuthorityKeyId))
+	return found
+}
+
+// Tainted are the subject key identifiers of the tainted authorities, and how long their
+// SVIDs' replacement is to be spread over.
+func (t *Trust) Tainted() (keyIDs [][]byte, spread time.Duration) {
+	for _, id := range t.tainted {
+		keyIDs = append(keyIDs, []byte(id))
+	}
+	return keyIDs, t.spread
 }
 
 // Sequence is the number under which the authority published this state.

@@ -132,7 +132,8 @@ func (s *standalone) start(program string) {
 // launch starts a program.
 func (s *standalone) launch(program string) {
 	s.tb.Helper()
-	path := filepath.Join(s.bin, program)
+	name, _, _ := strings.Cut(program, "@") // signet-agent@b is another agent
+	path := filepath.Join(s.bin, name)
 	if program == "signet-ca" && s.ca != "" {
 		path = s.ca
 	}

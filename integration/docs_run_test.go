@@ -23,7 +23,7 @@ var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 func TestDocsCommands(t *testing.T) {
 	t.Parallel()
 	bin := programs(t)
-	for _, page := range []string{"standalone.md", "policies.md", "explain.md", "istio.md", "authority.md", "authority-keys.md", "bans.md"} {
+	for _, page := range []string{"standalone.md", "policies.md", "explain.md", "istio.md", "authority.md", "authority-keys.md", "bans.md", "rotation.md"} {
 		t.Run(page, func(t *testing.T) {
 			t.Parallel() // no two pages name the same port
 			text, err := os.ReadFile(filepath.Join("../docs", page))

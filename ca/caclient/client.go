@@ -1,6 +1,7 @@
 package caclient
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -15,6 +16,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -85,6 +87,10 @@ type Config struct {
 	// node have taken up, and a channel that is closed when it changes. Nil: every
 	// sequence counts as acknowledged when it arrives.
 	Acknowledged func(current uint64) (sequence uint64, changed <-chan struct{})
+	// Tainted reports whether an SVID that is held on this node is to be replaced because
+	// of what a trust calls tainted, and has a channel that is closed when that may have
+	// changed. Nil: none is held.
+	Tainted func(t *identity.Trust) (held bool, changed <-chan struct{})
 	// UnknownKeys are the IDs of keys that tokens named and that TokenKeys does not
 	// hold, at most 8, for the authority to look for, and a channel that is closed
 	// when they change. Nil: there never are any.
@@ -282,9 +288,16 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 	silent := time.NewTicker(silence)
 	defer silent.Stop()
 	for attempt := 0; ; attempt++ {
+		trust, changed := c.trust.Load()
+		if at, ok := replaceAt(trust, s.cred, &s.hurried); ok {
+			renew.Reset(min(at, max(time.Until(s.cred.RenewAt), 0)))
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-changed:
+			attempt--
+			continue
 		case err := <-s.refused:
 			// The authority does not know this SVID (any more): the pod was replaced
 			// or its store was restored. A token is the way back.
@@ -315,6 +328,17 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 		}
 		renew.Reset(min(delay(attempt, mathrand.Float64()), max(time.Until(end), 0)))
 	}
+}
+
+// replaceAt is in how long the agent's own SVID is to be replaced because a tainted
+// authority issued it; false if that is not so, or was said before.
+func replaceAt(t *identity.Trust, cred *Credential, said *bool) (in time.Duration, ok bool) {
+	if t == nil || *said || !t.Taints(cred.SVID.Certificates[0]) {
+		return 0, false
+	}
+	*said = true
+	_, spread := t.Tainted()
+	return time.Duration(mathrand.Float64() * float64(spread)), true
 }
 
 // renew asks for the next agent SVID, by certificate and, where that is refused
@@ -411,7 +435,11 @@ func (c *Client) believe(p *capb.Trust) error {
 	case old != nil && t.Sequence() == old.Sequence() && (string(t.PEM()) != string(old.PEM()) || string(t.CRLPEM()) != string(old.CRLPEM())):
 		return fmt.Errorf("the authority's trust bundle with sequence %d differs from the one that is known: there are two authorities, or one was set up anew; if that was meant, stop the agent, remove its saved state and start it", t.Sequence())
 	case old != nil && t.Sequence() == old.Sequence():
-		return nil
+		// What was saved does not say what is tainted.
+		was, _ := old.Tainted()
+		if is, _ := t.Tainted(); slices.EqualFunc(was, is, bytes.Equal) {
+			return nil
+		}
 	}
 	c.trust.Store(t)
 	c.cfg.Log.Info("trust changed", "trust_domain", t.TrustDomain().Name(), "sequence", t.Sequence(), "roots", len(t.Roots()))
@@ -494,5 +522,8 @@ func parseTrust(td spiffeid.TrustDomain, p *capb.Trust) (*identity.Trust, error)
 		}
 		lists = append(lists, c)
 	}
-	return t.WithCRLs(lists)
+	if t, err = t.WithCRLs(lists); err != nil {
+		return nil, err
+	}
+	return t.WithTainted(p.GetTainted(), p.GetTaintSpread().AsDuration()), nil
 }

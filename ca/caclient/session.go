@@ -43,6 +43,7 @@ type session struct {
 	conn    *grpc.ClientConn
 	refused chan error  // one element: the authority refuses this SVID
 	heard   atomic.Bool // the authority has answered on this session
+	hurried bool        // the SVID is renewed because it is tainted; owned by hold
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 
@@ -164,8 +165,9 @@ func (s *session) watchTrust(ctx context.Context) error {
 		if held != nil {
 			bans = *held
 		}
-		if first || bans.revision != said.GetBansRevision() || bans.unread != said.GetBansUnread() || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
-			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, BansRevision: bans.revision, BansUnread: bans.unread}
+		renewed, renewedChanged := c.renewed(s.cred)
+		if first || renewed != said.GetRenewed() || bans.revision != said.GetBansRevision() || bans.unread != said.GetBansUnread() || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
+			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, Renewed: renewed, BansRevision: bans.revision, BansUnread: bans.unread}
 			if err := stream.Send(said); err != nil {
 				_, err = stream.Recv() // the status behind io.EOF
 				return err
@@ -178,6 +180,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 		case <-changed:
 		case <-unknownChanged:
 		case <-bansChanged:
+		case <-renewedChanged:
 		case r := <-in:
 			if r.err != nil {
 				return r.err
@@ -211,6 +214,23 @@ func (c *Client) learn(p *capb.TokenKeys) {
 	if !k.Equal(c.keys.Value()) {
 		c.keys.Store(k)
 	}
+}
+
+// renewed is the sequence of the trust that this agent has if no SVID of this node is
+// below what it calls tainted, and 0 otherwise.
+func (c *Client) renewed(own *Credential) (sequence uint64, changed <-chan struct{}) {
+	t := c.trust.Value()
+	if t == nil {
+		return 0, nil
+	}
+	held := false
+	if c.cfg.Tainted != nil {
+		held, changed = c.cfg.Tainted(t)
+	}
+	if held || t.Taints(own.SVID.Certificates[0]) {
+		return 0, changed
+	}
+	return t.Sequence(), changed
 }
 
 // acknowledged never exceeds the sequence that this agent has.

@@ -112,6 +112,73 @@ func (Refusal_Code) EnumDescriptor() ([]byte, []int) {
 	return file_ca_proto_rawDescGZIP(), []int{11, 0}
 }
 
+type RotateRequest_Step int32
+
+const (
+	RotateRequest_STEP_UNSPECIFIED RotateRequest_Step = 0
+	// STEP_PREPARE makes a root and publishes it.
+	RotateRequest_STEP_PREPARE RotateRequest_Step = 1
+	// STEP_ACTIVATE lets the published root sign.
+	RotateRequest_STEP_ACTIVATE RotateRequest_Step = 2
+	// STEP_TAINT has agents replace what is below an authority.
+	RotateRequest_STEP_TAINT RotateRequest_Step = 3
+	// STEP_REVOKE takes a tainted root out of the bundle.
+	RotateRequest_STEP_REVOKE RotateRequest_Step = 4
+	// STEP_DISCARD gives up a root that was not used yet.
+	RotateRequest_STEP_DISCARD RotateRequest_Step = 5
+	// STEP_RENEW takes another intermediate below the active root.
+	RotateRequest_STEP_RENEW RotateRequest_Step = 6
+)
+
+// Enum value maps for RotateRequest_Step.
+var (
+	RotateRequest_Step_name = map[int32]string{
+		0: "STEP_UNSPECIFIED",
+		1: "STEP_PREPARE",
+		2: "STEP_ACTIVATE",
+		3: "STEP_TAINT",
+		4: "STEP_REVOKE",
+		5: "STEP_DISCARD",
+		6: "STEP_RENEW",
+	}
+	RotateRequest_Step_value = map[string]int32{
+		"STEP_UNSPECIFIED": 0,
+		"STEP_PREPARE":     1,
+		"STEP_ACTIVATE":    2,
+		"STEP_TAINT":       3,
+		"STEP_REVOKE":      4,
+		"STEP_DISCARD":     5,
+		"STEP_RENEW":       6,
+	}
+)
+
+func (x RotateRequest_Step) Enum() *RotateRequest_Step {
+	p := new(RotateRequest_Step)
+	*p = x
+	return p
+}
+
+func (x RotateRequest_Step) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RotateRequest_Step) Descriptor() protoreflect.EnumDescriptor {
+	return file_ca_proto_enumTypes[1].Descriptor()
+}
+
+func (RotateRequest_Step) Type() protoreflect.EnumType {
+	return &file_ca_proto_enumTypes[1]
+}
+
+func (x RotateRequest_Step) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RotateRequest_Step.Descriptor instead.
+func (RotateRequest_Step) EnumDescriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{57, 0}
+}
+
 type AttestRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Evidence:
@@ -942,6 +1009,9 @@ type WatchTrustRequest struct {
 	// that token_keys did not hold; at most 8. The authority looks for them, and what
 	// it finds comes as token_keys.
 	UnknownKeyIds []string `protobuf:"bytes,3,rep,name=unknown_key_ids,json=unknownKeyIds,proto3" json:"unknown_key_ids,omitempty"`
+	// renewed is the sequence of a Trust of which no SVID on this node, the agent's own
+	// included, is below what it calls tainted; zero before the first.
+	Renewed uint64 `protobuf:"varint,4,opt,name=renewed,proto3" json:"renewed,omitempty"`
 	// bans_revision is the revision of the bans that the agent's checks are denied by;
 	// zero before the first.
 	BansRevision uint64 `protobuf:"varint,10,opt,name=bans_revision,json=bansRevision,proto3" json:"bans_revision,omitempty"`
@@ -1000,6 +1070,13 @@ func (x *WatchTrustRequest) GetUnknownKeyIds() []string {
 		return x.UnknownKeyIds
 	}
 	return nil
+}
+
+func (x *WatchTrustRequest) GetRenewed() uint64 {
+	if x != nil {
+		return x.Renewed
+	}
+	return 0
 }
 
 func (x *WatchTrustRequest) GetBansRevision() uint64 {
@@ -1215,7 +1292,7 @@ type Trust struct {
 	// bundles holds the agent's own trust domain first.
 	Bundles []*Bundle `protobuf:"bytes,3,rep,name=bundles,proto3" json:"bundles,omitempty"`
 	// tainted are subject key identifiers of authorities whose SVIDs must be
-	// renewed now.
+	// renewed now, each at a random moment of taint_spread.
 	Tainted [][]byte `protobuf:"bytes,4,rep,name=tainted,proto3" json:"tainted,omitempty"`
 	// bans is not used: bans come by themselves, since no proxy has to acknowledge them.
 	//
@@ -1224,7 +1301,8 @@ type Trust struct {
 	// crls are the certificate revocation lists of the own trust domain's issuing
 	// authorities, DER, one of each; none where the authority publishes none. Their
 	// numbers are not above sequence.
-	Crls          [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
+	Crls          [][]byte             `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
+	TaintSpread   *durationpb.Duration `protobuf:"bytes,7,opt,name=taint_spread,json=taintSpread,proto3" json:"taint_spread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1298,6 +1376,13 @@ func (x *Trust) GetBans() []*Ban {
 func (x *Trust) GetCrls() [][]byte {
 	if x != nil {
 		return x.Crls
+	}
+	return nil
+}
+
+func (x *Trust) GetTaintSpread() *durationpb.Duration {
+	if x != nil {
+		return x.TaintSpread
 	}
 	return nil
 }
@@ -3706,11 +3791,23 @@ type AuthorityStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// kind is "root" or "intermediate".
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
-	// state is "active" or "old".
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
-	SubjectKeyId  []byte                 `protobuf:"bytes,3,opt,name=subject_key_id,json=subjectKeyId,proto3" json:"subject_key_id,omitempty"`
-	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// state is "prepared" or "published" (roots), "active" or "old"; "next" of an
+	// intermediate that is not used yet.
+	State        string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	SubjectKeyId []byte                 `protobuf:"bytes,3,opt,name=subject_key_id,json=subjectKeyId,proto3" json:"subject_key_id,omitempty"`
+	NotBefore    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// id is what steps of a rotation call it: its serial, in hexadecimal.
+	Id string `protobuf:"bytes,6,opt,name=id,proto3" json:"id,omitempty"`
+	// root is the id of an intermediate's root.
+	Root string `protobuf:"bytes,7,opt,name=root,proto3" json:"root,omitempty"`
+	// since is when the state of a root began.
+	Since *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=since,proto3" json:"since,omitempty"`
+	// sequence is that of the first trust that has a root.
+	Sequence uint64                 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Tainted  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	// leaves is when the last leaf below an old intermediate has ended.
+	Leaves        *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=leaves,proto3" json:"leaves,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3780,6 +3877,376 @@ func (x *AuthorityStatus) GetNotAfter() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *AuthorityStatus) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AuthorityStatus) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *AuthorityStatus) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *AuthorityStatus) GetTainted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Tainted
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetLeaves() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Leaves
+	}
+	return nil
+}
+
+type AuthoritiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthoritiesRequest) Reset() {
+	*x = AuthoritiesRequest{}
+	mi := &file_ca_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthoritiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthoritiesRequest) ProtoMessage() {}
+
+func (x *AuthoritiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthoritiesRequest.ProtoReflect.Descriptor instead.
+func (*AuthoritiesRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{54}
+}
+
+type AuthoritiesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*AuthorityStatus     `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	TrustSequence uint64                 `protobuf:"varint,2,opt,name=trust_sequence,json=trustSequence,proto3" json:"trust_sequence,omitempty"`
+	// activation is what the published root waits for; unset if for nothing.
+	Activation *RotationWait `protobuf:"bytes,3,opt,name=activation,proto3" json:"activation,omitempty"`
+	// deadline is when the published root is used whoever is missing.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// lacking are nodes whose agents have not acknowledged the active root.
+	Lacking []string `protobuf:"bytes,5,rep,name=lacking,proto3" json:"lacking,omitempty"`
+	// revocations are what the revocation of each tainted root waits for.
+	Revocations []*RotationWait `protobuf:"bytes,6,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	// foreign says that the root is somebody else's, so that nothing can be rotated here.
+	Foreign       bool                 `protobuf:"varint,7,opt,name=foreign,proto3" json:"foreign,omitempty"`
+	TaintSpread   *durationpb.Duration `protobuf:"bytes,8,opt,name=taint_spread,json=taintSpread,proto3" json:"taint_spread,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthoritiesResponse) Reset() {
+	*x = AuthoritiesResponse{}
+	mi := &file_ca_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthoritiesResponse) ProtoMessage() {}
+
+func (x *AuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*AuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *AuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *AuthoritiesResponse) GetTrustSequence() uint64 {
+	if x != nil {
+		return x.TrustSequence
+	}
+	return 0
+}
+
+func (x *AuthoritiesResponse) GetActivation() *RotationWait {
+	if x != nil {
+		return x.Activation
+	}
+	return nil
+}
+
+func (x *AuthoritiesResponse) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *AuthoritiesResponse) GetLacking() []string {
+	if x != nil {
+		return x.Lacking
+	}
+	return nil
+}
+
+func (x *AuthoritiesResponse) GetRevocations() []*RotationWait {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *AuthoritiesResponse) GetForeign() bool {
+	if x != nil {
+		return x.Foreign
+	}
+	return false
+}
+
+func (x *AuthoritiesResponse) GetTaintSpread() *durationpb.Duration {
+	if x != nil {
+		return x.TaintSpread
+	}
+	return nil
+}
+
+// RotationWait is what a step of a rotation waits for.
+type RotationWait struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// id is the root's.
+	Id       string   `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Nodes    []string `protobuf:"bytes,2,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Replicas []uint32 `protobuf:"varint,3,rep,packed,name=replicas,proto3" json:"replicas,omitempty"`
+	// until is when those who do not acknowledge have had their time.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationWait) Reset() {
+	*x = RotationWait{}
+	mi := &file_ca_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationWait) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationWait) ProtoMessage() {}
+
+func (x *RotationWait) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationWait.ProtoReflect.Descriptor instead.
+func (*RotationWait) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *RotationWait) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RotationWait) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *RotationWait) GetReplicas() []uint32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
+}
+
+func (x *RotationWait) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type RotateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Step  RotateRequest_Step     `protobuf:"varint,1,opt,name=step,proto3,enum=signet.ca.v1.RotateRequest_Step" json:"step,omitempty"`
+	// id is of the authority to taint, revoke or discard.
+	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// force waits for nobody. It is recorded.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateRequest) Reset() {
+	*x = RotateRequest{}
+	mi := &file_ca_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateRequest) ProtoMessage() {}
+
+func (x *RotateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateRequest.ProtoReflect.Descriptor instead.
+func (*RotateRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *RotateRequest) GetStep() RotateRequest_Step {
+	if x != nil {
+		return x.Step
+	}
+	return RotateRequest_STEP_UNSPECIFIED
+}
+
+func (x *RotateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RotateRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type RotateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// waits is set if nothing was done, because somebody is waited for.
+	Waits *RotationWait `protobuf:"bytes,1,opt,name=waits,proto3" json:"waits,omitempty"`
+	// id is the authority that it was done to or that was made.
+	Id            string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateResponse) Reset() {
+	*x = RotateResponse{}
+	mi := &file_ca_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateResponse) ProtoMessage() {}
+
+func (x *RotateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateResponse.ProtoReflect.Descriptor instead.
+func (*RotateResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *RotateResponse) GetWaits() *RotationWait {
+	if x != nil {
+		return x.Waits
+	}
+	return nil
+}
+
+func (x *RotateResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type AgentStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -3793,7 +4260,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[54]
+	mi := &file_ca_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3805,7 +4272,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[54]
+	mi := &file_ca_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3818,7 +4285,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{54}
+	return file_ca_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -3921,11 +4388,12 @@ const file_ca_proto_rawDesc = "" +
 	"\x10CODE_UNSUPPORTED\x10\x05\x12\x14\n" +
 	"\x10CODE_UNAVAILABLE\x10\x06\x12\r\n" +
 	"\tCODE_BUSY\x10\a\x12\x0f\n" +
-	"\vCODE_BANNED\x10\b\"\xd9\x01\n" +
+	"\vCODE_BANNED\x10\b\"\xf3\x01\n" +
 	"\x11WatchTrustRequest\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\x04R\facknowledged\x122\n" +
 	"\tlog_heads\x18\x02 \x03(\v2\x15.signet.ca.v1.LogHeadR\blogHeads\x12&\n" +
-	"\x0funknown_key_ids\x18\x03 \x03(\tR\runknownKeyIds\x12#\n" +
+	"\x0funknown_key_ids\x18\x03 \x03(\tR\runknownKeyIds\x12\x18\n" +
+	"\arenewed\x18\x04 \x01(\x04R\arenewed\x12#\n" +
 	"\rbans_revision\x18\n" +
 	" \x01(\x04R\fbansRevision\x12\x1f\n" +
 	"\vbans_unread\x18\v \x01(\rR\n" +
@@ -3943,14 +4411,15 @@ const file_ca_proto_rawDesc = "" +
 	"\x03now\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"M\n" +
 	"\tTokenKeys\x12\x16\n" +
 	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12(\n" +
-	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\xcf\x01\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.signet.ca.v1.JWTKeyR\x04keys\"\x8d\x02\n" +
 	"\x05Trust\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12.\n" +
 	"\abundles\x18\x03 \x03(\v2\x14.signet.ca.v1.BundleR\abundles\x12\x18\n" +
 	"\atainted\x18\x04 \x03(\fR\atainted\x12)\n" +
 	"\x04bans\x18\x05 \x03(\v2\x11.signet.ca.v1.BanB\x02\x18\x01R\x04bans\x12\x12\n" +
-	"\x04crls\x18\x06 \x03(\fR\x04crls\"\x87\x01\n" +
+	"\x04crls\x18\x06 \x03(\fR\x04crls\x12<\n" +
+	"\ftaint_spread\x18\a \x01(\v2\x19.google.protobuf.DurationR\vtaintSpread\"\x87\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12)\n" +
 	"\x10x509_authorities\x18\x02 \x03(\fR\x0fx509Authorities\x12/\n" +
@@ -4119,14 +4588,55 @@ const file_ca_proto_rawDesc = "" +
 	"\x06unread\x18\x04 \x01(\rR\x06unread\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xd5\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xb1\x03\n" +
 	"\x0fAuthorityStatus\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12$\n" +
 	"\x0esubject_key_id\x18\x03 \x01(\fR\fsubjectKeyId\x129\n" +
 	"\n" +
 	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
-	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"\xb4\x01\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x0e\n" +
+	"\x02id\x18\x06 \x01(\tR\x02id\x12\x12\n" +
+	"\x04root\x18\a \x01(\tR\x04root\x120\n" +
+	"\x05since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1a\n" +
+	"\bsequence\x18\t \x01(\x04R\bsequence\x124\n" +
+	"\atainted\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\atainted\x122\n" +
+	"\x06leaves\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x06leaves\"\x14\n" +
+	"\x12AuthoritiesRequest\"\xa1\x03\n" +
+	"\x13AuthoritiesResponse\x12?\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x1d.signet.ca.v1.AuthorityStatusR\vauthorities\x12%\n" +
+	"\x0etrust_sequence\x18\x02 \x01(\x04R\rtrustSequence\x12:\n" +
+	"\n" +
+	"activation\x18\x03 \x01(\v2\x1a.signet.ca.v1.RotationWaitR\n" +
+	"activation\x126\n" +
+	"\bdeadline\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x18\n" +
+	"\alacking\x18\x05 \x03(\tR\alacking\x12<\n" +
+	"\vrevocations\x18\x06 \x03(\v2\x1a.signet.ca.v1.RotationWaitR\vrevocations\x12\x18\n" +
+	"\aforeign\x18\a \x01(\bR\aforeign\x12<\n" +
+	"\ftaint_spread\x18\b \x01(\v2\x19.google.protobuf.DurationR\vtaintSpread\"\x82\x01\n" +
+	"\fRotationWait\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05nodes\x18\x02 \x03(\tR\x05nodes\x12\x1a\n" +
+	"\breplicas\x18\x03 \x03(\rR\breplicas\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xf2\x01\n" +
+	"\rRotateRequest\x124\n" +
+	"\x04step\x18\x01 \x01(\x0e2 .signet.ca.v1.RotateRequest.StepR\x04step\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"\x84\x01\n" +
+	"\x04Step\x12\x14\n" +
+	"\x10STEP_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fSTEP_PREPARE\x10\x01\x12\x11\n" +
+	"\rSTEP_ACTIVATE\x10\x02\x12\x0e\n" +
+	"\n" +
+	"STEP_TAINT\x10\x03\x12\x0f\n" +
+	"\vSTEP_REVOKE\x10\x04\x12\x10\n" +
+	"\fSTEP_DISCARD\x10\x05\x12\x0e\n" +
+	"\n" +
+	"STEP_RENEW\x10\x06\"R\n" +
+	"\x0eRotateResponse\x120\n" +
+	"\x05waits\x18\x01 \x01(\v2\x1a.signet.ca.v1.RotationWaitR\x05waits\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"\xb4\x01\n" +
 	"\vAgentStatus\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\fR\x06serial\x127\n" +
@@ -4138,7 +4648,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xa3\a\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xbc\b\n" +
 	"\x05Admin\x12C\n" +
 	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
 	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
@@ -4148,6 +4658,8 @@ const file_ca_proto_rawDesc = "" +
 	"\x0eCreateRequests\x12#.signet.ca.v1.CreateRequestsRequest\x1a$.signet.ca.v1.CreateRequestsResponse\x12U\n" +
 	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponse\x12C\n" +
 	"\x06Revoke\x12\x1b.signet.ca.v1.RevokeRequest\x1a\x1c.signet.ca.v1.RevokeResponse\x12R\n" +
+	"\vAuthorities\x12 .signet.ca.v1.AuthoritiesRequest\x1a!.signet.ca.v1.AuthoritiesResponse\x12C\n" +
+	"\x06Rotate\x12\x1b.signet.ca.v1.RotateRequest\x1a\x1c.signet.ca.v1.RotateResponse\x12R\n" +
 	"\vRevocations\x12 .signet.ca.v1.RevocationsRequest\x1a!.signet.ca.v1.RevocationsResponse\x12C\n" +
 	"\x06AddBan\x12\x1b.signet.ca.v1.AddBanRequest\x1a\x1c.signet.ca.v1.AddBanResponse\x12L\n" +
 	"\tRemoveBan\x12\x1e.signet.ca.v1.RemoveBanRequest\x1a\x1f.signet.ca.v1.RemoveBanResponse\x12I\n" +
@@ -4165,167 +4677,189 @@ func file_ca_proto_rawDescGZIP() []byte {
 	return file_ca_proto_rawDescData
 }
 
-var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),              // 0: signet.ca.v1.Refusal.Code
-	(*AttestRequest)(nil),          // 1: signet.ca.v1.AttestRequest
-	(*Renewal)(nil),                // 2: signet.ca.v1.Renewal
-	(*AttestResponse)(nil),         // 3: signet.ca.v1.AttestResponse
-	(*X509SVID)(nil),               // 4: signet.ca.v1.X509SVID
-	(*IssueRequest)(nil),           // 5: signet.ca.v1.IssueRequest
-	(*IssueItem)(nil),              // 6: signet.ca.v1.IssueItem
-	(*X509Kind)(nil),               // 7: signet.ca.v1.X509Kind
-	(*JWTKind)(nil),                // 8: signet.ca.v1.JWTKind
-	(*IssueResponse)(nil),          // 9: signet.ca.v1.IssueResponse
-	(*IssueResult)(nil),            // 10: signet.ca.v1.IssueResult
-	(*JWTSVID)(nil),                // 11: signet.ca.v1.JWTSVID
-	(*Refusal)(nil),                // 12: signet.ca.v1.Refusal
-	(*WatchTrustRequest)(nil),      // 13: signet.ca.v1.WatchTrustRequest
-	(*WatchTrustResponse)(nil),     // 14: signet.ca.v1.WatchTrustResponse
-	(*Bans)(nil),                   // 15: signet.ca.v1.Bans
-	(*TokenKeys)(nil),              // 16: signet.ca.v1.TokenKeys
-	(*Trust)(nil),                  // 17: signet.ca.v1.Trust
-	(*Bundle)(nil),                 // 18: signet.ca.v1.Bundle
-	(*JWTKey)(nil),                 // 19: signet.ca.v1.JWTKey
-	(*Ban)(nil),                    // 20: signet.ca.v1.Ban
-	(*LogHead)(nil),                // 21: signet.ca.v1.LogHead
-	(*WatchNodeRequest)(nil),       // 22: signet.ca.v1.WatchNodeRequest
-	(*WatchNodeResponse)(nil),      // 23: signet.ca.v1.WatchNodeResponse
-	(*Pod)(nil),                    // 24: signet.ca.v1.Pod
-	(*StatusRequest)(nil),          // 25: signet.ca.v1.StatusRequest
-	(*StatusResponse)(nil),         // 26: signet.ca.v1.StatusResponse
-	(*ListLogRequest)(nil),         // 27: signet.ca.v1.ListLogRequest
-	(*LogEntry)(nil),               // 28: signet.ca.v1.LogEntry
-	(*VerifyLogRequest)(nil),       // 29: signet.ca.v1.VerifyLogRequest
-	(*VerifyResponse)(nil),         // 30: signet.ca.v1.VerifyResponse
-	(*LogReport)(nil),              // 31: signet.ca.v1.LogReport
-	(*AcceptLogLossRequest)(nil),   // 32: signet.ca.v1.AcceptLogLossRequest
-	(*AcceptLogLossResponse)(nil),  // 33: signet.ca.v1.AcceptLogLossResponse
-	(*CreateRequestsRequest)(nil),  // 34: signet.ca.v1.CreateRequestsRequest
-	(*CreateRequestsResponse)(nil), // 35: signet.ca.v1.CreateRequestsResponse
-	(*ImportChainsRequest)(nil),    // 36: signet.ca.v1.ImportChainsRequest
-	(*ImportChainsResponse)(nil),   // 37: signet.ca.v1.ImportChainsResponse
-	(*RevokeRequest)(nil),          // 38: signet.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),         // 39: signet.ca.v1.RevokeResponse
-	(*Revocation)(nil),             // 40: signet.ca.v1.Revocation
-	(*RevocationsRequest)(nil),     // 41: signet.ca.v1.RevocationsRequest
-	(*RevocationsResponse)(nil),    // 42: signet.ca.v1.RevocationsResponse
-	(*AddBanRequest)(nil),          // 43: signet.ca.v1.AddBanRequest
-	(*AddBanResponse)(nil),         // 44: signet.ca.v1.AddBanResponse
-	(*RemoveBanRequest)(nil),       // 45: signet.ca.v1.RemoveBanRequest
-	(*RemoveBanResponse)(nil),      // 46: signet.ca.v1.RemoveBanResponse
-	(*ListBansRequest)(nil),        // 47: signet.ca.v1.ListBansRequest
-	(*ListBansResponse)(nil),       // 48: signet.ca.v1.ListBansResponse
-	(*BanRecord)(nil),              // 49: signet.ca.v1.BanRecord
-	(*BanEnd)(nil),                 // 50: signet.ca.v1.BanEnd
-	(*BanAgent)(nil),               // 51: signet.ca.v1.BanAgent
-	(*BackupRequest)(nil),          // 52: signet.ca.v1.BackupRequest
-	(*BackupChunk)(nil),            // 53: signet.ca.v1.BackupChunk
-	(*AuthorityStatus)(nil),        // 54: signet.ca.v1.AuthorityStatus
-	(*AgentStatus)(nil),            // 55: signet.ca.v1.AgentStatus
-	nil,                            // 56: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil),  // 57: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 58: google.protobuf.Duration
-	(*IssuanceRecord)(nil),         // 59: signet.ca.v1.IssuanceRecord
+	(RotateRequest_Step)(0),        // 1: signet.ca.v1.RotateRequest.Step
+	(*AttestRequest)(nil),          // 2: signet.ca.v1.AttestRequest
+	(*Renewal)(nil),                // 3: signet.ca.v1.Renewal
+	(*AttestResponse)(nil),         // 4: signet.ca.v1.AttestResponse
+	(*X509SVID)(nil),               // 5: signet.ca.v1.X509SVID
+	(*IssueRequest)(nil),           // 6: signet.ca.v1.IssueRequest
+	(*IssueItem)(nil),              // 7: signet.ca.v1.IssueItem
+	(*X509Kind)(nil),               // 8: signet.ca.v1.X509Kind
+	(*JWTKind)(nil),                // 9: signet.ca.v1.JWTKind
+	(*IssueResponse)(nil),          // 10: signet.ca.v1.IssueResponse
+	(*IssueResult)(nil),            // 11: signet.ca.v1.IssueResult
+	(*JWTSVID)(nil),                // 12: signet.ca.v1.JWTSVID
+	(*Refusal)(nil),                // 13: signet.ca.v1.Refusal
+	(*WatchTrustRequest)(nil),      // 14: signet.ca.v1.WatchTrustRequest
+	(*WatchTrustResponse)(nil),     // 15: signet.ca.v1.WatchTrustResponse
+	(*Bans)(nil),                   // 16: signet.ca.v1.Bans
+	(*TokenKeys)(nil),              // 17: signet.ca.v1.TokenKeys
+	(*Trust)(nil),                  // 18: signet.ca.v1.Trust
+	(*Bundle)(nil),                 // 19: signet.ca.v1.Bundle
+	(*JWTKey)(nil),                 // 20: signet.ca.v1.JWTKey
+	(*Ban)(nil),                    // 21: signet.ca.v1.Ban
+	(*LogHead)(nil),                // 22: signet.ca.v1.LogHead
+	(*WatchNodeRequest)(nil),       // 23: signet.ca.v1.WatchNodeRequest
+	(*WatchNodeResponse)(nil),      // 24: signet.ca.v1.WatchNodeResponse
+	(*Pod)(nil),                    // 25: signet.ca.v1.Pod
+	(*StatusRequest)(nil),          // 26: signet.ca.v1.StatusRequest
+	(*StatusResponse)(nil),         // 27: signet.ca.v1.StatusResponse
+	(*ListLogRequest)(nil),         // 28: signet.ca.v1.ListLogRequest
+	(*LogEntry)(nil),               // 29: signet.ca.v1.LogEntry
+	(*VerifyLogRequest)(nil),       // 30: signet.ca.v1.VerifyLogRequest
+	(*VerifyResponse)(nil),         // 31: signet.ca.v1.VerifyResponse
+	(*LogReport)(nil),              // 32: signet.ca.v1.LogReport
+	(*AcceptLogLossRequest)(nil),   // 33: signet.ca.v1.AcceptLogLossRequest
+	(*AcceptLogLossResponse)(nil),  // 34: signet.ca.v1.AcceptLogLossResponse
+	(*CreateRequestsRequest)(nil),  // 35: signet.ca.v1.CreateRequestsRequest
+	(*CreateRequestsResponse)(nil), // 36: signet.ca.v1.CreateRequestsResponse
+	(*ImportChainsRequest)(nil),    // 37: signet.ca.v1.ImportChainsRequest
+	(*ImportChainsResponse)(nil),   // 38: signet.ca.v1.ImportChainsResponse
+	(*RevokeRequest)(nil),          // 39: signet.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),         // 40: signet.ca.v1.RevokeResponse
+	(*Revocation)(nil),             // 41: signet.ca.v1.Revocation
+	(*RevocationsRequest)(nil),     // 42: signet.ca.v1.RevocationsRequest
+	(*RevocationsResponse)(nil),    // 43: signet.ca.v1.RevocationsResponse
+	(*AddBanRequest)(nil),          // 44: signet.ca.v1.AddBanRequest
+	(*AddBanResponse)(nil),         // 45: signet.ca.v1.AddBanResponse
+	(*RemoveBanRequest)(nil),       // 46: signet.ca.v1.RemoveBanRequest
+	(*RemoveBanResponse)(nil),      // 47: signet.ca.v1.RemoveBanResponse
+	(*ListBansRequest)(nil),        // 48: signet.ca.v1.ListBansRequest
+	(*ListBansResponse)(nil),       // 49: signet.ca.v1.ListBansResponse
+	(*BanRecord)(nil),              // 50: signet.ca.v1.BanRecord
+	(*BanEnd)(nil),                 // 51: signet.ca.v1.BanEnd
+	(*BanAgent)(nil),               // 52: signet.ca.v1.BanAgent
+	(*BackupRequest)(nil),          // 53: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),            // 54: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),        // 55: signet.ca.v1.AuthorityStatus
+	(*AuthoritiesRequest)(nil),     // 56: signet.ca.v1.AuthoritiesRequest
+	(*AuthoritiesResponse)(nil),    // 57: signet.ca.v1.AuthoritiesResponse
+	(*RotationWait)(nil),           // 58: signet.ca.v1.RotationWait
+	(*RotateRequest)(nil),          // 59: signet.ca.v1.RotateRequest
+	(*RotateResponse)(nil),         // 60: signet.ca.v1.RotateResponse
+	(*AgentStatus)(nil),            // 61: signet.ca.v1.AgentStatus
+	nil,                            // 62: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 63: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 64: google.protobuf.Duration
+	(*IssuanceRecord)(nil),         // 65: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
-	2,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
-	4,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
-	17, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	57, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	57, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
-	6,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
-	7,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
-	8,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
-	10, // 8: signet.ca.v1.IssueResponse.results:type_name -> signet.ca.v1.IssueResult
-	4,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
-	11, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
-	12, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	57, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	3,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
+	5,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
+	18, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
+	63, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	63, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	7,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
+	8,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
+	9,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
+	11, // 8: signet.ca.v1.IssueResponse.results:type_name -> signet.ca.v1.IssueResult
+	5,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
+	12, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
+	13, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
+	63, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	58, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	21, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
-	17, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
-	21, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
-	16, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
-	15, // 19: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
-	20, // 20: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
-	57, // 21: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
-	19, // 22: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
-	18, // 23: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
-	20, // 24: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	19, // 25: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	57, // 26: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	57, // 27: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
-	24, // 28: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	56, // 29: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	54, // 30: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	21, // 31: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	55, // 32: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	21, // 33: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	57, // 34: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	57, // 35: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	57, // 36: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	59, // 37: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
-	21, // 38: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
-	31, // 39: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
-	21, // 40: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	57, // 41: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	57, // 42: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	40, // 43: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	57, // 44: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	57, // 45: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	40, // 46: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	57, // 47: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
-	49, // 48: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	49, // 49: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	49, // 50: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
-	51, // 51: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
-	57, // 52: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
-	57, // 53: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
-	50, // 54: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
-	57, // 55: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
-	57, // 56: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	57, // 57: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	57, // 58: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	1,  // 59: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	5,  // 60: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	13, // 61: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	22, // 62: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	25, // 63: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	27, // 64: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	29, // 65: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	32, // 66: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	52, // 67: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	34, // 68: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	36, // 69: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	38, // 70: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	41, // 71: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	43, // 72: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	45, // 73: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	47, // 74: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	3,  // 75: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	9,  // 76: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	14, // 77: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	23, // 78: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	26, // 79: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	28, // 80: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	30, // 81: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	33, // 82: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	53, // 83: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	35, // 84: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	37, // 85: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	39, // 86: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	42, // 87: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	44, // 88: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	46, // 89: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	48, // 90: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	75, // [75:91] is the sub-list for method output_type
-	59, // [59:75] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	64, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	22, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
+	18, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
+	22, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
+	17, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
+	16, // 19: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
+	21, // 20: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
+	63, // 21: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
+	20, // 22: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
+	19, // 23: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
+	21, // 24: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
+	64, // 25: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
+	20, // 26: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
+	63, // 27: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	63, // 28: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	25, // 29: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
+	62, // 30: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	55, // 31: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	22, // 32: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	61, // 33: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	22, // 34: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	63, // 35: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	63, // 36: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	63, // 37: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	65, // 38: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	22, // 39: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	32, // 40: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	22, // 41: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	63, // 42: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	63, // 43: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	41, // 44: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	63, // 45: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	63, // 46: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	41, // 47: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	63, // 48: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	50, // 49: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	50, // 50: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	50, // 51: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	52, // 52: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	63, // 53: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	63, // 54: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	51, // 55: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	63, // 56: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	63, // 57: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	63, // 58: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	63, // 59: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
+	63, // 60: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
+	63, // 61: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
+	55, // 62: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	58, // 63: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	63, // 64: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	58, // 65: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	64, // 66: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	63, // 67: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	1,  // 68: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
+	58, // 69: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	63, // 70: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 71: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	6,  // 72: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	14, // 73: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	23, // 74: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	26, // 75: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	28, // 76: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	30, // 77: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	33, // 78: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	53, // 79: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	35, // 80: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	37, // 81: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	39, // 82: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	56, // 83: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	59, // 84: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	42, // 85: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	44, // 86: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	46, // 87: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	48, // 88: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 89: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 90: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 91: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 92: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 93: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 94: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 95: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 96: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	54, // 97: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	36, // 98: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	38, // 99: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	40, // 100: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	57, // 101: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	60, // 102: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	43, // 103: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	45, // 104: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	47, // 105: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	49, // 106: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	89, // [89:107] is the sub-list for method output_type
+	71, // [71:89] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }
@@ -4361,8 +4895,8 @@ func file_ca_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   56,
+			NumEnums:      2,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

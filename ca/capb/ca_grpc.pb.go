@@ -278,6 +278,8 @@ const (
 	Admin_CreateRequests_FullMethodName = "/signet.ca.v1.Admin/CreateRequests"
 	Admin_ImportChains_FullMethodName   = "/signet.ca.v1.Admin/ImportChains"
 	Admin_Revoke_FullMethodName         = "/signet.ca.v1.Admin/Revoke"
+	Admin_Authorities_FullMethodName    = "/signet.ca.v1.Admin/Authorities"
+	Admin_Rotate_FullMethodName         = "/signet.ca.v1.Admin/Rotate"
 	Admin_Revocations_FullMethodName    = "/signet.ca.v1.Admin/Revocations"
 	Admin_AddBan_FullMethodName         = "/signet.ca.v1.Admin/AddBan"
 	Admin_RemoveBan_FullMethodName      = "/signet.ca.v1.Admin/RemoveBan"
@@ -315,6 +317,13 @@ type AdminClient interface {
 	// authority itself, and in the next CRL. It is final. Codes: NOT_FOUND if the
 	// issuance log has no such certificate; FAILED_PRECONDITION if it cannot be revoked.
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	// Authorities says which roots and intermediates there are, where each stands, and
+	// who is waited for.
+	Authorities(ctx context.Context, in *AuthoritiesRequest, opts ...grpc.CallOption) (*AuthoritiesResponse, error)
+	// Rotate does one step of a rotation, or says what it waits for. Codes:
+	// FAILED_PRECONDITION if the step is not one that can be done now, NOT_FOUND for an
+	// authority that is not there.
+	Rotate(ctx context.Context, in *RotateRequest, opts ...grpc.CallOption) (*RotateResponse, error)
 	// Revocations are the certificates that are revoked, and the CRLs that say so.
 	Revocations(ctx context.Context, in *RevocationsRequest, opts ...grpc.CallOption) (*RevocationsResponse, error)
 	// AddBan bans a SPIFFE ID, a certificate or a node, or changes the end and the
@@ -433,6 +442,26 @@ func (c *adminClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grp
 	return out, nil
 }
 
+func (c *adminClient) Authorities(ctx context.Context, in *AuthoritiesRequest, opts ...grpc.CallOption) (*AuthoritiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuthoritiesResponse)
+	err := c.cc.Invoke(ctx, Admin_Authorities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Rotate(ctx context.Context, in *RotateRequest, opts ...grpc.CallOption) (*RotateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateResponse)
+	err := c.cc.Invoke(ctx, Admin_Rotate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) Revocations(ctx context.Context, in *RevocationsRequest, opts ...grpc.CallOption) (*RevocationsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RevocationsResponse)
@@ -504,6 +533,13 @@ type AdminServer interface {
 	// authority itself, and in the next CRL. It is final. Codes: NOT_FOUND if the
 	// issuance log has no such certificate; FAILED_PRECONDITION if it cannot be revoked.
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	// Authorities says which roots and intermediates there are, where each stands, and
+	// who is waited for.
+	Authorities(context.Context, *AuthoritiesRequest) (*AuthoritiesResponse, error)
+	// Rotate does one step of a rotation, or says what it waits for. Codes:
+	// FAILED_PRECONDITION if the step is not one that can be done now, NOT_FOUND for an
+	// authority that is not there.
+	Rotate(context.Context, *RotateRequest) (*RotateResponse, error)
 	// Revocations are the certificates that are revoked, and the CRLs that say so.
 	Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error)
 	// AddBan bans a SPIFFE ID, a certificate or a node, or changes the end and the
@@ -547,6 +583,12 @@ func (UnimplementedAdminServer) ImportChains(context.Context, *ImportChainsReque
 }
 func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedAdminServer) Authorities(context.Context, *AuthoritiesRequest) (*AuthoritiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Authorities not implemented")
+}
+func (UnimplementedAdminServer) Rotate(context.Context, *RotateRequest) (*RotateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rotate not implemented")
 }
 func (UnimplementedAdminServer) Revocations(context.Context, *RevocationsRequest) (*RevocationsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revocations not implemented")
@@ -711,6 +753,42 @@ func _Admin_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Authorities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AuthoritiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Authorities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Authorities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Authorities(ctx, req.(*AuthoritiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Rotate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Rotate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Rotate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Rotate(ctx, req.(*RotateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_Revocations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RevocationsRequest)
 	if err := dec(in); err != nil {
@@ -813,6 +891,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Revoke",
 			Handler:    _Admin_Revoke_Handler,
+		},
+		{
+			MethodName: "Authorities",
+			Handler:    _Admin_Authorities_Handler,
+		},
+		{
+			MethodName: "Rotate",
+			Handler:    _Admin_Rotate_Handler,
 		},
 		{
 			MethodName: "Revocations",

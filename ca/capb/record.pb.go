@@ -165,6 +165,9 @@ const (
 	Decision_WHAT_RESTORED Decision_What = 2
 	// WHAT_REVOKED: a certificate was taken back.
 	Decision_WHAT_REVOKED Decision_What = 3
+	// WHAT_ROTATION_OVERRIDDEN: a root was used, or left the bundle, without waiting for
+	// those that reason names.
+	Decision_WHAT_ROTATION_OVERRIDDEN Decision_What = 4
 	// WHAT_BANNED: a subject was banned, or its ban changed.
 	Decision_WHAT_BANNED Decision_What = 20
 	// WHAT_BAN_ENDED: a ban was removed, or its time was over.
@@ -178,16 +181,18 @@ var (
 		1:  "WHAT_LOG_LOSS_ACCEPTED",
 		2:  "WHAT_RESTORED",
 		3:  "WHAT_REVOKED",
+		4:  "WHAT_ROTATION_OVERRIDDEN",
 		20: "WHAT_BANNED",
 		21: "WHAT_BAN_ENDED",
 	}
 	Decision_What_value = map[string]int32{
-		"WHAT_UNSPECIFIED":       0,
-		"WHAT_LOG_LOSS_ACCEPTED": 1,
-		"WHAT_RESTORED":          2,
-		"WHAT_REVOKED":           3,
-		"WHAT_BANNED":            20,
-		"WHAT_BAN_ENDED":         21,
+		"WHAT_UNSPECIFIED":         0,
+		"WHAT_LOG_LOSS_ACCEPTED":   1,
+		"WHAT_RESTORED":            2,
+		"WHAT_REVOKED":             3,
+		"WHAT_ROTATION_OVERRIDDEN": 4,
+		"WHAT_BANNED":              20,
+		"WHAT_BAN_ENDED":           21,
 	}
 )
 
@@ -672,7 +677,7 @@ const file_record_proto_rawDesc = "" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
 	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
-	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\x9f\x03\n" +
+	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xbd\x03\n" +
 	"\bDecision\x12/\n" +
 	"\x04what\x18\x01 \x01(\x0e2\x1b.signet.ca.v1.Decision.WhatR\x04what\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\rR\binstance\x12\x1a\n" +
@@ -681,12 +686,13 @@ const file_record_proto_rawDesc = "" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x0e\n" +
 	"\x02by\x18\x06 \x01(\tR\x02by\x12:\n" +
 	"\arevoked\x18\a \x01(\v2 .signet.ca.v1.RevokedCertificateR\arevoked\x12-\n" +
-	"\x03ban\x18\x14 \x01(\v2\x1b.signet.ca.v1.BannedSubjectR\x03ban\"\x82\x01\n" +
+	"\x03ban\x18\x14 \x01(\v2\x1b.signet.ca.v1.BannedSubjectR\x03ban\"\xa0\x01\n" +
 	"\x04What\x12\x14\n" +
 	"\x10WHAT_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16WHAT_LOG_LOSS_ACCEPTED\x10\x01\x12\x11\n" +
 	"\rWHAT_RESTORED\x10\x02\x12\x10\n" +
-	"\fWHAT_REVOKED\x10\x03\x12\x0f\n" +
+	"\fWHAT_REVOKED\x10\x03\x12\x1c\n" +
+	"\x18WHAT_ROTATION_OVERRIDDEN\x10\x04\x12\x0f\n" +
 	"\vWHAT_BANNED\x10\x14\x12\x12\n" +
 	"\x0eWHAT_BAN_ENDED\x10\x15\"O\n" +
 	"\rBannedSubject\x12\x18\n" +

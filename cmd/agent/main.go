@@ -148,23 +148,30 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 
-	// secrets and client need each other: the client reports what the streams
-	// have acknowledged.
+	// They need each other: the client reports what the streams have acknowledged, and
+	// which SVIDs are held.
 	var streams *sds.Server
+	var svids *holder.Holder
 	client, err := caclient.New(caclient.Config{
 		Addresses: c.CA.Addresses, TrustDomain: td, Node: c.Node,
 		RootFile: c.CA.RootFile, RootHash: c.CA.RootHash, TokenFile: c.CA.TokenFile,
 		Pods: pods, Saved: saved.credential(), SavedTrust: saved.state.Trust, SavedLogHeads: saved.state.Extra[extraLogHeads],
 		SavedBans: saved.state.Extra[savedBans], Enforce: func(b *identity.Bans) { bans.Put(b) },
-		UnknownKeys:  world.unknownKeys,
-		Acknowledged: func(current uint64) (uint64, <-chan struct{}) { return streams.Acknowledged(current) },
-		Version:      version.Current().String(), Log: log, Metrics: reg,
+		UnknownKeys: world.unknownKeys,
+		Acknowledged: func(current uint64) (uint64, <-chan struct{}) {
+			return saved.acknowledged(streams.Acknowledged(current))
+		},
+		Tainted: func(t *identity.Trust) (bool, <-chan struct{}) {
+			changed := svids.Changed()
+			return svids.Holds(t.Taints), changed
+		},
+		Version: version.Current().String(), Log: log, Metrics: reg,
 	})
 	if err != nil {
 		return err
 	}
 	world.exports[savedBans] = client.SavedBans
-	svids, err := holder.New(holder.Config{
+	svids, err = holder.New(holder.Config{
 		TrustDomain: td, Issuer: client, Pods: pods, Node: c.Node,
 		Trust: func() *identity.Trust { t, _ := client.Trust(); return t },
 		Saved: saved.state.SVIDs, Log: log, Metrics: reg,
@@ -242,6 +249,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 			func(ctx context.Context) error { return tokens.watch(ctx, world.policies, pods, c.Node) },
 			func(ctx context.Context) error { return bans.Follow(ctx, client.Bans) },
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
+			func(ctx context.Context) error { return replaceTainted(ctx, client, svids) },
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),
 		[]run.Job{
@@ -260,6 +268,25 @@ func retry(ctx context.Context, client *caclient.Client, svids *holder.Holder) e
 			return nil
 		case <-again:
 			svids.Retry()
+		}
+	}
+}
+
+// replaceTainted has SVIDs replaced that a tainted authority issued.
+func replaceTainted(ctx context.Context, client *caclient.Client, svids *holder.Holder) error {
+	for {
+		trust, trustChanged := client.Trust()
+		svidsChanged := svids.Changed() // one under way may be of before
+		if trust != nil {
+			if tainted, spread := trust.Tainted(); len(tainted) > 0 {
+				svids.Replace(trust.Taints, spread)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-trustChanged:
+		case <-svidsChanged:
 		}
 	}
 }

@@ -33,6 +33,21 @@ type saved struct {
 	file  *holder.StateFile // nil: nothing is kept
 	state holder.State      // what a predecessor left; zero if there is nothing
 	log   *slog.Logger
+	// trust is the sequence of the trust that was saved last.
+	trust identity.Watched[uint64]
+}
+
+// acknowledged bounds what is acknowledged by what a restart would find again: an
+// authority whose root is only in this process's memory must not be used.
+func (s *saved) acknowledged(sequence uint64, changed <-chan struct{}) (uint64, <-chan struct{}) {
+	if s.file == nil {
+		return sequence, changed // a successor begins with what the authority says
+	}
+	saved, later := s.trust.Load()
+	if saved < sequence {
+		return saved, later
+	}
+	return sequence, changed
 }
 
 // openSaved loads what the last agent of this node saved. State that cannot be
@@ -71,6 +86,9 @@ func openSaved(c config, td spiffeid.TrustDomain, log *slog.Logger) (*saved, err
 		return s, nil
 	}
 	s.state = state
+	if state.Trust != nil {
+		s.trust.Store(state.Trust.Sequence())
+	}
 	return s, nil
 }
 
@@ -149,6 +167,9 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 			s.log.Warn("saving state failed; it is tried again", "err", err)
 		case err == nil && failing:
 			s.log.Info("state is saved again")
+		}
+		if err == nil && trust != nil && s.trust.Value() != trust.Sequence() {
+			s.trust.Store(trust.Sequence())
 		}
 		failing = err != nil
 		if ctx.Err() != nil {

@@ -56,6 +56,8 @@ type authorityConfig struct {
 	} `yaml:"crl"`
 	// Propagation is how long a new root is published before it is used.
 	Propagation time.Duration `yaml:"propagation"`
+	// TaintSpread is how long agents spread the replacement of SVIDs over.
+	TaintSpread time.Duration `yaml:"taintSpread"`
 }
 
 func defaultAuthority() (c authorityConfig) {
@@ -63,7 +65,7 @@ func defaultAuthority() (c authorityConfig) {
 	c.Keys.Root, c.Keys.Intermediate = "softkms:", "softkms:"
 	c.Keys.SignTimeout = 15 * time.Second
 	c.Upstream.Timeout = 30 * time.Second
-	c.Propagation = time.Minute
+	c.Propagation, c.TaintSpread = time.Minute, time.Minute
 	return c
 }
 
@@ -75,6 +77,7 @@ func (c authorityConfig) apply(cfg *ca.Config) {
 	}
 	cfg.CRL = ca.CRLConfig{Enabled: c.CRL.Enabled, Lifetime: c.CRL.Lifetime}
 	cfg.OfflineRoot, cfg.Cacerts, cfg.Propagation = c.OfflineRoot, c.Cacerts, c.Propagation
+	cfg.TaintSpread = c.TaintSpread
 	cfg.Upstream = ca.UpstreamConfig{Exec: c.Upstream.Exec, Timeout: c.Upstream.Timeout, RootFile: c.Upstream.RootFile}
 }
 

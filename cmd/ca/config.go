@@ -234,6 +234,10 @@ func (c config) authority() (ca.Config, error) {
 		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval, LogRetention: c.IssuanceLog.Retention,
 	}
 	c.Authority.apply(&cfg)
+	if c.Istio.Listen != "" {
+		// They learn of roots with their certificates.
+		cfg.Consumers = map[string]time.Duration{"Istio's door": c.Istio.MaxTTL}
+	}
 	return cfg, nil
 }
 

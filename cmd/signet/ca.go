@@ -26,7 +26,7 @@ func newCACommand() *cobra.Command {
 	log := &cobra.Command{Use: "log", Short: "Read the issuance log, and decide about it", Args: cobra.NoArgs}
 	log.AddCommand(issuancelog.Commands(func(context.Context) (issuancelog.Source, error) { return dialAuthority(socket) })...)
 	log.AddCommand(newAcceptLossCommand(&socket))
-	cmd.AddCommand(log, newRevokeCommand(&socket), newCRLCommand(&socket), newBanCommand(&socket))
+	cmd.AddCommand(log, newRevokeCommand(&socket), newCRLCommand(&socket), newBanCommand(&socket), newAuthorityCommand(&socket))
 	return cmd
 }
 

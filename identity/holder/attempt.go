@@ -235,7 +235,7 @@ func (h *Holder) finish(ctx context.Context, b *batch) {
 // take makes the outcome the SVID of its identity. The caller holds mu.
 func (h *Holder) take(it *item, now time.Time) {
 	e := it.e
-	e.svid, e.expires, e.missed = it.svid, it.expires, false
+	e.svid, e.expires, e.missed, e.hurried = it.svid, it.expires, false, false
 	e.renewAt = renewAt(now, it.expires, it.renewAt, random())
 	e.next, e.failures, e.failure, e.outage = e.renewAt, 0, nil, false
 	e.turn, e.stuck, e.refused = 0, false, nil

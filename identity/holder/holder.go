@@ -3,6 +3,7 @@ package holder
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -111,6 +112,7 @@ type entry struct {
 	expires time.Time      // of svid: the earliest NotAfter of its chain
 	renewAt time.Time      // of svid
 	missed  bool           // an SVID expired before it could be renewed
+	hurried bool           // svid is to be replaced before renewAt
 
 	asked    time.Time // when it was first asked for; zero if it was saved
 	next     time.Time // when to ask the issuer
@@ -277,6 +279,36 @@ func (h *Holder) Retry() {
 	defer h.mu.Unlock()
 	h.hurry(time.Now())
 	h.poke()
+}
+
+// Replace has every identity whose SVID matches renewed at a random moment of spread, or
+// before if it was due earlier. Asking again changes nothing for an SVID.
+func (h *Holder) Replace(matches func(leaf *x509.Certificate) bool, spread time.Duration) {
+	now := time.Now()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, e := range h.entries {
+		if e.svid == nil || e.hurried || !matches(e.svid.Certificates[0]) {
+			continue
+		}
+		e.hurried = true
+		if soon := now.Add(time.Duration(random() * float64(spread))); soon.Before(e.next) {
+			e.next = soon
+		}
+	}
+	h.poke()
+}
+
+// Holds reports whether an SVID that matches is held.
+func (h *Holder) Holds(matches func(leaf *x509.Certificate) bool) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, e := range h.entries {
+		if e.svid != nil && matches(e.svid.Certificates[0]) {
+			return true
+		}
+	}
+	return false
 }
 
 // hurry brings the attempts forward that wait for an outage to end. The caller

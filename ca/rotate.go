@@ -1,0 +1,446 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/rotation"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// This file does what package rotation decides, for an authority with a root of its
+// own. rotationMu is held by whoever does a step, so that keys and what is in memory
+// follow the journal.
+
+// errFixedKey is why no root is made where the configuration names one key.
+var errFixedKey = errors.New("authority.keys.root names one key, and the active root has it: a new root needs another one; name that, the former one stays where it is")
+
+// errSharedRoot is why no root is replaced where replicas share their state.
+var errSharedRoot = errors.New("several replicas share this authority's state (storage.etcd), and replacing their root is not built yet")
+
+// rules are what the configuration says about rotation.
+func (c Config) rules() rotation.Rules {
+	longest := c.Propagation
+	for _, d := range c.Consumers {
+		longest = max(longest, d)
+	}
+	return rotation.Rules{Leaf: c.SVID.MaxTTL, Propagation: longest, Slack: c.SVID.Backdate, Deadline: min(c.IntermediateTTL, c.RootTTL/4)}
+}
+
+func (a *Authority) rotationView(now time.Time) rotation.View {
+	return rotation.View{Now: now, Agents: a.counting(), Rules: a.cfg.rules()}
+}
+
+// rotationState is the state of the journal, parsed once for each revision of it.
+func (a *Authority) rotationState() (rotation.State, error) {
+	a.journalMu.Lock()
+	j, revision := a.journal, a.journalRevision
+	a.journalMu.Unlock()
+	if p := a.parsed.Load(); p != nil && p.revision == revision {
+		return p.state, nil
+	}
+	s, err := j.rotation()
+	if err == nil {
+		a.parsed.Store(&parsedRotation{revision, s})
+	}
+	return s, err
+}
+
+// parsedRotation is the state of a revision of the journal.
+type parsedRotation struct {
+	revision uint64
+	state    rotation.State
+}
+
+// rotate changes the journal by a transition of package rotation, and publishes trust if
+// that changed. added are authorities that the transition brings in. Keys of those that
+// leave are removed.
+func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation.State, error), added ...journalEntry) error {
+	a.trustMu.Lock()
+	defer a.trustMu.Unlock()
+	var gone []journalEntry
+	before := a.current().Sequence
+	err := a.edit(ctx, func(j *journal) error {
+		s, err := j.rotation()
+		if err != nil {
+			return err
+		}
+		if s, err = f(s); err != nil {
+			return err
+		}
+		for _, e := range added {
+			// The entry of one that was published before it is used.
+			j.Authorities = append(slices.DeleteFunc(j.Authorities, func(o journalEntry) bool { return string(o.Certificate) == string(e.Certificate) }), e)
+		}
+		gone, err = j.turn(s)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	after := a.current()
+	for _, e := range gone {
+		if e.Key == "" || slices.ContainsFunc(after.Authorities, func(o journalEntry) bool { return o.Key == e.Key }) {
+			continue
+		}
+		if err := a.keys.Remove(e.Kind, e.Key); err != nil {
+			a.cfg.Log.Warn("a key that signs nothing any more stays behind", "kind", e.Kind, "err", err)
+		}
+	}
+	if after.Sequence == before {
+		return nil
+	}
+	return a.changed(ctx)
+}
+
+// firstRoot makes the root and the intermediate that a new authority begins with.
+func (a *Authority) firstRoot(ctx context.Context) ([]journalEntry, error) {
+	root, rootEntry, err := a.newAuthority(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	iss, entry, err := a.newAuthority(ctx, root)
+	if err != nil {
+		return nil, err
+	}
+	now, err := a.clock.now()
+	if err != nil {
+		return nil, err
+	}
+	s, err := rotation.State{}.Prepare(rootOf(root), now)
+	if err == nil {
+		s, err = s.Succeed(a.intermediateOf(iss, s), rotation.View{Now: now, Rules: a.cfg.rules()})
+	}
+	if err != nil {
+		return nil, err
+	}
+	j := journal{Authorities: []journalEntry{rootEntry, entry}}
+	_, err = j.turn(s)
+	return j.Authorities, err
+}
+
+// rootOf is what package rotation needs to know of a root.
+func rootOf(iss *issuer) rotation.Root {
+	return rotation.Root{ID: authorityID(iss.cert), Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
+}
+
+// intermediateOf is what package rotation needs to know of an intermediate that the
+// active root signed.
+func (a *Authority) intermediateOf(iss *issuer, s rotation.State) rotation.Intermediate {
+	active, _ := s.Active()
+	return rotation.Intermediate{ID: authorityID(iss.cert), Root: active.ID, Replica: a.instance, Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
+}
+
+// rotateDue does what is due of this authority's own root and intermediate, and raises
+// the alarms. It does nothing where the root is somebody else's.
+func (a *Authority) rotateDue(ctx context.Context) error {
+	if a.cfg.source() != sourceOwn {
+		return nil
+	}
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
+	now, err := a.clock.now()
+	if err != nil {
+		return fmt.Errorf("rotating authorities: %w", err)
+	}
+	s, err := a.rotationState()
+	if err != nil {
+		return err
+	}
+	v := a.rotationView(now)
+	// What cannot be done of a root is an alarm as long as the present one is good; that
+	// there is no intermediate soon is a failure.
+	var failed, troubles []error
+	for _, step := range s.Due(a.instance, v) {
+		switch err := a.rotationStep(ctx, step, now); {
+		case err == nil:
+		case step.Do == rotation.DoSucceed:
+			failed = append(failed, err)
+		default:
+			troubles = append(troubles, err)
+		}
+	}
+	a.alarm("rotation", errors.Join(troubles...))
+	if s, err = a.rotationState(); err != nil {
+		return errors.Join(append(failed, err)...)
+	}
+	a.watchRotation(s, v)
+	if m, ok := s.Issuer(a.instance, now); ok && now.After(m.Start.Add(m.End.Sub(m.Start)/2)) {
+		if r, ok := s.Root(m.Root); ok && !m.End.Before(r.End) {
+			failed = append(failed, fmt.Errorf("the intermediate cannot be renewed: its root ends at %s and has to be replaced (`signet ca authority list`)", r.End.Format(time.RFC3339)))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func (a *Authority) rotationStep(ctx context.Context, step rotation.Step, now time.Time) error {
+	// What other replicas have below a root, and what agents acknowledged to them, is not
+	// in this one's view.
+	if a.cfg.shared() && step.Do != rotation.DoSucceed {
+		return errSharedRoot
+	}
+	switch step.Do {
+	case rotation.DoPrepare:
+		return a.prepareRoot(ctx)
+	case rotation.DoPublish:
+		return a.publishRoot(ctx, now)
+	case rotation.DoActivate:
+		return a.activateRoot(ctx, step.Override, "the deadline")
+	case rotation.DoSucceed:
+		if a.staged.Load() != nil {
+			return nil // it waits for its list
+		}
+		return a.renewIntermediate(ctx)
+	case rotation.DoRemove:
+		err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
+			return s.Remove(step.Root, rotation.View{Now: now, Rules: a.cfg.rules()}, step.Override)
+		})
+		if err == nil {
+			a.cfg.Log.Info("an old root left the bundle", "root", step.Root, "sequence", a.current().Sequence)
+		}
+		return err
+	case rotation.DoDiscard:
+		return a.discardRoot(ctx, step.Root)
+	}
+	return fmt.Errorf("step %q is not known", step.Do)
+}
+
+// prepareRoot makes a root with a key of its own, which nobody trusts yet. rotationMu is
+// held.
+func (a *Authority) prepareRoot(ctx context.Context) error {
+	s, err := a.rotationState()
+	if err != nil {
+		return err
+	}
+	if next, ok := s.Next(); ok {
+		return fmt.Errorf("preparing a root: %w: root %s is %s", rotation.ErrStage, next.ID, next.Stage)
+	}
+	iss, entry, err := a.newAuthority(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("preparing a root: %w", err)
+	}
+	now, err := a.clock.now()
+	if err == nil {
+		err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Prepare(rootOf(iss), now) }, entry)
+	}
+	if err != nil {
+		return a.dropKey(entry, err)
+	}
+	a.cfg.Log.Info("the next root is prepared", "root", authorityID(iss.cert), "not_after", iss.cert.NotAfter)
+	return nil
+}
+
+// publishRoot puts the prepared root into the bundle. rotationMu is held.
+func (a *Authority) publishRoot(ctx context.Context, now time.Time) error {
+	err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Publish(now) })
+	if err == nil {
+		a.cfg.Log.Info("the next root is published; it is used when everybody has it", "sequence", a.current().Sequence)
+	}
+	return err
+}
+
+// discardRoot gives up the root that is on the way. rotationMu is held.
+func (a *Authority) discardRoot(ctx context.Context, id string) error {
+	err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Discard(id) })
+	if err == nil {
+		a.cfg.Log.Warn("the root on the way is discarded", "root", id, "sequence", a.current().Sequence)
+	}
+	return err
+}
+
+// activateRoot lets the published root sign. An override that does not wait for
+// somebody is recorded in the issuance log first: by is who decided. rotationMu is held.
+func (a *Authority) activateRoot(ctx context.Context, o rotation.Override, by string) error {
+	now, err := a.clock.now()
+	if err != nil {
+		return err
+	}
+	j := a.current()
+	s, err := j.rotation()
+	if err != nil {
+		return err
+	}
+	next, ok := s.Next()
+	if !ok || next.Stage != rotation.Published {
+		return fmt.Errorf("activating the next root: %w: no root is published", rotation.ErrStage)
+	}
+	// Its key first: a root that cannot sign must not become the active one.
+	iss, err := a.ownRoot(j, next.ID)
+	if err != nil {
+		return fmt.Errorf("activating root %s: %w", next.ID, err)
+	}
+	v := a.rotationView(now)
+	waits := s.Waiting(v)
+	if waits != nil && o != "" {
+		if err := a.recordOverride(ctx, next.ID, "activated", o, by, waits); err != nil {
+			return err
+		}
+	}
+	if err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Activate(v, o) }); err != nil {
+		return err
+	}
+	a.root.Store(iss)
+	a.staged.Store(nil) // below the former root
+	a.cfg.Log.Info("another root is active", "root", next.ID, "not_after", iss.cert.NotAfter)
+	return nil
+}
+
+// recordOverride makes the issuance log say what was not waited for.
+func (a *Authority) recordOverride(ctx context.Context, id, done string, o rotation.Override, by string, waits *rotation.WaitingError) error {
+	missing := "for nobody"
+	if waits != nil {
+		missing = waits.Error()
+		a.metrics.overrides.WithLabelValues(string(o)).Inc()
+		a.cfg.Log.Error("a root is "+done+" although somebody is missing", "root", id, "override", string(o), "by", by, "err", waits)
+	}
+	return a.decide(ctx, &capb.Decision{What: capb.Decision_WHAT_ROTATION_OVERRIDDEN, Instance: uint32(a.instance), By: by,
+		Reason: strings.TrimSpace(fmt.Sprintf("root %s is %s; %s %s", id, done, missing, o))})
+}
+
+// ownRoot opens the key of a root in the journal.
+func (a *Authority) ownRoot(j journal, id string) (*issuer, error) {
+	for _, e := range j.Authorities {
+		if !e.turns() || e.Kind != kindRoot {
+			continue
+		}
+		c, err := e.cert()
+		if err != nil {
+			return nil, err
+		}
+		if authorityID(c) != id {
+			continue
+		}
+		key, err := a.keys.Open(kindRoot, e.Key, c.PublicKey)
+		if err != nil {
+			return nil, err
+		}
+		return e.issuer(key)
+	}
+	return nil, fmt.Errorf("%w: root %s", rotation.ErrUnknown, id)
+}
+
+// succeed makes an intermediate below the active root the one that signs.
+func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journalEntry) error {
+	now, err := a.clock.now()
+	if err != nil {
+		return a.dropKey(entry, err)
+	}
+	entry.State = stateActive
+	err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
+		if root := a.root.Load(); root == nil || iss.cert.CheckSignatureFrom(root.cert) != nil {
+			return s, fmt.Errorf("the intermediate %s is not below the active root", iss.cert.Subject)
+		}
+		return s.Succeed(a.intermediateOf(iss, s), rotation.View{Now: now, Rules: a.cfg.rules()})
+	}, entry)
+	if err != nil {
+		return a.dropKey(entry, err)
+	}
+	a.intermediate.Store(iss)
+	a.cfg.Log.Info("intermediate renewed", "serial", authorityID(iss.cert), "not_after", iss.cert.NotAfter)
+	return nil
+}
+
+// replaceExpiredRoot is for an authority that was down until its root had ended: nobody
+// can be waited for any more. What it does is what the deadline would have done.
+func (a *Authority) replaceExpiredRoot(ctx context.Context) error {
+	a.cfg.Log.Error("the root ended while the authority was away; another one takes its place now", "not_after", a.root.Load().cert.NotAfter)
+	for range 4 { // prepare, publish, activate, succeed
+		if err := a.rotateDue(ctx); err != nil {
+			return err
+		}
+		if now := time.Now(); now.Before(a.root.Load().cert.NotAfter) && now.Before(a.intermediate.Load().cert.NotAfter) {
+			return nil
+		}
+	}
+	return fmt.Errorf("the root ended at %s, and no other could take its place", a.root.Load().cert.NotAfter.Format(time.RFC3339))
+}
+
+// watchRotation says who is waited for, and who cannot verify what is issued.
+func (a *Authority) watchRotation(s rotation.State, v rotation.View) {
+	active, _ := s.Active()
+	waits := s.Waiting(v)
+	lacking := s.Lacking(active.ID, v)
+	var held, without error
+	if next, ok := s.Next(); ok && waits != nil && len(waits.Nodes) > 0 && waits.Until.IsZero() {
+		held = fmt.Errorf("root %s is published and not used yet, because agents have not acknowledged it on: %s; from %s on it is used whoever is missing (`signet ca authority list`)",
+			next.ID, strings.Join(waits.Nodes, ", "), active.End.Add(-v.Rules.Deadline).Format(time.RFC3339))
+	}
+	a.alarm("next root", held)
+	// Agents say what they acknowledged again when they are back after a start.
+	if len(lacking) > 0 && time.Since(a.began) > a.cfg.Propagation {
+		without = fmt.Errorf("root %s is in use, and agents have not acknowledged it on: %s; what is issued does not verify there until they are back", active.ID, strings.Join(lacking, ", "))
+	}
+	a.alarm("active root", without)
+	missing := 0
+	if waits != nil {
+		missing = len(waits.Nodes)
+	}
+	a.metrics.waitsFor.Set(float64(missing))
+	a.metrics.lacking.Set(float64(len(lacking)))
+}
+
+// counting are the agents that are waited for, with what they acknowledged: until their
+// node is gone, or the last SVID that they can have been given has ended.
+func (a *Authority) counting() (out []rotation.Agent) {
+	as := a.agents
+	if as == nil {
+		return nil // nobody serves agents yet
+	}
+	newest := a.trust.Value().Sequence()
+	as.mu.RLock()
+	defer as.mu.RUnlock()
+	gone := map[string]bool{}
+	for _, r := range as.bySerial {
+		c := rotation.Agent{Node: r.Node, Until: r.until(a.cfg.SVID.TTL)}
+		if s := as.streams[r.Node]; s != nil {
+			c.Acknowledged, c.Renewed = s.acknowledged, s.renewed
+		}
+		if min(c.Acknowledged, c.Renewed) < newest {
+			key := r.Node + "\x00" + r.NodeUID
+			is, known := gone[key]
+			if !known {
+				is = a.nodeGone(r)
+				gone[key] = is
+			}
+			if is {
+				continue
+			}
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// nodeGone reports whether no pod is left on the node that an agent was attested on.
+func (a *Authority) nodeGone(r *agent) bool {
+	pods, _ := a.cfg.Pods.OnNode(r.Node)
+	for _, w := range pods {
+		if w.NodeUID == "" || r.NodeUID == "" || w.NodeUID == r.NodeUID {
+			return false
+		}
+	}
+	return true
+}
+
+// behind are the nodes of agents that count and have not acknowledged a state of trust.
+func (a *Authority) behind(sequence uint64, now time.Time) (nodes []string) {
+	for _, c := range a.counting() {
+		if now.Before(c.Until) && c.Acknowledged < sequence && !slices.Contains(nodes, c.Node) {
+			nodes = append(nodes, c.Node)
+		}
+	}
+	slices.Sort(nodes)
+	return nodes
+}
+
+// journalUnchanged is the condition that the journal is the one that this replica has.
+func (a *Authority) journalUnchanged() storage.Cond {
+	a.journalMu.Lock()
+	defer a.journalMu.Unlock()
+	return storage.Cond{Key: journalKey, Revision: a.journalRevision}
+}

@@ -1,0 +1,269 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/rotation"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// errForeignRoot is why nothing can be rotated where the root is somebody else's.
+var errForeignRoot = errors.New("the root is not this authority's own: whoever has it replaces it")
+
+// Authorities implements signet.ca.v1.Admin.
+func (s admin) Authorities(context.Context, *capb.AuthoritiesRequest) (*capb.AuthoritiesResponse, error) {
+	resp, err := s.a.authoritiesStatus()
+	if err != nil {
+		s.a.cfg.Log.Error("listing authorities failed", "err", err)
+		return nil, status.Error(codes.Internal, err.Error()) // an operator may know
+	}
+	return resp, nil
+}
+
+func (a *Authority) authoritiesStatus() (*capb.AuthoritiesResponse, error) {
+	now, err := a.clock.now()
+	if err != nil {
+		return nil, err
+	}
+	j := a.current()
+	s, err := j.rotation()
+	if err != nil {
+		return nil, err
+	}
+	resp := &capb.AuthoritiesResponse{TrustSequence: j.Sequence, Foreign: a.cfg.source() != sourceOwn, TaintSpread: durationpb.New(a.cfg.TaintSpread)}
+	for _, e := range j.Authorities {
+		c, err := e.cert()
+		if err != nil {
+			return nil, err
+		}
+		if c == nil {
+			continue
+		}
+		p := &capb.AuthorityStatus{Kind: e.Kind, State: e.State, SubjectKeyId: c.SubjectKeyId, Id: authorityID(c), Sequence: e.Sequence,
+			NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter), Since: stamp(e.Since), Tainted: stamp(e.Tainted), Leaves: stamp(e.Leaves)}
+		for _, r := range j.Authorities {
+			if root, err := r.cert(); e.Kind == kindIntermediate && r.Kind == kindRoot && err == nil && bytes.Equal(root.SubjectKeyId, c.AuthorityKeyId) {
+				p.Root = authorityID(root)
+			}
+		}
+		resp.Authorities = append(resp.Authorities, p)
+	}
+	if resp.Foreign {
+		return resp, nil
+	}
+	v := a.rotationView(now)
+	active, _ := s.Active()
+	if next, ok := s.Next(); ok {
+		resp.Deadline = timestamppb.New(active.End.Add(-v.Rules.Deadline))
+		if w := s.Waiting(v); w != nil {
+			resp.Activation = waitToProto(next.ID, w)
+		}
+	}
+	resp.Lacking = s.Lacking(active.ID, v)
+	for _, r := range s.Roots {
+		if w := s.Unreplaced(r.ID, v); w != nil {
+			resp.Revocations = append(resp.Revocations, waitToProto(r.ID, w))
+		}
+	}
+	return resp, nil
+}
+
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func waitToProto(id string, w *rotation.WaitingError) *capb.RotationWait {
+	p := &capb.RotationWait{Id: id, Nodes: w.Nodes, Until: stamp(w.Until)}
+	for _, r := range w.Replicas {
+		p.Replicas = append(p.Replicas, uint32(r))
+	}
+	return p
+}
+
+// Rotate implements signet.ca.v1.Admin.
+func (s admin) Rotate(ctx context.Context, q *capb.RotateRequest) (*capb.RotateResponse, error) {
+	id, err := s.a.rotateBy(ctx, q, operator(ctx))
+	var waits *rotation.WaitingError
+	switch {
+	case errors.As(err, &waits):
+		return &capb.RotateResponse{Waits: waitToProto(id, waits), Id: id}, nil
+	case errors.Is(err, rotation.ErrUnknown):
+		return nil, status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, rotation.ErrStage), errors.Is(err, errForeignRoot), errors.Is(err, errSharedRoot), errors.Is(err, errFixedKey):
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	case err != nil:
+		s.a.cfg.Log.Error("a step of a rotation failed", "step", q.GetStep().String(), "err", err)
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	s.a.cfg.Log.Warn("an operator rotates authorities", "step", q.GetStep().String(), "id", id, "force", q.GetForce(), "by", operator(ctx))
+	return &capb.RotateResponse{Id: id}, nil
+}
+
+// rotateBy does one step for an operator. It returns the authority that it is about.
+func (a *Authority) rotateBy(ctx context.Context, q *capb.RotateRequest, by string) (id string, err error) {
+	if a.cfg.source() != sourceOwn {
+		return "", errForeignRoot
+	}
+	if a.cfg.shared() && q.GetStep() != capb.RotateRequest_STEP_RENEW {
+		return "", errSharedRoot
+	}
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
+	now, err := a.clock.now()
+	if err != nil {
+		return "", err
+	}
+	o := rotation.Override("")
+	if q.GetForce() {
+		o = rotation.Force
+	}
+	next := func() (rotation.Root, error) {
+		s, err := a.rotationState()
+		r, _ := s.Next()
+		return r, err
+	}
+	switch q.GetStep() {
+	case capb.RotateRequest_STEP_PREPARE:
+		r, err := next()
+		if err == nil && r.Stage != rotation.Prepared { // a crash came between
+			err = a.prepareRoot(ctx)
+		}
+		if err == nil {
+			err = a.publishRoot(ctx, now)
+		}
+		if err == nil {
+			r, err = next()
+		}
+		return r.ID, err
+	case capb.RotateRequest_STEP_ACTIVATE:
+		r, err := next()
+		if err == nil {
+			err = a.activateRoot(ctx, o, by)
+		}
+		if err == nil {
+			// Run would do it in its next round.
+			err = a.renewIntermediate(ctx)
+		}
+		if err == nil {
+			err = a.renewServing(ctx)
+		}
+		return r.ID, err
+	case capb.RotateRequest_STEP_TAINT:
+		return q.GetId(), a.taint(ctx, q.GetId(), now)
+	case capb.RotateRequest_STEP_REVOKE:
+		return q.GetId(), a.revokeRoot(ctx, q.GetId(), o, by)
+	case capb.RotateRequest_STEP_DISCARD:
+		return q.GetId(), a.discardRoot(ctx, q.GetId())
+	case capb.RotateRequest_STEP_RENEW:
+		err := a.renewIntermediate(ctx)
+		return authorityID(a.intermediate.Load().cert), err
+	}
+	return "", fmt.Errorf("%w: a step that this authority does not know", rotation.ErrStage)
+}
+
+// taint has agents replace what is below an authority. An intermediate that signs is
+// replaced itself first, so that it signs nothing after that. rotationMu is held.
+func (a *Authority) taint(ctx context.Context, id string, now time.Time) error {
+	s, err := a.rotationState()
+	if err != nil {
+		return err
+	}
+	if _, err := s.Taint(id, now); err != nil {
+		return err
+	}
+	if err := a.leave(ctx, func(iss *issuer, root string) bool { return authorityID(iss.cert) == id || root == id }); err != nil {
+		return fmt.Errorf("tainting %s: %w", id, err)
+	}
+	// The mark is of a key: one that still signs would taint what takes its place.
+	signs := a.intermediate.Load().cert
+	for _, e := range a.current().Authorities {
+		c, err := e.cert()
+		if err != nil {
+			return err
+		}
+		if c != nil && authorityID(c) == id && bytes.Equal(c.SubjectKeyId, signs.SubjectKeyId) {
+			return fmt.Errorf("tainting %s: %w: its key is the one that signs: authority.keys.intermediate names one key; name another", id, rotation.ErrStage)
+		}
+	}
+	return a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Taint(id, now) })
+}
+
+// revokeRoot takes a tainted root out of the bundle. rotationMu is held.
+func (a *Authority) revokeRoot(ctx context.Context, id string, o rotation.Override, by string) error {
+	now, err := a.clock.now()
+	if err != nil {
+		return err
+	}
+	v := a.rotationView(now)
+	s, err := a.rotationState()
+	if err != nil {
+		return err
+	}
+	if _, err := s.Revoke(id, v, rotation.Force); err != nil {
+		return err // whoever is waited for
+	}
+	if err := a.leave(ctx, func(_ *issuer, root string) bool { return root == id }); err != nil {
+		return fmt.Errorf("revoking %s: %w", id, err)
+	}
+	if a.servingDue(now) {
+		if err := a.renewServing(ctx); err != nil {
+			return fmt.Errorf("revoking %s: %w", id, err)
+		}
+	}
+	if s, err = a.rotationState(); err != nil {
+		return err
+	}
+	if _, err := s.Revoke(id, v, o); err != nil {
+		return err
+	}
+	if err := a.recordOverride(ctx, id, "revoked", o, by, s.Unreplaced(id, v)); err != nil {
+		return err
+	}
+	return a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Revoke(id, v, o) })
+}
+
+// leave takes another intermediate below the active root if the present one is what
+// must sign no more; its list, if there are any, is not waited for. rotationMu is held.
+func (a *Authority) leave(ctx context.Context, must func(iss *issuer, root string) bool) error {
+	signs := func() (bool, error) {
+		iss := a.intermediate.Load()
+		root, err := a.rootOf(iss, a.current())
+		if err != nil {
+			return false, err
+		}
+		return must(iss, authorityID(root)), nil
+	}
+	still, err := signs()
+	if err != nil || !still {
+		return err
+	}
+	root := authorityID(a.root.Load().cert)
+	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {
+		if err := a.settled(ctx, s); err != nil {
+			return err
+		}
+	} else if err := a.renewIntermediate(ctx); err != nil {
+		return err
+	}
+	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {
+		if err := a.settled(ctx, s); err != nil {
+			return err
+		}
+	}
+	if still, err = signs(); err == nil && still {
+		err = fmt.Errorf("%w: it signs", rotation.ErrStage)
+	}
+	return err
+}
