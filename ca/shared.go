@@ -47,7 +47,12 @@ func (c Config) CheckShared() error {
 	var errs []error
 	if root := c.Keys.Made[keys.Root]; c.source() == sourceOwn && (root == "" || strings.HasPrefix(root, "softkms:")) {
 		errs = append(errs, errors.New("authority.keys.root is a file, and state is shared (storage.etcd): each replica would hold the key of the root, "+
-			"so that taking any one over is taking all; keep the root in a key device (authority.keys.root), offline (authority.offlineRoot) or with another authority (authority.upstream)"))
+			"so that taking any one over is taking all; keep the root offline (authority.offlineRoot) or with another authority (authority.upstream)"))
+	} else if c.source() == sourceOwn {
+		// A root must stay trusted while any replica's leaves live, and a new one wait for
+		// the agents of all: no replica knows that of the others yet.
+		errs = append(errs, errors.New("authority.keys.root is a root of this authority's own, and state is shared (storage.etcd): replicas do not yet replace a root together; "+
+			"keep the root offline (authority.offlineRoot) or with another authority (authority.upstream)"))
 	}
 	if c.CRL.Enabled {
 		errs = append(errs, errors.New("authority.crl.enabled, and state is shared (storage.etcd): each replica signs a list of its own, and a sequence of trust has to mean one set of lists; "+

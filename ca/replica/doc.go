@@ -8,6 +8,8 @@
 //	                   of its journal: the key of its log, its intermediates
 //	replica-loss/NNN   what the authority calls log-loss, of instance NNN
 //
+//	moved              a state that was moved, or is being moved: it is not used
+//
 // Everything else is in common: agents, revocations, retired instances.
 //
 // A replica is a folder: it has keys that nobody else has. It claims an instance once, by

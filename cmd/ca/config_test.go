@@ -63,6 +63,7 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"a workload that has no name":        {withKeys(t) + "workloads:\n- {namespace: a/b, serviceAccount: b, pod: c, podUID: d, node: e}\n", "workloads[0]"},
 		"a workload without an address":      {withKeys(t) + "workloads:\n- {namespace: a, serviceAccount: b, pod: c, podUID: d, node: e, addresses: [x]}\n", "not an IP address"},
 		"etcd and the root in a file":        {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"]}}\n", "each replica would hold the key of the root"},
+		"etcd and a root in a token":         {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"]}}\nauthority: {keys: {root: \"pkcs11:token=a\"}}\n", "do not yet replace a root together"},
 		"etcd and lists":                     {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"]}}\nauthority: {offlineRoot: true, crl: {enabled: true}}\n", "authority.crl.enabled"},
 		"etcd without members":               {withKeys(t) + "storage: {etcd: {caFile: a}}\n", "storage.etcd.endpoints is empty"},
 		"half a pair for etcd":               {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"], certFile: a}}\n", "both or neither"},
