@@ -58,6 +58,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
 	go test -timeout 60m ./ca/rotation -states 1000000 -walks 10000 -v
 	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
+	go test -timeout 20m ./ca/caclient -run TestStorm -storm 10000 -v
 	go run ./integration/fuzz -time 10m ./...
 
 FUZZTIME ?= 10s

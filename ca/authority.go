@@ -85,6 +85,10 @@ type Authority struct {
 	servingRenew time.Time // guarded by servingMu
 	losses       losses
 	strangers    chan struct{} // a place for each first attestation under way
+	queue        *queue        // of what agents ask for
+	identities   *rates        // by node and SPIFFE ID
+	clients      *rates        // of other doors, by pod
+	streams      *rates        // RPCs of agents, by node
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
 	// metrics count every refusal.
@@ -295,6 +299,9 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.began = time.Now()
+	l := cfg.Limits
+	a.queue = newQueue(queueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
+	a.identities, a.clients, a.streams = newRates(l.IdentityRate, l.IdentityBurst), newRates(l.ClientRate, l.ClientBurst), newRates(streamRate, streamBurst)
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
 }

@@ -114,10 +114,27 @@ type Config struct {
 	Log *slog.Logger
 	// Metrics is where metrics are registered; nil means nowhere.
 	Metrics prometheus.Registerer
+	// Limits bound what agents and clients can ask for.
+	Limits LimitsConfig
 	// LogOptions and StoreOptions pass the storage engine's seams through, for
 	// tests. The zero values are right for use.
 	LogOptions   storage.LogOptions
 	StoreOptions storage.BoltOptions
+}
+
+// LimitsConfig bounds what callers can make the authority do. A rate of 0 is no limit; of
+// the others 0 means the default.
+type LimitsConfig struct {
+	// AgentRate is how many items an agent may ask for in a second, AgentBurst how many
+	// at once.
+	AgentRate, AgentBurst int
+	// IdentityRate and IdentityBurst are those of one SPIFFE ID on one node.
+	IdentityRate, IdentityBurst int
+	// ClientRate and ClientBurst are those of a client of another door, a pod.
+	ClientRate, ClientBurst int
+	// Connections are open at once at each door; 0 means 32768. Handshakes are under way
+	// at once, and HandshakesPerAddress those of one address; 0 means 128 and 64.
+	Connections, Handshakes, HandshakesPerAddress int
 }
 
 // CRLConfig says how revoked certificates are published: as one certificate

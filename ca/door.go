@@ -171,3 +171,6 @@ func (a *Authority) Issuances(ctx context.Context, since time.Time) iter.Seq2[*c
 		}
 	}
 }
+
+// Issued is how many records its issuance log has, of certificates and decisions.
+func (a *Authority) Issued() uint64 { return a.log.Head().Sequence }

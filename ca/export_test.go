@@ -11,6 +11,7 @@ import (
 	"github.com/signet-mesh/signet/storage"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/credentials"
 )
 
 var (
@@ -146,3 +147,49 @@ func (a *Authority) Banned(serial []byte) bool { return a.banned().set.Serial(se
 
 // TendBans does the background work of bans once.
 func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }
+
+// Busy is why a request was sent away.
+type Busy = busy
+
+// Queue is what agents' requests wait in.
+type Queue struct{ q *queue }
+
+func NewQueue(items int, wait time.Duration) Queue {
+	return Queue{newQueue(queueConfig{Items: items, Wait: wait})}
+}
+
+func (q Queue) Enter(ctx context.Context, agent string, items int, renewal bool) (func(), error) {
+	u := urgent
+	if renewal {
+		u = inTime
+	}
+	return q.q.enter(ctx, ask{Agent: agent, urgency: u, Items: items, Bytes: 100})
+}
+
+// Waiting is how many items wait, in any line.
+func (q Queue) Waiting() int {
+	q.q.mu.Lock()
+	defer q.q.mu.Unlock()
+	return q.q.items[urgent] + q.q.items[inTime]
+}
+
+// Rates are limiters by name.
+type Rates struct{ r *rates }
+
+func NewRates(limit, burst int) Rates { return Rates{newRates(limit, burst)} }
+
+func (r Rates) Take(name string, n int, now time.Time) time.Duration { return r.r.take(name, n, now) }
+
+// GuardWith guards credentials, with bounds of all connections, of handshakes, and of
+// those of an address.
+func GuardWith(c credentials.TransportCredentials, all, handshakes, address int) credentials.TransportCredentials {
+	return guard(c, connectionsConfig{Connections: all, Handshakes: handshakes, PerAddress: address})
+}
+
+// OpenConnections is how many connections count as open.
+func OpenConnections(c credentials.TransportCredentials) int {
+	d := c.(guarded).connections
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.open
+}

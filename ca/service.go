@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -37,7 +38,9 @@ const (
 	maxHeaders      = 16 << 10 // bytes of an RPC's headers
 	maxStreams      = 16       // of one connection at once; an agent needs four
 	maxStrangers    = 32       // first attestations that are read at once
-	strangerTime    = 15 * time.Second
+	strangerTime    = 10 * time.Second
+	streamRate      = 50 // RPCs of an agent in a second; it needs a few in an hour
+	streamBurst     = 500
 	maxInFlight     = 4 // batches of one stream that are worked on at once
 	maxToken        = 16 << 10
 	maxPodUID       = 64
@@ -64,7 +67,7 @@ type service struct {
 // attestations, for some seconds each.
 func (a *Authority) NewServer() *grpc.Server {
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(a.tlsConfig())),
+		grpc.Creds(a.Guard("agents", credentials.NewTLS(a.tlsConfig()))),
 		grpc.InTapHandle(a.admit),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
@@ -174,7 +177,10 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 // one of a few places for some seconds; everybody else must be an agent.
 func (a *Authority) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	if info.FullMethodName != capb.Authority_Attest_FullMethodName || hasCertificate(ctx) {
-		_, err := a.caller(ctx)
+		r, err := a.caller(ctx)
+		if err == nil && a.streams.take(r.Node, 1, time.Now()) > 0 {
+			err = status.Error(codes.ResourceExhausted, "too many calls at once; try again later")
+		}
 		return ctx, err
 	}
 	select {
@@ -256,6 +262,8 @@ func ended(ctx context.Context) error {
 // code turns an error into what a client may learn. It is the one place for that.
 func code(err error) error {
 	switch {
+	case errors.As(err, new(*busy)):
+		return status.Error(codes.ResourceExhausted, "too much is asked for at once; try again later")
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrClock):
 		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
 	case errors.Is(err, ErrBanned):
@@ -326,6 +334,11 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	leave, err := a.queue.enter(ctx, ask{Agent: r.Node, Items: 1, Bytes: len(req.GetPublicKey())})
+	if err != nil {
+		return nil, code(err)
+	}
+	defer leave()
 	out, err := a.issue(ctx, a.intermediate.Load(), []certificate{{
 		kind: capb.IssuanceRecord_KIND_AGENT, evidence: evidence, id: id, pub: pub, ttl: a.cfg.SVID.AgentTTL,
 		node: r.Node, podUID: r.PodUID, requester: requester,
@@ -493,6 +506,19 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 		}
 	}
 	if len(certs) > 0 {
+		// After the checks, which may have to wait for others: capacity is for work.
+		leave, err := a.queue.enter(ctx, ask{Agent: r.Node, urgency: a.urgency(req, start), Items: len(certs), Bytes: proto.Size(req)})
+		if err != nil {
+			retry := retryFailure
+			if b := new(busy); errors.As(err, &b) {
+				retry = b.After
+			}
+			for _, i := range at {
+				refuse(i, capb.Refusal_CODE_BUSY, retry, "the authority has too much to do")
+			}
+			return resp
+		}
+		defer leave()
 		out, err := a.issue(ctx, a.intermediate.Load(), certs)
 		if err != nil {
 			a.cfg.Log.Error("issuing failed", "node", r.Node, "err", err)
@@ -593,8 +619,36 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	if a.revoked.Value().Has(r.serial) {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_EVIDENCE, public: "the agent's SVID was revoked", err: fmt.Errorf("agent SVID %x was revoked", r.serial)}
 	}
+	if after := a.identities.take(r.Node+" "+c.id.String(), 1, time.Now()); after > 0 {
+		return certificate{}, &refusal{code: capb.Refusal_CODE_BUSY, retry: max(after, time.Second), public: "the identity is asked for too often",
+			err: fmt.Errorf("%s is asked for too often on node %s", c.id, r.Node)}
+	}
 	c.podUID = w.PodUID
 	return c, nil
+}
+
+// urgency is that of a batch: of its most urgent item. Who holds nothing, or what is
+// about to end, cannot wait as others can.
+func (a *Authority) urgency(req *capb.IssueRequest, now time.Time) urgency {
+	for _, item := range req.GetItems() {
+		if u := item.GetHeldUntil(); u == nil || u.AsTime().Sub(now) < a.cfg.SVID.TTL/8 {
+			return urgent
+		}
+	}
+	return inTime
+}
+
+// Guard bounds what connections of a door can hold before anybody has proved anything.
+// door is its name in metrics.
+func (a *Authority) Guard(door string, c credentials.TransportCredentials) credentials.TransportCredentials {
+	l := a.cfg.Limits
+	return guard(c, connectionsConfig{Connections: l.Connections, Handshakes: l.Handshakes, PerAddress: l.HandshakesPerAddress, Name: door, Metrics: a.cfg.Metrics})
+}
+
+// TooOften is after which time a client of another door, the pod with that UID, may ask
+// again; 0: now, and then that is counted.
+func (a *Authority) TooOften(podUID string) time.Duration {
+	return a.clients.take(podUID, 1, time.Now())
 }
 
 func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {

@@ -15,6 +15,9 @@ type Request struct {
 	// alive on the caller's node.
 	Token  string
 	PodUID string
+	// HeldUntil is when the SVID ends that there is already; zero if there is none. An
+	// authority that cannot answer all at once may put off who can wait.
+	HeldUntil time.Time
 }
 
 // Result answers one Request.

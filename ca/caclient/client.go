@@ -105,6 +105,8 @@ type Config struct {
 	// Enforce puts bans in force; it is called by New with those that were saved, and
 	// with others before they are acknowledged. Nil: nobody is denied.
 	Enforce func(*identity.Bans)
+	// Dial connects to one of Addresses; nil means TCP.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// Version goes into the authority's log.
 	Version string
 	// Log is for operators; nil discards it. Metrics may be nil.
@@ -370,6 +372,16 @@ func (c *Client) attest(ctx context.Context) (*Credential, error) {
 	}
 	defer conn.Close()
 	cred, err := c.exchange(ctx, conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: token}})
+	// An authority that has too much to do says so on a connection that is good: to give
+	// that up would cost it another handshake for each attempt.
+	for attempt := 3; status.Code(err) == codes.ResourceExhausted && attempt < 20; attempt++ {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("attesting: %w", ctx.Err())
+		case <-time.After(delay(attempt, mathrand.Float64())):
+		}
+		cred, err = c.exchange(ctx, conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: token}})
+	}
 	if err != nil {
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
@@ -448,14 +460,18 @@ func (c *Client) believe(p *capb.Trust) error {
 
 func (c *Client) dial(client *tls.Certificate) (*grpc.ClientConn, error) {
 	cfg := tlsConfig(c.cfg.TrustDomain, c.pin, c.trust.Value, client)
-	return grpc.NewClient("signet:///authority",
+	var options []grpc.DialOption
+	if c.cfg.Dial != nil {
+		options = append(options, grpc.WithContextDialer(c.cfg.Dial))
+	}
+	return grpc.NewClient("signet:///authority", append(options,
 		grpc.WithResolvers(replicas(c.cfg.Addresses)),
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
-			Backoff: backoff.Config{BaseDelay: minBackoff, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 3 * time.Second}}))
+			Backoff: backoff.Config{BaseDelay: minBackoff, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 3 * time.Second}}))...)
 }
 
 func readToken(path string) (string, error) {

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // replicas resolves to the fixed list of addresses; grpc's pick_first stays with
@@ -354,6 +355,9 @@ func toItems(reqs []identity.Request) []*capb.IssueItem {
 			item.Evidence = &capb.IssueItem_Token{Token: r.Token}
 		} else {
 			item.Evidence = &capb.IssueItem_PodUid{PodUid: r.PodUID}
+		}
+		if !r.HeldUntil.IsZero() {
+			item.HeldUntil = timestamppb.New(r.HeldUntil)
 		}
 		items[i] = item
 	}

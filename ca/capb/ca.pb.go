@@ -516,7 +516,10 @@ type IssueItem struct {
 	//
 	//	*IssueItem_X509
 	//	*IssueItem_Jwt
-	Kind          isIssueItem_Kind `protobuf_oneof:"kind"`
+	Kind isIssueItem_Kind `protobuf_oneof:"kind"`
+	// held_until is when the SVID ends that the agent has for this identity; unset if it
+	// has none. Who can wait is worked on after who cannot; it counts for nothing else.
+	HeldUntil     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=held_until,json=heldUntil,proto3" json:"held_until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -604,6 +607,13 @@ func (x *IssueItem) GetJwt() *JWTKind {
 		if x, ok := x.Kind.(*IssueItem_Jwt); ok {
 			return x.Jwt
 		}
+	}
+	return nil
+}
+
+func (x *IssueItem) GetHeldUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeldUntil
 	}
 	return nil
 }
@@ -4347,14 +4357,16 @@ const file_ca_proto_rawDesc = "" +
 	"\brenew_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\arenewAt\"M\n" +
 	"\fIssueRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12-\n" +
-	"\x05items\x18\x02 \x03(\v2\x17.signet.ca.v1.IssueItemR\x05items\"\xca\x01\n" +
+	"\x05items\x18\x02 \x03(\v2\x17.signet.ca.v1.IssueItemR\x05items\"\x85\x02\n" +
 	"\tIssueItem\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x01 \x01(\fR\tpublicKey\x12\x16\n" +
 	"\x05token\x18\x02 \x01(\tH\x00R\x05token\x12\x19\n" +
 	"\apod_uid\x18\x03 \x01(\tH\x00R\x06podUid\x12,\n" +
 	"\x04x509\x18\x04 \x01(\v2\x16.signet.ca.v1.X509KindH\x01R\x04x509\x12)\n" +
-	"\x03jwt\x18\x05 \x01(\v2\x15.signet.ca.v1.JWTKindH\x01R\x03jwtB\n" +
+	"\x03jwt\x18\x05 \x01(\v2\x15.signet.ca.v1.JWTKindH\x01R\x03jwt\x129\n" +
+	"\n" +
+	"held_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\theldUntilB\n" +
 	"\n" +
 	"\bevidenceB\x06\n" +
 	"\x04kind\"\n" +
@@ -4756,110 +4768,111 @@ var file_ca_proto_depIdxs = []int32{
 	7,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	8,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	9,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
-	11, // 8: signet.ca.v1.IssueResponse.results:type_name -> signet.ca.v1.IssueResult
-	5,  // 9: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
-	12, // 10: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
-	13, // 11: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	63, // 12: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
-	0,  // 13: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	64, // 14: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	22, // 15: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
-	18, // 16: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
-	22, // 17: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
-	17, // 18: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
-	16, // 19: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
-	21, // 20: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
-	63, // 21: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
-	20, // 22: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
-	19, // 23: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
-	21, // 24: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	64, // 25: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
-	20, // 26: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	63, // 27: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	63, // 28: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
-	25, // 29: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	62, // 30: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	55, // 31: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	22, // 32: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	61, // 33: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	22, // 34: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	63, // 35: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	63, // 36: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	63, // 37: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	65, // 38: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
-	22, // 39: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
-	32, // 40: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
-	22, // 41: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	63, // 42: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	63, // 43: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	41, // 44: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	63, // 45: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	63, // 46: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	41, // 47: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	63, // 48: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
-	50, // 49: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	50, // 50: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	50, // 51: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
-	52, // 52: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
-	63, // 53: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
-	63, // 54: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
-	51, // 55: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
-	63, // 56: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
-	63, // 57: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	63, // 58: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	63, // 59: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
-	63, // 60: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
-	63, // 61: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
-	55, // 62: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	58, // 63: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
-	63, // 64: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
-	58, // 65: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
-	64, // 66: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
-	63, // 67: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	1,  // 68: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
-	58, // 69: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
-	63, // 70: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	2,  // 71: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	6,  // 72: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	14, // 73: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	23, // 74: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	26, // 75: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	28, // 76: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	30, // 77: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	33, // 78: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	53, // 79: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	35, // 80: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	37, // 81: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	39, // 82: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	56, // 83: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
-	59, // 84: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
-	42, // 85: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	44, // 86: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	46, // 87: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	48, // 88: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	4,  // 89: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	10, // 90: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	15, // 91: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	24, // 92: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	27, // 93: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	29, // 94: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	31, // 95: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	34, // 96: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	54, // 97: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	36, // 98: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	38, // 99: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	40, // 100: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	57, // 101: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
-	60, // 102: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
-	43, // 103: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	45, // 104: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	47, // 105: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	49, // 106: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	89, // [89:107] is the sub-list for method output_type
-	71, // [71:89] is the sub-list for method input_type
-	71, // [71:71] is the sub-list for extension type_name
-	71, // [71:71] is the sub-list for extension extendee
-	0,  // [0:71] is the sub-list for field type_name
+	63, // 8: signet.ca.v1.IssueItem.held_until:type_name -> google.protobuf.Timestamp
+	11, // 9: signet.ca.v1.IssueResponse.results:type_name -> signet.ca.v1.IssueResult
+	5,  // 10: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
+	12, // 11: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
+	13, // 12: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
+	63, // 13: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	0,  // 14: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
+	64, // 15: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	22, // 16: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
+	18, // 17: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
+	22, // 18: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
+	17, // 19: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
+	16, // 20: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
+	21, // 21: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
+	63, // 22: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
+	20, // 23: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
+	19, // 24: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
+	21, // 25: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
+	64, // 26: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
+	20, // 27: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
+	63, // 28: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	63, // 29: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	25, // 30: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
+	62, // 31: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	55, // 32: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	22, // 33: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	61, // 34: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	22, // 35: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	63, // 36: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	63, // 37: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	63, // 38: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	65, // 39: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	22, // 40: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	32, // 41: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	22, // 42: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	63, // 43: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	63, // 44: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	41, // 45: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	63, // 46: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	63, // 47: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	41, // 48: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	63, // 49: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	50, // 50: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	50, // 51: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	50, // 52: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	52, // 53: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	63, // 54: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	63, // 55: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	51, // 56: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	63, // 57: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	63, // 58: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	63, // 59: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	63, // 60: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
+	63, // 61: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
+	63, // 62: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
+	55, // 63: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	58, // 64: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	63, // 65: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	58, // 66: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	64, // 67: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	63, // 68: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	1,  // 69: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
+	58, // 70: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	63, // 71: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 72: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	6,  // 73: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	14, // 74: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	23, // 75: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	26, // 76: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	28, // 77: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	30, // 78: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	33, // 79: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	53, // 80: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	35, // 81: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	37, // 82: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	39, // 83: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	56, // 84: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	59, // 85: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	42, // 86: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	44, // 87: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	46, // 88: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	48, // 89: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 90: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 91: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 92: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 93: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 94: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 95: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 96: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 97: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	54, // 98: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	36, // 99: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	38, // 100: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	40, // 101: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	57, // 102: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	60, // 103: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	43, // 104: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	45, // 105: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	47, // 106: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	49, // 107: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	90, // [90:108] is the sub-list for method output_type
+	72, // [72:90] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }

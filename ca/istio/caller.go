@@ -59,6 +59,10 @@ func (d *Door) admit(ctx context.Context, info *tap.Info) (context.Context, erro
 		}
 		return ctx, errCaller
 	}
+	if d.cfg.Authority.TooOften(c.workload.PodUID) > 0 {
+		d.metrics.busy.Inc()
+		return ctx, errBusy
+	}
 	if !d.places.take(c.workload.PodUID) {
 		d.metrics.busy.Inc()
 		return ctx, errBusy

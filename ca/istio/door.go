@@ -191,7 +191,7 @@ func set(list []string) map[string]struct{} {
 // that verifies under the roots of the trust domain.
 func (d *Door) NewServer() *grpc.Server {
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(d.tlsConfig())),
+		grpc.Creds(d.cfg.Authority.Guard("istio", credentials.NewTLS(d.tlsConfig()))),
 		grpc.InTapHandle(d.admit),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),

@@ -91,6 +91,8 @@ type config struct {
 	} `yaml:"issuanceLog"`
 	// Istio is the door for Istio's own clients.
 	Istio istioConfig `yaml:"istio"`
+	// Limits bound what agents and clients can ask for.
+	Limits limitsConfig `yaml:"limits"`
 	// Workloads lists every pod, agents' own included, where there is no
 	// Kubernetes.
 	Workloads []workload     `yaml:"workloads"`
@@ -127,6 +129,8 @@ func defaults() config {
 	c.Agents.TokenEvery = 24 * time.Hour
 	c.IssuanceLog.HeadInterval, c.IssuanceLog.Retention = 10*time.Second, 90*24*time.Hour
 	c.Istio = istioDefaults()
+	c.Limits = limitsConfig{AgentRate: 200, AgentBurst: 4000, IdentityRate: 5, IdentityBurst: 300, ClientRate: 100, ClientBurst: 2000,
+		Connections: 32768, Handshakes: 128, HandshakesPerAddress: 64}
 	c.Log = run.LogConfig{Format: "text", Level: "info"}
 	c.HTTP.Listen = ":9101"
 	return c
@@ -152,10 +156,43 @@ func loadConfig(path string) (config, error) {
 	if err := c.sharedState(); err != nil {
 		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
+	if err := c.Limits.check(); err != nil {
+		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
+	}
 	if err := c.Istio.complete(c); err != nil {
 		return config{}, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
 	return c, nil
+}
+
+// limitsConfig bounds what agents and clients can ask for.
+type limitsConfig struct {
+	// AgentRate is how many SVIDs an agent may ask for in a second, AgentBurst how many
+	// at once; the others are the same for a SPIFFE ID on a node, and for a client of
+	// Istio's RPC.
+	AgentRate     int `yaml:"agentRate"`
+	AgentBurst    int `yaml:"agentBurst"`
+	IdentityRate  int `yaml:"identityRate"`
+	IdentityBurst int `yaml:"identityBurst"`
+	ClientRate    int `yaml:"clientRate"`
+	ClientBurst   int `yaml:"clientBurst"`
+	// Connections are open at once at each port, Handshakes under way at once, and
+	// HandshakesPerAddress those of one address.
+	Connections          int `yaml:"connections"`
+	Handshakes           int `yaml:"handshakes"`
+	HandshakesPerAddress int `yaml:"handshakesPerAddress"`
+}
+
+func (l limitsConfig) check() error {
+	for _, n := range []int{l.AgentRate, l.AgentBurst, l.IdentityRate, l.IdentityBurst, l.ClientRate, l.ClientBurst} {
+		if n < 0 {
+			return errors.New("limits: a rate or a burst is negative; 0 is no limit")
+		}
+	}
+	if l.Connections < 1 || l.Handshakes < 1 || l.HandshakesPerAddress < 1 {
+		return errors.New("limits.connections, limits.handshakes and limits.handshakesPerAddress: must be at least 1")
+	}
+	return nil
 }
 
 // oneWorld refuses a configuration of which it cannot be said whether Kubernetes or
@@ -232,6 +269,7 @@ func (c config) authority() (ca.Config, error) {
 		TrustDomain: td, Instance: c.Instance, DataDir: c.DataDir, DNSNames: c.DNSNames,
 		SVID:       ca.SVIDConfig{TTL: c.SVID.TTL, AgentTTL: c.SVID.AgentTTL, MinTTL: c.SVID.MinTTL, MaxTTL: c.SVID.MaxTTL, Backdate: c.SVID.Backdate, AcceptedKeys: c.SVID.AcceptedKeys},
 		TokenEvery: c.Agents.TokenEvery, HeadInterval: c.IssuanceLog.HeadInterval, LogRetention: c.IssuanceLog.Retention,
+		Limits: ca.LimitsConfig(c.Limits),
 	}
 	c.Authority.apply(&cfg)
 	if c.Istio.Listen != "" {

@@ -72,7 +72,7 @@ func (h *Holder) attempt(ctx context.Context, b *batch) {
 			return
 		}
 		keys[i] = key
-		requests[i] = identity.Request{PublicKey: spki, Token: it.evidence.token, PodUID: it.evidence.pod}
+		requests[i] = identity.Request{PublicKey: spki, Token: it.evidence.token, PodUID: it.evidence.pod, HeldUntil: it.held}
 	}
 	results, err := h.issuer.Issue(ctx, requests)
 	if err != nil {

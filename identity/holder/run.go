@@ -113,6 +113,7 @@ type item struct {
 	id       spiffeid.ID
 	evidence evidence
 	renewal  bool
+	held     time.Time // when the SVID ends that there is; zero if there is none
 	outcome
 }
 
@@ -234,7 +235,11 @@ func (h *Holder) fill(b *batch, entries []*entry, now time.Time) (n int) {
 			}
 		}
 		e.inFlight = true
-		b.items = append(b.items, &item{e: e, id: e.id, evidence: v, renewal: e.svid != nil || e.missed})
+		it := &item{e: e, id: e.id, evidence: v, renewal: e.svid != nil || e.missed}
+		if e.svid != nil {
+			it.held = e.expires
+		}
+		b.items = append(b.items, it)
 		n++
 	}
 	b.timeout = attemptTimeout(shortest)
