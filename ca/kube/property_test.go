@@ -19,6 +19,14 @@ import (
 
 var worlds = flag.Int("worlds", whole(24, 3), "random clusters of the property test; where they are fewer than 24, they need not come to every situation")
 
+// whole is n, or the part of it that is looked at with the race detector.
+func whole(n, part int) int {
+	if raceEnabled {
+		return part
+	}
+	return n
+}
+
 // TestAnAgentObtainsExactlyTheLivePodsOfItsNode runs random clusters, whose changes
 // reach the authority late, out of order between kinds of objects, or only with a
 // list, and random requests by agents on the real services. What is right is

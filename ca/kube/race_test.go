@@ -6,6 +6,3 @@ package kube_test
 // one after the other does so without the race detector, and looks with it only at a
 // few of them; see the Makefile.
 const raceEnabled = true
-
-// whole is n, or the part of it that is looked at with the race detector.
-func whole(n, part int) int { return part }
