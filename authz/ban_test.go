@@ -114,7 +114,7 @@ func TestSnapshotsKeepTheirBans(t *testing.T) { // counts allocations, so not in
 	if with.Bans() != bans || s.Bans() != nil || with.WithBans(bans) != with || s.WithBans(nil) != s || with.Generation() != s.Generation() {
 		t.Error("WithBans")
 	}
-	if with.For(w) == s.For(w) || with.For(w) != with.For(w) {
+	if again := with.For(w); with.For(w) == s.For(w) || with.For(w) != again {
 		t.Error("programs are not kept")
 	}
 	r := authz.Request{Serial: []byte{1}}

@@ -72,7 +72,6 @@ func TestMigration(t *testing.T) {
 			w.open()
 			agent, _ = w.attest(agentA)
 			w.leaf(agent)
-			head = w.Log().Head()
 			w.close()
 			head = mustHead(t, dir)
 		}

@@ -218,7 +218,7 @@ func TestTwoReplicasShareAJournal(t *testing.T) {
 	}
 	// That changed nothing of the first.
 	first.Authorities = append(first.Authorities, authority{"intermediate", "a2"})
-	if rev, err = write(t, a, first, rev); err != nil {
+	if _, err = write(t, a, first, rev); err != nil {
 		t.Fatalf("the first renews while the second does: %v", err)
 	}
 	// What they have in common can be changed by one at a time.
