@@ -15,6 +15,9 @@ import (
 	"github.com/signet-mesh/signet/integration/envoytest"
 )
 
+// listens are the ports that servers of the pages have.
+var listens = regexp.MustCompile(`127\.0\.0\.1:2[89]\d{3}`)
+
 var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 
 // TestDocsCommands runs the commands of the task pages as a reader would: all of
@@ -23,13 +26,20 @@ var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 func TestDocsCommands(t *testing.T) {
 	t.Parallel()
 	bin := programs(t)
+	ports := map[string]string{}
 	for _, page := range []string{"standalone.md", "policies.md", "explain.md", "istio.md", "authority.md", "authority-keys.md", "bans.md", "rotation.md"} {
-		t.Run(page, func(t *testing.T) {
-			t.Parallel() // no two pages name the same port
-			text, err := os.ReadFile(filepath.Join("../docs", page))
-			if err != nil {
-				t.Fatal(err)
+		text, err := os.ReadFile(filepath.Join("../docs", page))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range listens.FindAllString(string(text), -1) {
+			if other := ports[p]; other != "" && other != page {
+				t.Fatalf("%s and %s, which run at the same time, both have %s", other, page, p)
 			}
+			ports[p] = page
+		}
+		t.Run(page, func(t *testing.T) {
+			t.Parallel()
 			runPage(t, bin, string(text))
 		})
 	}
