@@ -132,7 +132,7 @@ func (s admin) Revoke(ctx context.Context, q *capb.RevokeRequest) (*capb.RevokeR
 		return resp, nil
 	}
 	if !a.listHas(e) {
-		if err := a.changeTrust(ctx, func(*journal) error { return nil }); err != nil {
+		if err := a.relist(ctx); err != nil {
 			resp.Pending = err.Error()
 			return resp, nil
 		}

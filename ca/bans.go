@@ -292,7 +292,7 @@ func (a *Authority) addBan(ctx context.Context, text, reason string, until time.
 		if a.cfg.CRL.Enabled && inLog {
 			_, _, err := a.revoke(ctx, subject.Serial(), bannedReason, reason, by)
 			if err == nil {
-				resp.Revoked, err = 1, a.changeTrust(ctx, func(*journal) error { return nil })
+				resp.Revoked, err = 1, a.relist(ctx)
 			}
 			wait("it is on no CRL", err)
 		}
@@ -479,39 +479,28 @@ func (a *Authority) revokeAll(ctx context.Context, records []*capb.IssuanceRecor
 	if err != nil {
 		return 0, err
 	}
-	entries, err := func() (entries []revocation.Entry, err error) {
+	n, err = func() (int, error) {
 		a.revokeMu.Lock()
 		defer a.revokeMu.Unlock()
 		set := a.revoked.Value()
-		var decisions [][]byte
+		var decisions []*capb.Decision
 		for _, r := range records {
 			if set.Has(r.GetSerial()) || len(r.GetAuthority()) == 0 {
 				continue
 			}
-			revoked := &capb.RevokedCertificate{Serial: r.GetSerial(), SpiffeId: r.GetSpiffeId(), Authority: r.GetAuthority(),
-				Reason: uint32(bannedReason), Revoked: now.Unix(), NotAfter: r.GetNotAfter()}
-			d := &capb.Decision{What: capb.Decision_WHAT_REVOKED, Instance: uint32(a.instance), Reason: comment, By: by, Revoked: revoked}
-			b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: d})
-			if err != nil {
-				return nil, fmt.Errorf("encoding a decision: %w", err)
-			}
-			entries, decisions = append(entries, entryOf(revoked, d)), append(decisions, b)
+			decisions = append(decisions, &capb.Decision{What: capb.Decision_WHAT_REVOKED, Instance: uint32(a.instance), Reason: comment, By: by,
+				Revoked: &capb.RevokedCertificate{Serial: r.GetSerial(), SpiffeId: r.GetSpiffeId(), Authority: r.GetAuthority(),
+					Reason: uint32(bannedReason), Revoked: now.Unix(), NotAfter: r.GetNotAfter()}})
 		}
-		if len(set)+len(entries) > maxRevoked {
-			return nil, fmt.Errorf("%w: %d certificates would be revoked; %d are the most: replace the intermediate", errNotRevoked, len(set)+len(entries), maxRevoked)
+		if len(set)+len(decisions) > maxRevoked {
+			return 0, fmt.Errorf("%w: %d certificates would be revoked; %d are the most: replace the intermediate", errNotRevoked, len(set)+len(decisions), maxRevoked)
 		}
-		if len(entries) == 0 {
-			return nil, nil
-		}
-		if _, err := a.log.Append(ctx, decisions); err != nil {
-			return nil, fmt.Errorf("%w: recording decisions in the issuance log: %w", ErrUnavailable, err)
-		}
-		return entries, a.storeRevoked(ctx, entries)
+		return a.recordRevoked(ctx, decisions...)
 	}()
-	if err != nil || len(entries) == 0 {
-		return len(entries), err
+	if err != nil || n == 0 {
+		return n, err
 	}
-	return len(entries), a.changeTrust(ctx, func(*journal) error { return nil })
+	return n, a.relist(ctx)
 }
 
 // tendBans ends bans whose time is over, does what a crash or a failure has left

@@ -1,6 +1,7 @@
 package ca_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -12,7 +13,6 @@ import (
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
-	"github.com/signet-mesh/signet/storage/storagetest"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -349,58 +349,23 @@ func TestBanFaults(t *testing.T) {
 			for _, fault := range []string{"lost", "landed, reported failed"} {
 				for n := 0; ; n++ {
 					name := fmt.Sprintf("remove %v, %s: write %d %s", remove, where, n, fault)
-					count, armed, hit := 0, false, false
-					fs := storagetest.NewCrashFS()
-					w := newWorld(t, func(c *ca.Config) {
-						c.LogOptions.FS = crashable{fs}
-						c.StoreOptions.Hook = func(landed bool) error {
-							if !armed || where != "state" || landed != (fault != "lost") {
-								return nil
-							}
-							if count++; count != n+1 {
-								return nil
-							}
-							hit = true
-							return storagetest.ErrInjected
-						}
-					})
+					f := &faultyWrite{where: where, fault: fault, n: n}
+					w := newWorld(t, f.configure)
 					agent, _ := w.attest(agentA)
 					w.leaf(agent)
 					op := w.admin()
 					if remove {
 						w.ban(op, "node/node-a")
 					}
-					if where == "log" {
-						first := len(fs.Ops())
-						fs.Fail(func(o storagetest.Op) storagetest.Fault {
-							if o.N != first+n {
-								return storagetest.NoFault
-							}
-							hit = true
-							if fault == "lost" {
-								return storagetest.NotPersisted
-							}
-							return storagetest.Persisted
-						})
-					}
-					armed = true
+					f.arm()
 					var err error
 					if remove {
 						_, err = op.RemoveBan(t.Context(), &capb.RemoveBanRequest{Subject: "node/node-a", Reason: "r"})
 					} else {
 						_, err = op.AddBan(t.Context(), &capb.AddBanRequest{Subject: "node/node-a", Reason: "r"})
 					}
-					armed = false
-					fs.Fail(nil)
-					if w.Log().Err() != nil {
-						w.stop()
-						<-w.done
-						w.stop = nil
-						_ = w.Authority.Close()
-					} else {
-						w.close()
-					}
-					w.open()
+					f.disarm()
+					w.reopen()
 					bans, lerr := w.admin().ListBans(t.Context(), &capb.ListBansRequest{})
 					if lerr != nil {
 						t.Fatal(lerr)
@@ -428,7 +393,7 @@ func TestBanFaults(t *testing.T) {
 					}
 					w.close()
 					runs++
-					if !hit {
+					if !f.hit {
 						break
 					}
 				}
@@ -513,4 +478,43 @@ func (w *world) lastSerial(node string) (serial []byte) {
 		}
 	}
 	return serial
+}
+
+// TestABanOfANodeRevokesWhatItRecorded: whatever write fails, a certificate that the log
+// has as revoked is revoked at once, and not from the next start on.
+func TestABanOfANodeRevokesWhatItRecorded(t *testing.T) {
+	t.Parallel()
+	runs, revoked := 0, 0
+	for n := 0; ; n++ {
+		f := &faultyWrite{where: "state", fault: "lost", n: n}
+		w := newWorld(t, withCRL, f.configure)
+		agent, _ := w.attest(agentA)
+		w.leaf(agent)
+		op := w.admin()
+		f.arm()
+		_, _ = op.AddBan(t.Context(), &capb.AddBanRequest{Subject: "node/node-a", Reason: "r"})
+		f.disarm()
+		resp, err := op.Revocations(t.Context(), &capb.RevocationsRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for r := range records(w) {
+			serial := r.GetDecision().GetRevoked().GetSerial()
+			if serial == nil {
+				continue
+			}
+			revoked++
+			if !slices.ContainsFunc(resp.GetRevocations(), func(x *capb.Revocation) bool { return bytes.Equal(x.GetSerial(), serial) }) {
+				t.Errorf("write %d failed: %x is recorded as revoked, and is not", n, serial)
+			}
+		}
+		w.close()
+		runs++
+		if !f.hit {
+			break
+		}
+	}
+	if runs < 4 || revoked == 0 {
+		t.Errorf("%d runs, %d certificates revoked", runs, revoked)
+	}
 }

@@ -128,7 +128,7 @@ func (a *Authority) startLists(ctx context.Context) error {
 	} else if err := revocation.CanSign(a.intermediate.Load().cert); err != nil {
 		return fmt.Errorf("authority.crl: %w", err)
 	}
-	return a.changeTrust(ctx, func(*journal) error { return nil })
+	return a.relist(ctx)
 }
 
 // recall notes a revocation of the log that is not in the state.
@@ -159,14 +159,35 @@ func (a *Authority) storeRevoked(ctx context.Context, entries []revocation.Entry
 				return err
 			}
 			ops = append(ops, storage.Op{Key: revocation.Key(e.Serial), Value: b})
-			set = set.With(e)
 		}
 		if _, err := a.store.Commit(ctx, nil, ops); err != nil {
 			return fmt.Errorf("%w: recording a revocation: %w", ErrUnavailable, err)
 		}
+		set = set.With(part...)
 		a.revoked.Store(set)
 	}
 	return nil
+}
+
+// recordRevoked records that certificates are revoked: in the log first, because what is
+// there a start makes part of the state, and then in the state. What is recorded counts,
+// whatever became of the commit. n is how many are recorded. revokeMu is held.
+func (a *Authority) recordRevoked(ctx context.Context, ds ...*capb.Decision) (n int, err error) {
+	for part := range slices.Chunk(ds, storage.MaxRecords) {
+		if err := a.decide(ctx, part...); err != nil {
+			return n, err
+		}
+		n += len(part)
+		entries := make([]revocation.Entry, len(part))
+		for i, d := range part {
+			entries[i] = entryOf(d.GetRevoked(), d)
+		}
+		if err := a.storeRevoked(ctx, entries); err != nil {
+			a.revoked.Store(a.revoked.Value().With(entries...))
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 // Revoke takes a certificate back that this authority issued: recorded in the log and
@@ -208,13 +229,7 @@ func (a *Authority) revoke(ctx context.Context, serial []byte, reason revocation
 	if e = entryOf(revoked, d); len(e.Authority) == 0 {
 		return e, false, fmt.Errorf("%w: the record of %x does not name its issuer", errNotRevoked, serial)
 	}
-	// The log first: what is recorded there a start makes part of the state.
-	if err := a.decide(ctx, d); err != nil {
-		return e, false, err
-	}
-	if err := a.storeRevoked(ctx, []revocation.Entry{e}); err != nil {
-		// It is recorded, so it counts, whatever became of the commit.
-		a.revoked.Store(a.revoked.Value().With(e))
+	if _, err := a.recordRevoked(ctx, d); err != nil {
 		return e, false, err
 	}
 	a.cfg.Log.Warn("certificate revoked", "serial", fmt.Sprintf("%x", serial), "spiffe_id", e.SPIFFEID, "reason", reason.String(), "by", by)
@@ -348,6 +363,11 @@ func (a *Authority) signLists(ctx context.Context) error {
 	return nil
 }
 
+// relist signs the lists anew and publishes them as a state of trust of their own.
+func (a *Authority) relist(ctx context.Context) error {
+	return a.changeTrust(ctx, func(*journal) error { return nil })
+}
+
 // tendLists signs the lists anew when it is time, and forgets what expired.
 func (a *Authority) tendLists(ctx context.Context, now time.Time) error {
 	if err := a.forgetRevoked(ctx, now); err != nil {
@@ -356,7 +376,7 @@ func (a *Authority) tendLists(ctx context.Context, now time.Time) error {
 	if !a.cfg.CRL.Enabled || !a.listsDue(now) {
 		return nil
 	}
-	return a.changeTrust(ctx, func(*journal) error { return nil })
+	return a.relist(ctx)
 }
 
 // listsDue reports whether a list is missing, does not say what it has to, or is at

@@ -170,21 +170,8 @@ func TestRevocationFaults(t *testing.T) {
 		for _, fault := range []string{"lost", "landed, reported failed"} {
 			for n := 0; ; n++ {
 				name := fmt.Sprintf("%s: write %d %s", where, n, fault)
-				count, armed, hit := 0, false, false
-				fs := storagetest.NewCrashFS()
-				w := newWorld(t, withCRL, func(c *ca.Config) {
-					c.LogOptions.FS = crashable{fs}
-					c.StoreOptions.Hook = func(landed bool) error {
-						if !armed || where != "state" || landed != (fault != "lost") {
-							return nil
-						}
-						if count++; count != n+1 {
-							return nil
-						}
-						hit = true
-						return storagetest.ErrInjected
-					}
-				})
+				f := &faultyWrite{where: where, fault: fault, n: n}
+				w := newWorld(t, withCRL, f.configure)
 				agent, _ := w.attest(agentA)
 				chain := w.leaf(agent)
 				seen := map[string][]byte{}
@@ -200,33 +187,11 @@ func TestRevocationFaults(t *testing.T) {
 				}
 				note()
 				op := w.admin()
-				if where == "log" {
-					first := len(fs.Ops())
-					fs.Fail(func(o storagetest.Op) storagetest.Fault {
-						if o.N != first+n {
-							return storagetest.NoFault
-						}
-						hit = true
-						if fault == "lost" {
-							return storagetest.NotPersisted
-						}
-						return storagetest.Persisted
-					})
-				}
-				armed = true
+				f.arm()
 				_, err := op.Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(chain[0]), Reason: 1})
-				armed = false
-				fs.Fail(nil)
+				f.disarm()
 				note()
-				if w.Log().Err() != nil {
-					w.stop()
-					<-w.done
-					w.stop = nil
-					_ = w.Authority.Close()
-				} else {
-					w.close()
-				}
-				w.open()
+				w.reopen()
 				note()
 				logged := false
 				for r := range records(w) {
@@ -247,7 +212,7 @@ func TestRevocationFaults(t *testing.T) {
 				note()
 				w.close()
 				runs++
-				if !hit {
+				if !f.hit {
 					break
 				}
 			}

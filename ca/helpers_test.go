@@ -8,8 +8,10 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
+	"github.com/signet-mesh/signet/storage/storagetest"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
@@ -83,4 +85,70 @@ func freshSerial(r *capb.IssuanceRecord) []byte {
 	s := bytes.Clone(r.GetSerial())
 	_, _ = rand.Read(s[7:])
 	return s
+}
+
+// faultyWrite has one write fail, the n-th from arm to disarm: of the issuance log or of
+// the state ("log", "state"), before it landed ("lost") or after.
+type faultyWrite struct {
+	where, fault string
+	n            int
+
+	fs    *storagetest.CrashFS
+	count int
+	armed bool
+	hit   bool // whether it came to that write
+}
+
+func (f *faultyWrite) lost() bool { return f.fault == "lost" }
+
+// configure is for newWorld.
+func (f *faultyWrite) configure(c *ca.Config) {
+	f.fs = storagetest.NewCrashFS()
+	c.LogOptions.FS = crashable{f.fs}
+	c.StoreOptions.Hook = func(landed bool) error {
+		if !f.armed || f.where != "state" || landed == f.lost() {
+			return nil
+		}
+		if f.count++; f.count != f.n+1 {
+			return nil
+		}
+		f.hit = true
+		return storagetest.ErrInjected
+	}
+}
+
+func (f *faultyWrite) arm() {
+	f.armed = true
+	if f.where != "log" {
+		return
+	}
+	first := len(f.fs.Ops())
+	f.fs.Fail(func(o storagetest.Op) storagetest.Fault {
+		if o.N != first+f.n {
+			return storagetest.NoFault
+		}
+		f.hit = true
+		if f.lost() {
+			return storagetest.NotPersisted
+		}
+		return storagetest.Persisted
+	})
+}
+
+func (f *faultyWrite) disarm() {
+	f.armed = false
+	f.fs.Fail(nil)
+}
+
+// reopen opens the authority again, whose log may have failed.
+func (w *world) reopen() {
+	if w.Log().Err() != nil {
+		w.stop()
+		<-w.done
+		w.stop = nil
+		_ = w.Authority.Close()
+	} else {
+		w.close()
+	}
+	w.open()
 }

@@ -304,13 +304,17 @@ func (a *Authority) acceptLoss(ctx context.Context, sequence uint64, reason stri
 // errNoLoss is why a decision does not apply.
 var errNoLoss = errors.New("that cannot be accepted")
 
-// decide records an operator's decision in the issuance log.
-func (a *Authority) decide(ctx context.Context, d *capb.Decision) error {
-	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: d})
-	if err != nil {
-		return fmt.Errorf("encoding a decision: %w", err)
+// decide records an operator's decisions in the issuance log: all, or none.
+func (a *Authority) decide(ctx context.Context, ds ...*capb.Decision) error {
+	records := make([][]byte, 0, len(ds))
+	for _, d := range ds {
+		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: d})
+		if err != nil {
+			return fmt.Errorf("encoding a decision: %w", err)
+		}
+		records = append(records, b)
 	}
-	if _, err := a.log.Append(ctx, [][]byte{b}); err != nil {
+	if _, err := a.log.Append(ctx, records); err != nil {
 		return fmt.Errorf("%w: recording a decision in the issuance log: %w", ErrUnavailable, err)
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -133,12 +134,12 @@ func Parse(s storage.Entry) (Entry, error) {
 type Set map[string]Entry
 
 // With is the set with an entry more.
-func (s Set) With(e Entry) Set {
-	out := make(Set, len(s)+1)
-	for k, v := range s {
-		out[k] = v
+func (s Set) With(es ...Entry) Set {
+	out := make(Set, len(s)+len(es))
+	maps.Copy(out, s)
+	for _, e := range es {
+		out[string(e.Serial)] = e
 	}
-	out[string(e.Serial)] = e
 	return out
 }
 
