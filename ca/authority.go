@@ -141,10 +141,9 @@ const FolderName = "authority"
 
 // Parts of the authority's folder.
 const (
-	folderName = FolderName
-	stateName  = "state.db"
-	logName    = "log"
-	keysName   = "keys"
+	stateName = "state.db"
+	logName   = "log"
+	keysName  = "keys"
 )
 
 // ensureFolder returns the authority's folder, complete; it makes a new authority
@@ -153,7 +152,7 @@ func ensureFolder(ctx context.Context, cfg Config) (string, error) {
 	if err := checkDataDir(cfg); err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cfg.DataDir, folderName)
+	dir := filepath.Join(cfg.DataDir, FolderName)
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return dir, create(ctx, cfg, dir)
 	}
@@ -681,7 +680,7 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 	}
 	// The log of a retired instance ended no later than the instance did.
 	for _, r := range a.losses.retired {
-		dir := retiredDir(filepath.Join(a.cfg.DataDir, folderName), r.Instance)
+		dir := retiredDir(filepath.Join(a.cfg.DataDir, FolderName), r.Instance)
 		if _, err := os.Stat(dir); err != nil || now.Sub(r.Retired) < a.cfg.LogRetention {
 			continue
 		}

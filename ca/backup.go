@@ -367,10 +367,10 @@ func VerifyBackup(ctx context.Context, r io.Reader, dir string) (info BackupInfo
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return info, nil, err
 	}
-	if info, err = unpack(ctx, r, filepath.Join(dir, folderName)); err != nil {
+	if info, err = unpack(ctx, r, filepath.Join(dir, FolderName)); err != nil {
 		return info, nil, err
 	}
-	resp, err = verifyFolder(ctx, filepath.Join(dir, folderName))
+	resp, err = verifyFolder(ctx, filepath.Join(dir, FolderName))
 	return info, resp, err
 }
 
@@ -421,7 +421,7 @@ func Restore(ctx context.Context, cfg RestoreConfig) (Restored, error) {
 }
 
 func restore(ctx context.Context, cfg RestoreConfig) (out Restored, err error) {
-	dir := filepath.Join(cfg.DataDir, folderName)
+	dir := filepath.Join(cfg.DataDir, FolderName)
 	if _, err := os.Lstat(dir); err == nil {
 		return out, fmt.Errorf("%s exists: a restore replaces nothing; move it away first", dir)
 	} else if !errors.Is(err, fs.ErrNotExist) {

@@ -47,7 +47,7 @@ type Folder struct{ book }
 // OpenFolder opens the authority in dataDir. It fails with storage.ErrLocked while
 // a process serves it: ask that process then.
 func OpenFolder(dataDir string) (*Folder, error) {
-	f, err := openFolder(filepath.Join(dataDir, folderName))
+	f, err := openFolder(filepath.Join(dataDir, FolderName))
 	if err != nil {
 		return nil, fmt.Errorf("opening the authority in %s: %w", dataDir, err)
 	}
@@ -153,7 +153,7 @@ func (a *Authority) openRetired(ctx context.Context) error {
 		return fmt.Errorf("reading retired instances: %w", err)
 	}
 	b := book{entries: entries}
-	err = b.addRetired(filepath.Join(a.cfg.DataDir, folderName))
+	err = b.addRetired(filepath.Join(a.cfg.DataDir, FolderName))
 	a.retiredLogs = b.logs
 	return err
 }
@@ -170,7 +170,7 @@ func (a *Authority) dropRetired(instance uint8) error {
 		errs = append(errs, l.Close())
 		return true
 	})
-	return errors.Join(append(errs, os.RemoveAll(retiredDir(filepath.Join(a.cfg.DataDir, folderName), instance)))...)
+	return errors.Join(append(errs, os.RemoveAll(retiredDir(filepath.Join(a.cfg.DataDir, FolderName), instance)))...)
 }
 
 // Records yields the records that are asked for, oldest first, those of retired

@@ -773,10 +773,11 @@ func tokenKeysToProto(k identity.TokenKeys) *capb.TokenKeys {
 
 // hear takes what an agent says on WatchTrust.
 func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
-	if newest := a.trust.Value().Sequence(); m.GetAcknowledged() > newest {
+	newest := a.trust.Value().Sequence()
+	if m.GetAcknowledged() > newest {
 		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
 	}
-	if newest := a.trust.Value().Sequence(); m.GetRenewed() > newest {
+	if m.GetRenewed() > newest {
 		return status.Errorf(codes.InvalidArgument, "what is tainted at sequence %d replaced; the newest is %d", m.GetRenewed(), newest)
 	}
 	if len(m.GetLogHeads()) > maxHeads {

@@ -64,7 +64,7 @@ func (c Config) CheckShared() error {
 // sharedFolder returns the authority's folder, which holds this replica's keys, and which
 // replica it is; both are made if there are none.
 func sharedFolder(cfg Config) (dir string, f replica.Identity, err error) {
-	dir = filepath.Join(cfg.DataDir, folderName)
+	dir = filepath.Join(cfg.DataDir, FolderName)
 	if err := checkDataDir(cfg); err != nil {
 		return "", f, err
 	}
