@@ -135,9 +135,7 @@ func printAuthorities(w io.Writer, resp *capb.AuthoritiesResponse, output string
 		if err := json.Unmarshal(b, &v); err != nil {
 			return err
 		}
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(v)
+		return printJSON(w, v)
 	}
 	when := func(t *timestamppb.Timestamp) string {
 		if t == nil {

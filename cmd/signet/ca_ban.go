@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -347,9 +346,9 @@ func (o jsonBans) print(w io.Writer) error {
 	return printAgents(w, o.Agents, "enforce them")
 }
 
+// printJSON writes one value for people and programs.
 func printJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
+	e := jsonLines(w)
 	e.SetIndent("", "  ")
-	e.SetEscapeHTML(false)
 	return e.Encode(v)
 }
