@@ -6,12 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -122,7 +119,7 @@ func (c *Cluster) run(program string, opt Options) error {
 	if opt.TLS {
 		scheme = "https://"
 	}
-	ports, err := freePorts(2 * n)
+	ports, err := process.FreePorts(2 * n)
 	if err != nil {
 		return err
 	}
@@ -273,27 +270,6 @@ func (c *Cluster) Compact(tb testing.TB) {
 			return
 		}
 	}
-}
-
-// freePorts are ports below the range that the kernel hands out, so that a process
-// that was ended finds its port again.
-func freePorts(n int) (ports []string, err error) {
-	for tries := 0; len(ports) < n; tries++ {
-		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(16000+rand.IntN(12000)))
-		if err != nil {
-			if tries > 100 {
-				return nil, err
-			}
-			continue
-		}
-		defer l.Close()
-		_, port, err := net.SplitHostPort(l.Addr().String())
-		if err != nil {
-			return nil, err
-		}
-		ports = append(ports, port)
-	}
-	return ports, nil
 }
 
 // newKeys makes an authority and one pair that serves members and clients.

@@ -7,13 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -183,7 +180,7 @@ func (c *Cluster) NewServingCertificate(tb testing.TB) {
 
 // run starts both processes on free ports and waits until they serve.
 func (c *Cluster) run(etcd, apiServer string) (err error) {
-	ports, err := freePorts(3)
+	ports, err := process.FreePorts(3)
 	if err != nil {
 		return err
 	}
@@ -276,27 +273,6 @@ func ask(transport http.RoundTripper, url string) error {
 		err = fmt.Errorf("%s: %s: %s", url, resp.Status, b)
 	}
 	return err
-}
-
-// freePorts are ports below the range that the kernel hands out, so that a process
-// that was ended finds its port again.
-func freePorts(n int) (ports []string, err error) {
-	for tries := 0; len(ports) < n; tries++ {
-		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(16000+rand.IntN(12000)))
-		if err != nil {
-			if tries > 100 {
-				return nil, err
-			}
-			continue
-		}
-		defer l.Close()
-		_, port, err := net.SplitHostPort(l.Addr().String())
-		if err != nil {
-			return nil, err
-		}
-		ports = append(ports, port)
-	}
-	return ports, nil
 }
 
 // InstallPolicyTypes creates the CRDs of security.istio.io, as the module

@@ -11,8 +11,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -22,6 +25,27 @@ import (
 // Patience is how long anything that should happen at once may take on a busy
 // machine.
 const Patience = 60 * time.Second
+
+// FreePorts are ports below the range that the kernel hands out, so that a process
+// that was ended finds its port again.
+func FreePorts(n int) (ports []string, err error) {
+	for tries := 0; len(ports) < n; tries++ {
+		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(16000+rand.IntN(12000)))
+		if err != nil {
+			if tries > 100 {
+				return nil, err
+			}
+			continue
+		}
+		defer l.Close()
+		_, port, err := net.SplitHostPort(l.Addr().String())
+		if err != nil {
+			return nil, err
+		}
+		ports = append(ports, port)
+	}
+	return ports, nil
+}
 
 // Process is a program that serves. Its methods are safe for concurrent use, but only
 // one caller may end and start it.
