@@ -1,0 +1,248 @@
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"io"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/storage"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
+	a := s.a
+	r, err := a.caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	a.agents.watching(r.Node, +1)
+	defer a.agents.watching(r.Node, -1)
+	return a.within(stream.Context(), r, func(ctx context.Context) error { return a.watchTrust(ctx, r, stream) })
+}
+
+func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
+	requests := receive(ctx, stream.Recv)
+	looking := make(chan struct{}, 1)
+	var sent *bansState
+	for {
+		bans, bansChanged := a.bans.Load()
+		t, trustChanged := a.trust.Load()
+		h, headChanged := a.head.Load()
+		keys, keysChanged := a.tokenKeys()
+		if ctx.Err() != nil {
+			return ended(ctx)
+		}
+		m := &capb.WatchTrustResponse{Trust: trustToProto(t)}
+		if h.Sequence > 0 {
+			m.LogHead = headToProto(h)
+		}
+		if keys.Issuer != "" {
+			m.TokenKeys = tokenKeysToProto(keys)
+		}
+		if sent == nil || bans.said != sent.said {
+			m.Bans = bans.toProto(time.Now())
+		}
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+		sent = bans
+	wait:
+		for {
+			select {
+			case <-ctx.Done():
+				return ended(ctx)
+			case <-trustChanged:
+				break wait
+			case <-headChanged:
+				break wait
+			case <-bansChanged:
+				break wait
+			case <-keysChanged:
+				break wait
+			case q := <-requests:
+				if errors.Is(q.err, io.EOF) {
+					return nil
+				}
+				if q.err != nil {
+					return q.err
+				}
+				if err := a.hear(r, q.msg); err != nil {
+					return err
+				}
+				if err := a.lookForKeys(ctx, q.msg.GetUnknownKeyIds(), looking); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// tokenKeys is what agents are handed, and a channel that is closed when that
+// changes; nil if there is nothing to hand.
+func (a *Authority) tokenKeys() (identity.TokenKeys, <-chan struct{}) {
+	if a.cfg.TokenKeys == nil {
+		return identity.TokenKeys{}, nil
+	}
+	return a.cfg.TokenKeys.Published()
+}
+
+// lookForKeys looks for keys that an agent has met in tokens and does not know. What
+// is found is published. One search at a time for each stream: who invents key IDs
+// gets no more, and the source of the keys has limits of its own.
+func (a *Authority) lookForKeys(ctx context.Context, ids []string, looking chan struct{}) error {
+	if len(ids) > maxKeyIDs {
+		return status.Errorf(codes.InvalidArgument, "%d unknown keys; at most %d are allowed", len(ids), maxKeyIDs)
+	}
+	for _, id := range ids {
+		if len(id) > maxKeyID {
+			return status.Errorf(codes.InvalidArgument, "a key ID of %d bytes; at most %d are allowed", len(id), maxKeyID)
+		}
+	}
+	if len(ids) == 0 || a.cfg.TokenKeys == nil {
+		return nil
+	}
+	select {
+	case looking <- struct{}{}:
+	default:
+		return nil
+	}
+	go func() {
+		defer func() { <-looking }()
+		for _, id := range ids {
+			if _, ok, err := a.cfg.TokenKeys.Key(ctx, id); err != nil || !ok {
+				a.cfg.Log.Debug("a key that an agent asks for is not known", "err", err)
+			}
+		}
+	}()
+	return nil
+}
+
+func tokenKeysToProto(k identity.TokenKeys) *capb.TokenKeys {
+	p := &capb.TokenKeys{Issuer: k.Issuer}
+	for _, id := range slices.Sorted(maps.Keys(k.Keys)) {
+		der, err := x509.MarshalPKIXPublicKey(k.Keys[id])
+		if err != nil {
+			continue // of a kind that no agent uses
+		}
+		p.Keys = append(p.Keys, &capb.JWTKey{KeyId: id, PublicKey: der})
+	}
+	return p
+}
+
+// hear takes what an agent says on WatchTrust.
+func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
+	newest := a.trust.Value().Sequence()
+	if m.GetAcknowledged() > newest {
+		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
+	}
+	if m.GetRenewed() > newest {
+		return status.Errorf(codes.InvalidArgument, "what is tainted at sequence %d replaced; the newest is %d", m.GetRenewed(), newest)
+	}
+	if len(m.GetLogHeads()) > maxHeads {
+		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
+	}
+	a.agents.acknowledge(r.Node, m.GetAcknowledged(), m.GetRenewed())
+	a.agents.enforces(r.Node, m.GetBansRevision(), m.GetBansUnread())
+	for _, p := range m.GetLogHeads() {
+		h, err := headFromProto(p)
+		if err == nil {
+			a.returned(context.Background(), r.Node, h)
+		}
+	}
+	return nil
+}
+
+func (s service) WatchNode(_ *capb.WatchNodeRequest, stream grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
+	a := s.a
+	r, err := a.caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	return a.within(stream.Context(), r, func(ctx context.Context) error { return a.watchNode(ctx, r, stream) })
+}
+
+func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
+	sent := map[string]identity.Workload{}
+	full := true
+	for {
+		pods, changed := a.cfg.Pods.OnNode(r.Node)
+		// The stream ends when the agent's pod or node goes, but perhaps only after
+		// this round: the pods could be those of a new node with the same name.
+		if err := a.alive(r); err != nil {
+			return status.Error(codes.Unauthenticated, err.Error())
+		}
+		m := &capb.WatchNodeResponse{NodeUid: r.NodeUID, Full: full}
+		now := make(map[string]identity.Workload, len(pods))
+		for _, w := range pods {
+			now[w.PodUID] = w
+			if old, ok := sent[w.PodUID]; !ok || !old.Equal(w) {
+				m.Pods = append(m.Pods, podToProto(w))
+			}
+		}
+		for uid := range sent {
+			if _, ok := now[uid]; !ok {
+				m.Deleted = append(m.Deleted, uid)
+			}
+		}
+		if ctx.Err() != nil {
+			return ended(ctx)
+		}
+		if full || len(m.Pods)+len(m.Deleted) > 0 {
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		}
+		sent, full = now, false
+		select {
+		case <-ctx.Done():
+			return ended(ctx)
+		case <-changed:
+		}
+	}
+}
+
+func trustToProto(t *identity.Trust) *capb.Trust {
+	b := &capb.Bundle{TrustDomain: t.TrustDomain().Name()}
+	for _, c := range t.Roots() {
+		b.X509Authorities = append(b.X509Authorities, c.Raw)
+	}
+	p := &capb.Trust{Sequence: t.Sequence(), TrustDomain: t.TrustDomain().Name(), Bundles: []*capb.Bundle{b}}
+	for _, c := range t.CRLs() {
+		p.Crls = append(p.Crls, c.Raw)
+	}
+	if tainted, spread := t.Tainted(); len(tainted) > 0 {
+		p.Tainted, p.TaintSpread = tainted, durationpb.New(spread)
+	}
+	return p
+}
+
+func podToProto(w identity.Workload) *capb.Pod {
+	p := &capb.Pod{Uid: w.PodUID, Namespace: w.Namespace, Name: w.Pod, ServiceAccount: w.ServiceAccount, Labels: w.Labels, UnixUid: w.UnixUID}
+	for _, ip := range w.Addresses {
+		p.Addresses = append(p.Addresses, ip.String())
+	}
+	return p
+}
+
+func headToProto(h storage.Head) *capb.LogHead {
+	return &capb.LogHead{Instance: h.Instance, Sequence: h.Sequence, Hash: h.Hash[:], Time: timestamppb.New(h.Time), Signature: h.Signature}
+}
+
+func headFromProto(p *capb.LogHead) (storage.Head, error) {
+	h := storage.Head{Instance: p.GetInstance(), Sequence: p.GetSequence(), Time: p.GetTime().AsTime(), Signature: p.GetSignature()}
+	if copy(h.Hash[:], p.GetHash()) != len(h.Hash) || len(p.GetHash()) != len(h.Hash) {
+		return storage.Head{}, errors.New("a log head's hash has 32 bytes")
+	}
+	return h, nil
+}
