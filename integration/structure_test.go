@@ -264,6 +264,24 @@ func TestSweepsRunWhole(t *testing.T) {
 			}
 		}
 	}
+	files, err = filepath.Glob("../ca/*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasPrefix(string(b), "//go:build !race\n") {
+			continue
+		}
+		for _, m := range test.FindAllStringSubmatch(string(b), -1) {
+			if !slices.Contains(named, m[1]) || whole["./ca"] == "" {
+				t.Errorf("%s: %s is not run with the race detector, and not without it: add it to SWEEPS in the Makefile", f, m[1])
+			}
+		}
+	}
 	if shorter < 5 {
 		t.Errorf("%d packages know of the race detector; are they looked for in the right place?", shorter)
 	}
