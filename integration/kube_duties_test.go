@@ -118,8 +118,9 @@ func (p *pair) tookOver(first string, meanwhile func()) {
 	second := p.published(first)
 	meanwhile()
 	for range 5 {
+		// It may be there again before Delete returns.
+		before := len(p.seen())
 		if err := p.cluster.Kube.CoreV1().ConfigMaps(p.namespace).Delete(t.Context(), "signet-trust", metav1.DeleteOptions{}); err == nil {
-			before := len(p.seen())
 			kubetest.Poll(t, "the ConfigMap to be made again", func() error {
 				if len(p.seen()) == before {
 					return errors.New("not yet")
