@@ -23,6 +23,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/limit"
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
@@ -85,10 +86,10 @@ type Authority struct {
 	servingRenew time.Time // guarded by servingMu
 	losses       losses
 	strangers    chan struct{} // a place for each first attestation under way
-	queue        *queue        // of what agents ask for
-	identities   *rates        // by node and SPIFFE ID
-	clients      *rates        // of other doors, by pod
-	streams      *rates        // RPCs of agents, by node
+	queue        *limit.Queue  // of what agents ask for
+	identities   *limit.Rates  // by node and SPIFFE ID
+	clients      *limit.Rates  // of other doors, by pod
+	streams      *limit.Rates  // RPCs of agents, by node
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
 	// metrics count every refusal.
@@ -299,8 +300,8 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.began = time.Now()
 	l := cfg.Limits
-	a.queue = newQueue(queueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
-	a.identities, a.clients, a.streams = newRates(l.IdentityRate, l.IdentityBurst), newRates(l.ClientRate, l.ClientBurst), newRates(streamRate, streamBurst)
+	a.queue = limit.NewQueue(limit.QueueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
+	a.identities, a.clients, a.streams = limit.NewRates(l.IdentityRate, l.IdentityBurst), limit.NewRates(l.ClientRate, l.ClientBurst), limit.NewRates(streamRate, streamBurst)
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
@@ -438,12 +439,12 @@ func (a *Authority) collectSerials(ctx context.Context, node identity.BanSubject
 			if err := proto.Unmarshal(rec.Data, r); err != nil {
 				return nil, fmt.Errorf("collecting the certificates of %s: record %d: %w", node, rec.Sequence, err)
 			}
-			if r.GetNode() != node.Node() || r.GetNotAfter() <= now.Unix() || len(r.GetSerial()) != serialLength ||
+			if r.GetNode() != node.Node() || r.GetNotAfter() <= now.Unix() || len(r.GetSerial()) != profile.SerialLength ||
 				r.GetKind() != capb.IssuanceRecord_KIND_AGENT && r.GetKind() != capb.IssuanceRecord_KIND_WORKLOAD {
 				continue
 			}
 			records = append(records, r)
-			list = append(list, revocation.Serial{Serial: [serialLength]byte(r.GetSerial()), Until: time.Unix(r.GetNotAfter(), 0).UTC()})
+			list = append(list, revocation.Serial{Serial: [profile.SerialLength]byte(r.GetSerial()), Until: time.Unix(r.GetNotAfter(), 0).UTC()})
 		}
 	}
 	a.bansMu.Lock()

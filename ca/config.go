@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 	"github.com/signet-mesh/signet/storage"
@@ -171,8 +172,8 @@ type SVIDConfig struct {
 	// Backdate is how long before now a certificate becomes valid, for clocks
 	// that lag; 0 means a minute.
 	Backdate time.Duration
-	// AcceptedKeys are the kinds of public keys that are certified, out of KeyP256,
-	// KeyP384, KeyP521, KeyEd25519 and KeyRSA (2048 bits and more); nil means all.
+	// AcceptedKeys are the kinds of public keys that are certified, out of
+	// profile.AllKeys (RSA of 2048 bits and more); nil means all.
 	// P-256, which agents use, must be among them.
 	AcceptedKeys []string
 }
@@ -194,7 +195,7 @@ func (c Config) withDefaults() Config {
 	def(&c.SVID.MaxTTL, 24*time.Hour)
 	def(&c.SVID.Backdate, time.Minute)
 	if c.SVID.AcceptedKeys == nil {
-		c.SVID.AcceptedKeys = allKeys
+		c.SVID.AcceptedKeys = profile.AllKeys
 	}
 	def(&c.TokenEvery, 24*time.Hour)
 	def(&c.HeadInterval, 10*time.Second)
@@ -259,7 +260,7 @@ func (c Config) check() error {
 	if err := c.Keys.Check(); err != nil {
 		bad("%w", err)
 	}
-	if err := checkKeyKinds(s.AcceptedKeys); err != nil {
+	if err := profile.CheckKeyKinds(s.AcceptedKeys); err != nil {
 		bad("%w", err)
 	}
 	if c.shared() {

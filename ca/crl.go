@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
 
@@ -238,8 +239,8 @@ func (a *Authority) revoke(ctx context.Context, serial []byte, reason revocation
 
 // issuedRecord is the record of a certificate.
 func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.IssuanceRecord, error) {
-	if len(serial) != serialLength {
-		return nil, fmt.Errorf("%w: a serial of this authority has %d bytes, this one has %d", errNotIssued, serialLength, len(serial))
+	if len(serial) != profile.SerialLength {
+		return nil, fmt.Errorf("%w: a serial of this authority has %d bytes, this one has %d", errNotIssued, profile.SerialLength, len(serial))
 	}
 	b, err := a.read(ctx)
 	if err != nil {
@@ -250,7 +251,7 @@ func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.Issu
 			continue
 		}
 		// A serial carries its time, and its record is of about then.
-		from, to := serialTime(serial).Add(-serialSlack), serialTime(serial).Add(serialSlack)
+		from, to := profile.SerialTime(serial).Add(-serialSlack), profile.SerialTime(serial).Add(serialSlack)
 		for rec, err := range l.Scan(ctx, l.Since(from)) {
 			if err != nil {
 				return nil, err
@@ -459,7 +460,7 @@ func (a *Authority) listed(s *staged) (sequence uint64, ok bool) {
 
 // refuseRevoked is an error for a certificate that was revoked.
 func (a *Authority) refuseRevoked(c *x509.Certificate) error {
-	if e, ok := a.revoked.Value()[string(serialBytes(c))]; ok {
+	if e, ok := a.revoked.Value()[string(profile.Serial(c))]; ok {
 		return fmt.Errorf("certificate %x was revoked at %s (%v)", e.Serial, e.Revoked.Format(time.RFC3339), e.Reason)
 	}
 	return nil

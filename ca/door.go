@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/identity"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -28,7 +29,7 @@ var ErrPublicKey = errors.New("the public key is not accepted")
 // ErrPublicKey and says what is accepted; the configuration may accept less. It is
 // quick: a door calls it before it verifies anything with a key that somebody sent.
 func CheckPublicKey(pub crypto.PublicKey) error {
-	if err := checkPublicKey(pub, allKeys); err != nil {
+	if err := profile.CheckPublicKey(pub, profile.AllKeys); err != nil {
 		return fmt.Errorf("%w: %w", ErrPublicKey, err)
 	}
 	return nil
@@ -65,7 +66,7 @@ type Issued struct {
 }
 
 // Serial is the serial of a certificate as the issuance log has it.
-func Serial(c *x509.Certificate) []byte { return serialBytes(c) }
+func Serial(c *x509.Certificate) []byte { return profile.Serial(c) }
 
 // Issue runs the ceremony for an order. Concurrent orders share the write to the
 // log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrBanned, ErrUnavailable or ErrClock
@@ -74,7 +75,7 @@ func (a *Authority) Issue(ctx context.Context, o Order) (Issued, error) {
 	if o.Door == "" || o.Evidence == capb.IssuanceRecord_EVIDENCE_UNSPECIFIED {
 		return Issued{}, errors.New("issuing: an order needs a door and evidence")
 	}
-	if err := checkPublicKey(o.PublicKey, a.cfg.SVID.AcceptedKeys); err != nil {
+	if err := profile.CheckPublicKey(o.PublicKey, a.cfg.SVID.AcceptedKeys); err != nil {
 		return Issued{}, fmt.Errorf("%w: %w", ErrPublicKey, err)
 	}
 	id, err := o.Workload.ID(a.cfg.TrustDomain)

@@ -8,20 +8,13 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/storage"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/grpc/credentials"
 )
 
-var (
-	RenewAt        = renewAt
-	Validity       = validity
-	NewSerial      = newSerial
-	ParsePublicKey = parsePublicKey
-	AllKeys        = allKeys
-	ValidDNSName   = validDNSName
-)
+var ValidDNSName = validDNSName
 
 // WrapKeys replaces the signing keys of root and intermediate.
 func (a *Authority) WrapKeys(wrap func(crypto.Signer) crypto.Signer) {
@@ -77,24 +70,15 @@ func (a *Authority) Certify(ctx context.Context, kind capb.IssuanceRecord_Kind, 
 	return out[0].chain, out[0].err
 }
 
-// Profile is what lint compares a workload's certificate with.
-type Profile struct{ profile }
-
-// Lint holds a TBSCertificate against the profile.
-func (p Profile) Lint(tbs []byte) error {
-	_, err := p.lint(tbs)
-	return err
-}
-
 // ProfileOf is the profile that a certificate has which issuer signed; a nil issuer
 // means itself.
-func ProfileOf(kind capb.IssuanceRecord_Kind, c, issuer *x509.Certificate) Profile {
-	p := profile{kind: kind, serial: serialBytes(c), notBefore: c.NotBefore, notAfter: c.NotAfter, spki: c.RawSubjectPublicKeyInfo,
-		uri: c.URIs[0].String(), dnsNames: c.DNSNames, subject: c.RawSubject, issuer: c.RawIssuer, signer: c.PublicKey}
+func ProfileOf(kind capb.IssuanceRecord_Kind, c, issuer *x509.Certificate) profile.Profile {
+	p := profile.Profile{Kind: kind, Serial: profile.Serial(c), NotBefore: c.NotBefore, NotAfter: c.NotAfter, SPKI: c.RawSubjectPublicKeyInfo,
+		URI: c.URIs[0].String(), DNSNames: c.DNSNames, Subject: c.RawSubject, Issuer: c.RawIssuer, Signer: c.PublicKey}
 	if issuer != nil {
-		p.issuerKey, p.signer = issuer.SubjectKeyId, issuer.PublicKey
+		p.IssuerKey, p.Signer = issuer.SubjectKeyId, issuer.PublicKey
 	}
-	return Profile{p}
+	return p
 }
 
 // KeyUses is the memory of certified keys.
@@ -147,49 +131,3 @@ func (a *Authority) Banned(serial []byte) bool { return a.banned().set.Serial(se
 
 // TendBans does the background work of bans once.
 func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }
-
-// Busy is why a request was sent away.
-type Busy = busy
-
-// Queue is what agents' requests wait in.
-type Queue struct{ q *queue }
-
-func NewQueue(items int, wait time.Duration) Queue {
-	return Queue{newQueue(queueConfig{Items: items, Wait: wait})}
-}
-
-func (q Queue) Enter(ctx context.Context, agent string, items int, renewal bool) (func(), error) {
-	u := urgent
-	if renewal {
-		u = inTime
-	}
-	return q.q.enter(ctx, ask{Agent: agent, urgency: u, Items: items, Bytes: 100})
-}
-
-// Waiting is how many items wait, in any line.
-func (q Queue) Waiting() int {
-	q.q.mu.Lock()
-	defer q.q.mu.Unlock()
-	return q.q.items[urgent] + q.q.items[inTime]
-}
-
-// Rates are limiters by name.
-type Rates struct{ r *rates }
-
-func NewRates(limit, burst int) Rates { return Rates{newRates(limit, burst)} }
-
-func (r Rates) Take(name string, n int, now time.Time) time.Duration { return r.r.take(name, n, now) }
-
-// GuardWith guards credentials, with bounds of all connections, of handshakes, and of
-// those of an address.
-func GuardWith(c credentials.TransportCredentials, all, handshakes, address int) credentials.TransportCredentials {
-	return guard(c, connectionsConfig{Connections: all, Handshakes: handshakes, PerAddress: address})
-}
-
-// OpenConnections is how many connections count as open.
-func OpenConnections(c credentials.TransportCredentials) int {
-	d := c.(guarded).connections
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.open
-}

@@ -10,11 +10,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"runtime"
 	"sync"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/identity"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -97,7 +99,7 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 		}
 		if out[i].err == nil {
 			ready, at = append(ready, all[i]), append(at, i)
-		} else if errors.Is(out[i].err, errLint) {
+		} else if errors.Is(out[i].err, profile.ErrLint) {
 			a.metrics.lintFailures.Inc()
 		}
 	}
@@ -126,40 +128,40 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 
 // prepare builds what will be signed, lints it and claims the key.
 func (a *Authority) prepare(now time.Time, iss *issuer, c certificate) (prepared, error) {
-	p := prepared{certificate: c, serial: newSerial(a.instance, now), issuer: iss}
-	p.notBefore, p.notAfter = validity(now, c.ttl, a.cfg.SVID.Backdate, iss.cert)
-	want := profile{kind: c.kind, serial: p.serial, notBefore: p.notBefore, notAfter: p.notAfter, dnsNames: c.dnsNames}
+	p := prepared{certificate: c, serial: profile.NewSerial(a.instance, now), issuer: iss}
+	p.notBefore, p.notAfter = profile.Validity(now, c.ttl, a.cfg.SVID.Backdate, iss.cert)
+	want := profile.Profile{Kind: c.kind, Serial: p.serial, NotBefore: p.notBefore, NotAfter: p.notAfter, DNSNames: c.dnsNames}
 	var t *x509.Certificate
 	switch c.kind {
 	case capb.IssuanceRecord_KIND_ROOT:
-		t, want.uri = rootTemplate(a.cfg.TrustDomain, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
+		t, want.URI = profile.Root(a.cfg.TrustDomain, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	case capb.IssuanceRecord_KIND_INTERMEDIATE:
-		t, want.uri = intermediateTemplate(a.cfg.TrustDomain, a.instance, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
+		t, want.URI = profile.Intermediate(a.cfg.TrustDomain, a.instance, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	default:
-		t, want.uri = leafTemplate(c.id, c.dnsNames, p.serial, p.notBefore, p.notAfter), c.id.String()
+		t, want.URI = profile.Leaf(c.id, c.dnsNames, p.serial, p.notBefore, p.notAfter), c.id.String()
 		if c.ttl > a.cfg.SVID.MaxTTL {
-			return prepared{}, fmt.Errorf("%w: a life of %v; at most %v are configured", errLint, c.ttl, a.cfg.SVID.MaxTTL)
+			return prepared{}, fmt.Errorf("%w: a life of %v; at most %v are configured", profile.ErrLint, c.ttl, a.cfg.SVID.MaxTTL)
 		}
 	}
 	var err error
-	if want.spki, err = x509.MarshalPKIXPublicKey(c.pub); err != nil {
+	if want.SPKI, err = x509.MarshalPKIXPublicKey(c.pub); err != nil {
 		return prepared{}, fmt.Errorf("encoding public key: %w", err)
 	}
-	p.keyHash = sha256.Sum256(want.spki)
-	if t.SubjectKeyId, err = keyIdentifier(want.spki); err != nil {
+	p.keyHash = sha256.Sum256(want.SPKI)
+	if t.SubjectKeyId, err = profile.KeyIdentifier(want.SPKI); err != nil {
 		return prepared{}, err
 	}
 	if p.tbs, p.opts, err = build(t, iss, c.pub); err != nil {
 		return prepared{}, err
 	}
-	if want.subject, err = asn1.Marshal(t.Subject.ToRDNSequence()); err != nil {
+	if want.Subject, err = asn1.Marshal(t.Subject.ToRDNSequence()); err != nil {
 		return prepared{}, fmt.Errorf("encoding the subject: %w", err)
 	}
-	want.issuer, want.signer = want.subject, iss.key.Public()
+	want.Issuer, want.Signer = want.Subject, iss.key.Public()
 	if iss.cert != nil {
-		want.issuer, want.issuerKey = iss.cert.RawSubject, iss.cert.SubjectKeyId
+		want.Issuer, want.IssuerKey = iss.cert.RawSubject, iss.cert.SubjectKeyId
 	}
-	if p.algorithm, err = want.lint(p.tbs); err != nil {
+	if p.algorithm, err = want.Lint(p.tbs); err != nil {
 		return prepared{}, err
 	}
 	return p, a.keyUses.claim(p.keyHash[:], p.owner(), p.notAfter, now)
@@ -268,7 +270,7 @@ func (r recorded) sign(now time.Time) issued {
 	}
 	return issued{
 		chain:   append([]*x509.Certificate{c}, r.issuer.chain...),
-		renewAt: renewAt(now, c.NotAfter, jitter()),
+		renewAt: profile.RenewAt(now, c.NotAfter, mathrand.Float64()),
 	}
 }
 

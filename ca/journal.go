@@ -14,6 +14,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/rotation"
 	"github.com/signet-mesh/signet/storage"
 )
@@ -89,7 +90,7 @@ type journalEntry struct {
 
 // authorityID is the name of an authority towards operators and in package rotation:
 // its serial, because an intermediate can follow another one with the same key.
-func authorityID(c *x509.Certificate) string { return hex.EncodeToString(serialBytes(c)) }
+func authorityID(c *x509.Certificate) string { return hex.EncodeToString(profile.Serial(c)) }
 
 // turns reports whether an entry is in the hands of package rotation: this authority's
 // own root, or an intermediate below it that signs or has signed.

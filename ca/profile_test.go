@@ -87,52 +87,6 @@ func TestProfile(t *testing.T) {
 	}
 }
 
-func TestSerialsSortByTime(t *testing.T) {
-	t.Parallel()
-	at := time.Date(2026, 11, 24, 0, 0, 0, 0, time.UTC)
-	a, b := ca.NewSerial(0x7f, at), ca.NewSerial(0x7f, at.Add(time.Millisecond))
-	if len(a) != 17 || a[0] != 0x7f || bytes.Compare(a, b) >= 0 {
-		t.Errorf("%x, %x", a, b)
-	}
-	if bytes.Equal(ca.NewSerial(1, at), ca.NewSerial(1, at)) {
-		t.Error("two serials of one millisecond are equal")
-	}
-}
-
-func TestValidityNeverLeavesTheIssuers(t *testing.T) {
-	t.Parallel()
-	now := time.Date(2026, 11, 24, 12, 0, 0, 500, time.UTC)
-	iss := &x509.Certificate{NotBefore: now.Add(-30 * time.Second).Truncate(time.Second), NotAfter: now.Add(10 * time.Minute).Truncate(time.Second)}
-	nb, na := ca.Validity(now, time.Hour, time.Minute, iss)
-	if !nb.Equal(iss.NotBefore) || !na.Equal(iss.NotAfter) {
-		t.Errorf("got %s to %s", nb, na)
-	}
-	nb, na = ca.Validity(now, time.Minute, time.Second, iss)
-	if !nb.Equal(now.Add(-time.Second).Truncate(time.Second)) || !na.Equal(now.Add(time.Minute).Truncate(time.Second)) {
-		t.Errorf("got %s to %s", nb, na)
-	}
-}
-
-func TestRenewAtSpreadsAroundHalfLife(t *testing.T) {
-	t.Parallel()
-	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
-	for _, c := range []struct {
-		left   time.Duration
-		random float64
-		want   time.Duration
-	}{
-		{time.Hour, 0, 27 * time.Minute},
-		{time.Hour, 0.5, 30 * time.Minute},
-		{10 * time.Second, 0, 4500 * time.Millisecond},
-		{0, 0.5, 0},
-		{-time.Hour, 0.5, 0},
-	} {
-		if got := ca.RenewAt(now, now.Add(c.left), c.random).Sub(now); got != c.want {
-			t.Errorf("left %v, random %v: after %v, want %v", c.left, c.random, got, c.want)
-		}
-	}
-}
-
 func TestDNSNames(t *testing.T) {
 	t.Parallel()
 	for name, ok := range map[string]bool{"localhost": true, "a.b-c.svc": true, "1.2": true, "": false, "A": false, "*.a": false, "a..b": false, ".a": false,
@@ -222,24 +176,6 @@ func TestNoKeyAndNoTokenIsEverKept(t *testing.T) {
 			}
 		}
 	}
-}
-
-// FuzzPublicKey: whatever is taken is a key in its one encoding.
-func FuzzPublicKey(f *testing.F) {
-	_, good := newKey(f)
-	f.Add(good)
-	f.Add([]byte{})
-	f.Add(good[:len(good)-1])
-	f.Fuzz(func(t *testing.T, b []byte) {
-		pub, err := ca.ParsePublicKey(b, ca.AllKeys)
-		if err != nil {
-			return
-		}
-		again, err := x509.MarshalPKIXPublicKey(pub)
-		if err != nil || !bytes.Equal(again, b) {
-			t.Fatalf("%x was taken and encodes as %x, %v", b, again, err)
-		}
-	})
 }
 
 // TestTheClockSeesAStep: a monotonic reading, as time.Now has one, must not hide

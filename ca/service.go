@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/limit"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 
@@ -116,7 +118,7 @@ func (a *Authority) verifyClient(chain []*x509.Certificate) error {
 	if err := a.refuseRevoked(chain[0]); err != nil {
 		return err
 	}
-	if ban := a.banned().set.Serial(serialBytes(chain[0])); ban != nil {
+	if ban := a.banned().set.Serial(profile.Serial(chain[0])); ban != nil {
 		return fmt.Errorf("%w: certificate %x, by %s", ErrBanned, chain[0].SerialNumber, ban.Subject)
 	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
@@ -154,7 +156,7 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 	if !ok || !id.MemberOf(a.cfg.TrustDomain) {
 		return refuse(fmt.Errorf("%s is not an agent of %s", id, a.cfg.TrustDomain.Name()))
 	}
-	r, ok := a.agents.lookup(serialBytes(c))
+	r, ok := a.agents.lookup(profile.Serial(c))
 	if !ok || r.Node != node {
 		return refuse(fmt.Errorf("%s is not on record", id))
 	}
@@ -175,7 +177,7 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 func (a *Authority) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	if info.FullMethodName != capb.Authority_Attest_FullMethodName || hasCertificate(ctx) {
 		r, err := a.caller(ctx)
-		if err == nil && a.streams.take(r.Node, 1, time.Now()) > 0 {
+		if err == nil && a.streams.Take(r.Node, 1, time.Now()) > 0 {
 			err = status.Error(codes.ResourceExhausted, "too many calls at once; try again later")
 		}
 		return ctx, err
@@ -259,7 +261,7 @@ func ended(ctx context.Context) error {
 // code turns an error into what a client may learn. It is the one place for that.
 func code(err error) error {
 	switch {
-	case errors.As(err, new(*busy)):
+	case errors.As(err, new(*limit.Busy)):
 		return status.Error(codes.ResourceExhausted, "too much is asked for at once; try again later")
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrClock):
 		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
@@ -291,7 +293,7 @@ func (s service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.Att
 }
 
 func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
-	pub, err := parsePublicKey(req.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
+	pub, err := profile.ParsePublicKey(req.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -331,7 +333,7 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	leave, err := a.queue.enter(ctx, ask{Agent: r.Node, Items: 1, Bytes: len(req.GetPublicKey())})
+	leave, err := a.queue.Enter(ctx, limit.Ask{Agent: r.Node, Items: 1, Bytes: len(req.GetPublicKey())})
 	if err != nil {
 		return nil, code(err)
 	}
@@ -350,7 +352,7 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	var trust *identity.Trust
 	if err == nil {
 		// The certificate is worth nothing until this is durable.
-		r.serial, r.NotAfter = serialBytes(out[0].chain[0]), out[0].chain[0].NotAfter
+		r.serial, r.NotAfter = profile.Serial(out[0].chain[0]), out[0].chain[0].NotAfter
 		trust, err = a.enrol(ctx, r)
 	}
 	if err != nil {
@@ -504,10 +506,10 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 	}
 	if len(certs) > 0 {
 		// After the checks, which may have to wait for others: capacity is for work.
-		leave, err := a.queue.enter(ctx, ask{Agent: r.Node, urgency: a.urgency(req, start), Items: len(certs), Bytes: proto.Size(req)})
+		leave, err := a.queue.Enter(ctx, limit.Ask{Agent: r.Node, Urgency: a.urgency(req, start), Items: len(certs), Bytes: proto.Size(req)})
 		if err != nil {
 			retry := retryFailure
-			if b := new(busy); errors.As(err, &b) {
+			if b := new(limit.Busy); errors.As(err, &b) {
 				retry = b.After
 			}
 			for _, i := range at {
@@ -562,7 +564,7 @@ func (r *refusal) Error() string {
 // must verify here, and a pod must be alive in the authority's own view; either
 // must be on the node that the calling agent was attested on.
 func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (certificate, error) {
-	pub, err := parsePublicKey(item.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
+	pub, err := profile.ParsePublicKey(item.GetPublicKey(), a.cfg.SVID.AcceptedKeys)
 	if err != nil {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_MALFORMED, public: err.Error()}
 	}
@@ -616,7 +618,7 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	if a.revoked.Value().Has(r.serial) {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_EVIDENCE, public: "the agent's SVID was revoked", err: fmt.Errorf("agent SVID %x was revoked", r.serial)}
 	}
-	if after := a.identities.take(r.Node+" "+c.id.String(), 1, time.Now()); after > 0 {
+	if after := a.identities.Take(r.Node+" "+c.id.String(), 1, time.Now()); after > 0 {
 		return certificate{}, &refusal{code: capb.Refusal_CODE_BUSY, retry: max(after, time.Second), public: "the identity is asked for too often",
 			err: fmt.Errorf("%s is asked for too often on node %s", c.id, r.Node)}
 	}
@@ -626,26 +628,26 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 
 // urgency is that of a batch: of its most urgent item. Who holds nothing, or what is
 // about to end, cannot wait as others can.
-func (a *Authority) urgency(req *capb.IssueRequest, now time.Time) urgency {
+func (a *Authority) urgency(req *capb.IssueRequest, now time.Time) limit.Urgency {
 	for _, item := range req.GetItems() {
 		if u := item.GetHeldUntil(); u == nil || u.AsTime().Sub(now) < a.cfg.SVID.TTL/8 {
-			return urgent
+			return limit.Urgent
 		}
 	}
-	return inTime
+	return limit.InTime
 }
 
 // Guard bounds what connections of a door can hold before anybody has proved anything.
 // door is its name in metrics.
 func (a *Authority) Guard(door string, c credentials.TransportCredentials) credentials.TransportCredentials {
 	l := a.cfg.Limits
-	return guard(c, connectionsConfig{Connections: l.Connections, Handshakes: l.Handshakes, PerAddress: l.HandshakesPerAddress, Name: door, Metrics: a.cfg.Metrics})
+	return limit.Guard(c, limit.GuardConfig{Connections: l.Connections, Handshakes: l.Handshakes, PerAddress: l.HandshakesPerAddress, Name: door, Metrics: a.cfg.Metrics})
 }
 
 // TooOften is after which time a client of another door, the pod with that UID, may ask
 // again; 0: now, and then that is counted.
 func (a *Authority) TooOften(podUID string) time.Duration {
-	return a.clients.take(podUID, 1, time.Now())
+	return a.clients.Take(podUID, 1, time.Now())
 }
 
 func svidToProto(id string, i issued) *capb.X509SVID {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
@@ -132,7 +132,7 @@ func (v *verifier) log(ctx context.Context, l bookLog) {
 	if last.Signature != nil {
 		r.Head = headToProto(last)
 	}
-	c := recordChecker{v: v, bad: bad, instance: l.instance, keys: newKeyUses(verifyKeyUses, func(int) {}), serials: map[int64]map[[serialLength]byte]bool{}}
+	c := recordChecker{v: v, bad: bad, instance: l.instance, keys: newKeyUses(verifyKeyUses, func(int) {}), serials: map[int64]map[[profile.SerialLength]byte]bool{}}
 	for rec, err := range l.Scan(ctx, 1) {
 		if err != nil {
 			bad("%v", err)
@@ -151,7 +151,7 @@ type recordChecker struct {
 	bad      func(format string, args ...any)
 	instance uint32
 	keys     *keyUses
-	serials  map[int64]map[[serialLength]byte]bool // by minute
+	serials  map[int64]map[[profile.SerialLength]byte]bool // by minute
 	n        int
 }
 
@@ -189,7 +189,7 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 	}
 	authority := r.GetKind() == capb.IssuanceRecord_KIND_ROOT || r.GetKind() == capb.IssuanceRecord_KIND_INTERMEDIATE
 	switch {
-	case len(r.GetSerial()) != serialLength:
+	case len(r.GetSerial()) != profile.SerialLength:
 		return errors.New("the serial does not have 17 bytes")
 	case uint32(r.GetSerial()[0]) != c.instance:
 		return errors.New("the serial is of another instance")
@@ -202,7 +202,7 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 	case len(r.GetAuthority()) == 0 && r.GetKind() != capb.IssuanceRecord_KIND_ROOT:
 		return errors.New("the authority is missing")
 	}
-	serial, made := [serialLength]byte(r.GetSerial()), serialTime(r.GetSerial())
+	serial, made := [profile.SerialLength]byte(r.GetSerial()), profile.SerialTime(r.GetSerial())
 	if d := at.Sub(made); d > serialSlack || d < -serialSlack {
 		return fmt.Errorf("the serial is of %s, the record of %s", made.Format(time.RFC3339), at.Format(time.RFC3339))
 	}
@@ -213,7 +213,7 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 				delete(c.serials, m)
 			}
 		}
-		c.serials[minute] = map[[serialLength]byte]bool{}
+		c.serials[minute] = map[[profile.SerialLength]byte]bool{}
 	}
 	if c.serials[minute][serial] {
 		return errors.New("the serial occurs twice")
@@ -233,17 +233,10 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 	return c.keys.claim(r.GetKeyHash(), r.GetSpiffeId(), time.Unix(r.GetNotAfter(), 0), at)
 }
 
-// serialTime is the moment in a serial of newSerial.
-func serialTime(serial []byte) time.Time {
-	var ms [8]byte
-	copy(ms[2:], serial[1:7])
-	return time.UnixMilli(int64(binary.BigEndian.Uint64(ms[:]))).UTC()
-}
-
 // ownSerial reports whether a serial is one that an instance of this authority makes.
 func (v *verifier) ownSerial(serial []byte) bool {
 	for _, l := range v.logs {
-		if len(serial) == serialLength && uint32(serial[0]) == l.instance {
+		if len(serial) == profile.SerialLength && uint32(serial[0]) == l.instance {
 			return true
 		}
 	}
@@ -256,7 +249,7 @@ func (v *verifier) pruned(serial []byte) bool {
 	for _, l := range v.logs {
 		if uint32(serial[0]) == l.instance {
 			c, ok := l.Checkpoint()
-			return ok && serialTime(serial).Before(c.Time.Add(serialSlack))
+			return ok && profile.SerialTime(serial).Before(c.Time.Add(serialSlack))
 		}
 	}
 	return true // its log is gone with its age
@@ -396,7 +389,7 @@ func (v *verifier) agent(e storage.Entry) {
 	case r.Node == "" || r.NotAfter.IsZero():
 		v.bad("state: agent %s is incomplete", e.Key)
 	case !v.ownSerial(serial):
-		if len(serial) != serialLength {
+		if len(serial) != profile.SerialLength {
 			v.bad("state: agent %s has a serial that no instance of this authority makes", e.Key)
 		}
 	default:
@@ -450,7 +443,7 @@ func (v *verifier) authorities() {
 		} else {
 			inters = append(inters, c)
 		}
-		if serial := serialBytes(c); !e.External && v.ownSerial(serial) {
+		if serial := profile.Serial(c); !e.External && v.ownSerial(serial) {
 			hash := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 			v.wanted[string(serial)] = &wanted{what: e.Kind + " of the journal", serial: serial, keyHash: hash[:], end: c.NotAfter.Unix()}
 		}

@@ -6,9 +6,11 @@ import (
 	"io"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/cmd/internal/run"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
@@ -121,7 +123,7 @@ func defaults() config {
 	c.Listen = ":8443"
 	c.Authority = defaultAuthority()
 	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MinTTL, c.SVID.MaxTTL, c.SVID.Backdate = time.Hour, time.Hour, time.Minute, 24*time.Hour, time.Minute
-	c.SVID.AcceptedKeys = []string{ca.KeyP256, ca.KeyP384, ca.KeyP521, ca.KeyEd25519, ca.KeyRSA}
+	c.SVID.AcceptedKeys = slices.Clone(profile.AllKeys)
 	c.Tokens.Audience, c.Tokens.AgentAudience = "signet", "signet-ca"
 	c.Tokens.MaxLifetime, c.Tokens.Skew = attest.DefaultMaxLifetime, attest.DefaultSkew
 	c.Kubernetes.Namespace, c.Kubernetes.ServiceAccountDir = "signet-system", run.ServiceAccountDir

@@ -1,4 +1,4 @@
-package ca
+package profile
 
 import (
 	"bytes"
@@ -19,31 +19,31 @@ import (
 	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// errLint is why what would have been signed was not: it differs from the profile.
+// ErrLint is why what would have been signed was not: it differs from the profile.
 // Nothing was recorded and nothing signed.
-var errLint = errors.New("the certificate does not have its profile")
+var ErrLint = errors.New("the certificate does not have its profile")
 
-// profile is what a certificate must be, byte by byte where DER leaves no choice.
+// Profile is what a certificate must be, byte by byte where DER leaves no choice.
 // It is made from the facts of the ceremony and not from the template, and is
 // compared with the DER that the key is about to sign: a mistake in one of the
 // two, or in the library between them, does not get a signature.
-type profile struct {
-	kind      capb.IssuanceRecord_Kind
-	serial    []byte
-	subject   []byte           // Name, DER
-	issuer    []byte           // Name, DER
-	issuerKey []byte           // subject key identifier of the issuer; nil for a root
-	signer    crypto.PublicKey // of the issuer
-	notBefore time.Time
-	notAfter  time.Time
-	spki      []byte
-	uri       string
-	dnsNames  []string
+type Profile struct {
+	Kind      capb.IssuanceRecord_Kind
+	Serial    []byte
+	Subject   []byte           // Name, DER
+	Issuer    []byte           // Name, DER
+	IssuerKey []byte           // subject key identifier of the issuer; nil for a root
+	Signer    crypto.PublicKey // of the issuer
+	NotBefore time.Time
+	NotAfter  time.Time
+	SPKI      []byte
+	URI       string
+	DNSNames  []string
 }
 
 // authority reports whether the certificate may sign others.
-func (p profile) authority() bool {
-	return p.kind == capb.IssuanceRecord_KIND_ROOT || p.kind == capb.IssuanceRecord_KIND_INTERMEDIATE
+func (p Profile) authority() bool {
+	return p.Kind == capb.IssuanceRecord_KIND_ROOT || p.Kind == capb.IssuanceRecord_KIND_INTERMEDIATE
 }
 
 // Extensions of the profile (RFC 5280 §4.2), the last byte of 2.5.29.x.
@@ -74,12 +74,12 @@ type extension struct {
 }
 
 // extensions are all that the certificate has, by the last byte of their OID.
-func (p profile) extensions() (map[byte]extension, error) {
-	san, err := encodeSAN(p.uri, p.dnsNames)
+func (p Profile) extensions() (map[byte]extension, error) {
+	san, err := encodeSAN(p.URI, p.DNSNames)
 	if err != nil {
 		return nil, err
 	}
-	ski, err := keyIdentifier(p.spki)
+	ski, err := KeyIdentifier(p.SPKI)
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +93,7 @@ func (p profile) extensions() (map[byte]extension, error) {
 		extSubjectAltName:   {critical: !p.authority(), value: san},
 		extBasicConstraints: {critical: true, value: derLeaf},
 	}
-	switch p.kind {
+	switch p.Kind {
 	case capb.IssuanceRecord_KIND_ROOT:
 		want[extBasicConstraints] = extension{critical: true, value: derRoot}
 	case capb.IssuanceRecord_KIND_INTERMEDIATE:
@@ -105,10 +105,10 @@ func (p profile) extensions() (map[byte]extension, error) {
 		// X509-SVID §4.4: both, where there is one.
 		want[extExtKeyUsage] = extension{value: derServerAndClient}
 	}
-	if p.kind != capb.IssuanceRecord_KIND_ROOT {
+	if p.Kind != capb.IssuanceRecord_KIND_ROOT {
 		var b cryptobyte.Builder
 		b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
-			b.AddASN1(cbasn1.Tag(0).ContextSpecific(), func(b *cryptobyte.Builder) { b.AddBytes(p.issuerKey) })
+			b.AddASN1(cbasn1.Tag(0).ContextSpecific(), func(b *cryptobyte.Builder) { b.AddBytes(p.IssuerKey) })
 		})
 		want[extAuthorityKeyID] = extension{value: b.BytesOrPanic()}
 	}
@@ -131,9 +131,9 @@ func encodeSAN(uri string, dnsNames []string) ([]byte, error) {
 	return b.Bytes()
 }
 
-// keyIdentifier is the truncated SHA-256 of the key's bit string (RFC 7093 §2,
+// KeyIdentifier is the truncated SHA-256 of the key's bit string (RFC 7093 §2,
 // method 1).
-func keyIdentifier(spki []byte) ([]byte, error) {
+func KeyIdentifier(spki []byte) ([]byte, error) {
 	in := cryptobyte.String(spki)
 	var info, algorithm cryptobyte.String
 	var bits []byte
@@ -145,17 +145,17 @@ func keyIdentifier(spki []byte) ([]byte, error) {
 	return sum[:20], nil
 }
 
-// lint compares what is to be signed, a TBSCertificate in DER (RFC 5280 §4.1), with
+// Lint compares what is to be signed, a TBSCertificate in DER (RFC 5280 §4.1), with
 // the profile. Everything is checked, in the order of the encoding, and nothing may
 // follow. It returns the AlgorithmIdentifier of the signature to come.
-func (p profile) lint(tbs []byte) (algorithm []byte, err error) {
+func (p Profile) Lint(tbs []byte) (algorithm []byte, err error) {
 	if algorithm, err = p.compare(tbs); err != nil {
-		return nil, fmt.Errorf("%w: %w", errLint, err)
+		return nil, fmt.Errorf("%w: %w", ErrLint, err)
 	}
 	return algorithm, nil
 }
 
-func (p profile) compare(tbs []byte) (algorithm []byte, err error) {
+func (p Profile) compare(tbs []byte) (algorithm []byte, err error) {
 	in := cryptobyte.String(tbs)
 	var body cryptobyte.String
 	if !in.ReadASN1(&body, cbasn1.SEQUENCE) || !in.Empty() {
@@ -170,8 +170,8 @@ func (p profile) compare(tbs []byte) (algorithm []byte, err error) {
 	if !body.ReadASN1Integer(serial) || serial.Sign() <= 0 {
 		return nil, errors.New("its serial is not a positive integer")
 	}
-	if len(p.serial) != serialLength || serial.Cmp(new(big.Int).SetBytes(p.serial)) != 0 {
-		return nil, fmt.Errorf("its serial is %x instead of %x", serial, p.serial)
+	if len(p.Serial) != SerialLength || serial.Cmp(new(big.Int).SetBytes(p.Serial)) != 0 {
+		return nil, fmt.Errorf("its serial is %x instead of %x", serial, p.Serial)
 	}
 	var signature, issuer, validity, subject, spki cryptobyte.String
 	if !body.ReadASN1Element(&signature, cbasn1.SEQUENCE) || !body.ReadASN1Element(&issuer, cbasn1.SEQUENCE) ||
@@ -179,27 +179,27 @@ func (p profile) compare(tbs []byte) (algorithm []byte, err error) {
 		!body.ReadASN1Element(&spki, cbasn1.SEQUENCE) {
 		return nil, errors.New("its fields are not those of a certificate")
 	}
-	if want, err := signatureAlgorithm(p.signer); err != nil || !bytes.Equal(signature, want) {
+	if want, err := signatureAlgorithm(p.Signer); err != nil || !bytes.Equal(signature, want) {
 		return nil, errors.Join(err, fmt.Errorf("its signature algorithm is %x, not that of the issuer's key", []byte(signature)))
 	}
-	if !bytes.Equal(issuer, p.issuer) {
+	if !bytes.Equal(issuer, p.Issuer) {
 		return nil, errors.New("it names another issuer")
 	}
-	if !bytes.Equal(subject, p.subject) {
+	if !bytes.Equal(subject, p.Subject) {
 		return nil, errors.New("it has another subject")
 	}
 	for _, t := range []struct {
 		name string
 		want time.Time
-	}{{"notBefore", p.notBefore}, {"notAfter", p.notAfter}} {
+	}{{"notBefore", p.NotBefore}, {"notAfter", p.NotAfter}} {
 		if got, ok := readTime(&validity, t.want); !ok || !got.Equal(t.want) {
 			return nil, fmt.Errorf("%s is not %s", t.name, t.want.Format(time.RFC3339))
 		}
 	}
-	if !validity.Empty() || !p.notAfter.After(p.notBefore) {
+	if !validity.Empty() || !p.NotAfter.After(p.NotBefore) {
 		return nil, errors.New("its validity is not a period")
 	}
-	if !bytes.Equal(spki, p.spki) {
+	if !bytes.Equal(spki, p.SPKI) {
 		return nil, errors.New("its public key is not the one that was to be certified")
 	}
 	if err := p.compareExtensions(&body); err != nil {
@@ -242,7 +242,7 @@ func readTime(in *cryptobyte.String, want time.Time) (got time.Time, ok bool) {
 	return got, ok
 }
 
-func (p profile) compareExtensions(body *cryptobyte.String) error {
+func (p Profile) compareExtensions(body *cryptobyte.String) error {
 	want, err := p.extensions()
 	if err != nil {
 		return err

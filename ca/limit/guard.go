@@ -1,4 +1,4 @@
-package ca
+package limit
 
 import (
 	"errors"
@@ -10,8 +10,8 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// connectionsConfig bounds connections. Zero values mean the defaults.
-type connectionsConfig struct {
+// GuardConfig bounds connections. Zero values mean the defaults.
+type GuardConfig struct {
 	// Connections are open at once at most; 0 means 32768.
 	Connections int
 	// Handshakes are under way at once at most, and PerAddress those of one address; 0
@@ -26,12 +26,12 @@ type connectionsConfig struct {
 	Metrics prometheus.Registerer
 }
 
-// errNoPlace is why a connection is closed before anything is read of it.
-var errNoPlace = errors.New("too many connections or handshakes at once")
+// ErrNoPlace is why a connection is closed before anything is read of it.
+var ErrNoPlace = errors.New("too many connections or handshakes at once")
 
-// guard bounds what the connections of a server can hold before its TLS knows who they
+// Guard bounds what the connections of a server can hold before its TLS knows who they
 // are. It wraps the server's credentials, of which it is one more step.
-func guard(c credentials.TransportCredentials, cfg connectionsConfig) credentials.TransportCredentials {
+func Guard(c credentials.TransportCredentials, cfg GuardConfig) credentials.TransportCredentials {
 	def := func(n *int, v int) {
 		if *n <= 0 {
 			*n = v
@@ -56,7 +56,7 @@ func guard(c credentials.TransportCredentials, cfg connectionsConfig) credential
 
 // connections is the places of a server's connections.
 type connections struct {
-	cfg     connectionsConfig
+	cfg     GuardConfig
 	places  chan struct{} // of handshakes
 	refused prometheus.Counter
 
@@ -104,7 +104,7 @@ func (g guarded) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, er
 	if !d.enter(address) {
 		d.refused.Inc()
 		_ = c.Close()
-		return nil, nil, errNoPlace
+		return nil, nil, ErrNoPlace
 	}
 	left := sync.OnceFunc(d.leave)
 	timeout := time.NewTimer(d.cfg.Timeout)
@@ -116,7 +116,7 @@ func (g guarded) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, er
 		left()
 		d.refused.Inc()
 		_ = c.Close()
-		return nil, nil, errNoPlace
+		return nil, nil, ErrNoPlace
 	}
 	// gRPC has set a deadline, which is later, and takes it away afterwards.
 	_ = c.SetDeadline(deadline)

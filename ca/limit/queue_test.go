@@ -1,4 +1,4 @@
-package ca_test
+package limit_test
 
 import (
 	"context"
@@ -9,8 +9,20 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/limit"
 )
+
+func newQueue(items int, wait time.Duration) *limit.Queue {
+	return limit.NewQueue(limit.QueueConfig{Items: items, Wait: wait})
+}
+
+func urgent(agent string, items int) limit.Ask {
+	return limit.Ask{Agent: agent, Items: items, Bytes: 100}
+}
+
+func inTime(agent string, items int) limit.Ask {
+	return limit.Ask{Agent: agent, Urgency: limit.InTime, Items: items, Bytes: 100}
+}
 
 // TestQueueIsFairAndConservesWork: one agent with a thousand small batches, one with
 // large ones and fifty with one each; while somebody waits nothing is idle, and who
@@ -18,15 +30,15 @@ import (
 func TestQueueIsFairAndConservesWork(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		q := ca.NewQueue(64, time.Hour)
+		q := newQueue(64, time.Hour)
 		const pace = 10 * time.Millisecond // of an item
 		start := time.Now()
 		var mu sync.Mutex
 		done, end := map[string]int{}, map[string]time.Duration{}
 		var wg sync.WaitGroup
-		work := func(agent string, items int, renewal bool) {
+		work := func(agent string, items int, u limit.Urgency) {
 			wg.Go(func() {
-				leave, err := q.Enter(t.Context(), agent, items, renewal)
+				leave, err := q.Enter(t.Context(), limit.Ask{Agent: agent, Urgency: u, Items: items, Bytes: 100})
 				if err != nil {
 					t.Errorf("%s: %v", agent, err)
 					return
@@ -40,16 +52,16 @@ func TestQueueIsFairAndConservesWork(t *testing.T) {
 			})
 		}
 		for range 1000 {
-			work("many", 8, false)
+			work("many", 8, limit.Urgent)
 		}
 		synctest.Wait()
 		for range 20 {
-			work("large", 256, false)
+			work("large", 256, limit.Urgent)
 		}
 		synctest.Wait()
 		for i := range 50 {
-			work(fmt.Sprintf("small-%d", i), 8, false)
-			work("renewals", 8, true)
+			work(fmt.Sprintf("small-%d", i), 8, limit.Urgent)
+			work("renewals", 8, limit.InTime)
 		}
 		wg.Wait()
 		// 64 and more in each 10 ms.
@@ -75,27 +87,27 @@ func TestQueueIsFairAndConservesWork(t *testing.T) {
 func TestQueueSendsAwayWhatItCannotDo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		q := ca.NewQueue(10, time.Second)
-		hold, err := q.Enter(t.Context(), "a", 10, false)
+		q := newQueue(10, time.Second)
+		hold, err := q.Enter(t.Context(), urgent("a", 10))
 		if err != nil {
 			t.Fatal(err)
 		}
 		// Nobody leaves: who waits is sent away when its caller has gone too, with a time.
 		start := time.Now()
-		_, err = q.Enter(t.Context(), "b", 1, false)
-		var busy *ca.Busy
+		_, err = q.Enter(t.Context(), urgent("b", 1))
+		var busy *limit.Busy
 		if !errors.As(err, &busy) || busy.After <= 0 || time.Since(start) != time.Second {
 			t.Errorf("%v after %v", err, time.Since(start))
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		if _, err := q.Enter(ctx, "c", 1, false); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := q.Enter(ctx, urgent("c", 1)); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%v", err)
 		}
 		// Those that left take nothing along.
 		got := make(chan error, 1)
 		go func() {
-			leave, err := q.Enter(t.Context(), "d", 10, true)
+			leave, err := q.Enter(t.Context(), inTime("d", 10))
 			if err == nil {
 				leave()
 			}
@@ -115,7 +127,7 @@ func TestQueueSendsAwayWhatItCannotDo(t *testing.T) {
 func TestQueueRates(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		r := ca.NewRates(10, 20)
+		r := limit.NewRates(10, 20)
 		now := time.Now()
 		if d := r.Take("a", 20, now); d != 0 {
 			t.Errorf("the burst: %v", d)

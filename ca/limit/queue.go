@@ -1,4 +1,4 @@
-package ca
+package limit
 
 import (
 	"container/list"
@@ -9,23 +9,22 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 )
 
-// urgency is how soon somebody needs an answer.
-type urgency uint8
+// Urgency is how soon somebody needs an answer.
+type Urgency uint8
 
 const (
-	// urgent is who has nothing, or is about to lose it.
-	urgent urgency = iota
-	// inTime is who asks in good time.
-	inTime
+	// Urgent is who has nothing, or is about to lose it.
+	Urgent Urgency = iota
+	// InTime is who asks in good time.
+	InTime
 
-	urgencyCount = 2
+	urgencies = 2
 )
 
-// queueConfig bounds a queue. Zero values mean the defaults.
-type queueConfig struct {
+// QueueConfig bounds a queue. Zero values mean the defaults.
+type QueueConfig struct {
 	// Items are worked on at once, and what the last request has beyond that: so nothing
 	// is idle while a large one waits for room. 0 means 512.
 	Items int
@@ -41,8 +40,8 @@ type queueConfig struct {
 	Metrics prometheus.Registerer
 }
 
-// busy is why a request was sent away.
-type busy struct {
+// Busy is why a request was sent away.
+type Busy struct {
 	// After is when there should be room.
 	After time.Duration
 	// Reason is "rate", "wait" or "memory".
@@ -50,32 +49,32 @@ type busy struct {
 }
 
 // Error says so.
-func (b *busy) Error() string {
+func (b *Busy) Error() string {
 	return fmt.Sprintf("too much is asked for at once (%s); again in %v", b.Reason, b.After.Round(time.Millisecond))
 }
 
-// ask is what wants to be worked on.
-type ask struct {
-	// Agent is whose it is, urgency how soon it is needed.
+// Ask is what wants to be worked on.
+type Ask struct {
+	// Agent is whose it is, Urgency how soon it is needed.
 	Agent   string
-	urgency urgency
+	Urgency Urgency
 	// Items and Bytes are how much it is.
 	Items int
 	Bytes int
 }
 
-// queue is safe for concurrent use.
-type queue struct {
-	cfg    queueConfig
-	rates  *rates
+// Queue is what requests of agents wait in. It is safe for concurrent use.
+type Queue struct {
+	cfg    QueueConfig
+	rates  *Rates
 	shed   *prometheus.CounterVec
 	waited *prometheus.HistogramVec
 
 	mu    sync.Mutex
-	free  int                 // items that may be begun besides; guarded by mu
-	bytes int64               // of those who wait; guarded by mu
-	items [urgencyCount]int   // of those who wait; guarded by mu
-	lines [urgencyCount]*line // guarded by mu
+	free  int              // items that may be begun besides; guarded by mu
+	bytes int64            // of those who wait; guarded by mu
+	items [urgencies]int   // of those who wait; guarded by mu
+	lines [urgencies]*line // guarded by mu
 	// pace is items per second that were given back lately, while others waited: what
 	// waiting costs. Guarded by mu, as the beginning of the period that is counted.
 	pace   float64
@@ -98,17 +97,17 @@ type turn struct {
 }
 
 type waiter struct {
-	ask
+	Ask
 	ready chan struct{} // closed when it may go on
 	of    *turn
-	at    *list.Element // in of.waiting; guarded by queue.mu
+	at    *list.Element // in of.waiting; guarded by Queue.mu
 }
 
 // quantum is how many items an agent has in a turn: a whole batch of most nodes.
 const quantum = 32
 
-// newQueue makes a queue.
-func newQueue(cfg queueConfig) *queue {
+// NewQueue makes a queue.
+func NewQueue(cfg QueueConfig) *Queue {
 	def := func(n *int, v int) {
 		if *n <= 0 {
 			*n = v
@@ -121,7 +120,7 @@ func newQueue(cfg queueConfig) *queue {
 	if cfg.Wait <= 0 {
 		cfg.Wait = 8 * time.Second
 	}
-	q := &queue{cfg: cfg, free: cfg.Items, rates: newRates(cfg.Rate, cfg.Burst),
+	q := &Queue{cfg: cfg, free: cfg.Items, rates: NewRates(cfg.Rate, cfg.Burst),
 		shed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_shed_total",
 			Help: "Requests of agents that were sent away, by reason (rate, wait, memory)."}, []string{"reason"}),
 		waited: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "signet_ca_wait_seconds",
@@ -132,26 +131,26 @@ func newQueue(cfg queueConfig) *queue {
 	}
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(q.shed, q.waited, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_ca_waiting_items",
-			Help: "Items that wait to be worked on."}, func() float64 { q.mu.Lock(); defer q.mu.Unlock(); return float64(q.items[urgent] + q.items[inTime]) }))
+			Help: "Items that wait to be worked on."}, func() float64 { q.mu.Lock(); defer q.mu.Unlock(); return float64(q.items[Urgent] + q.items[InTime]) }))
 	}
 	return q
 }
 
-// enter waits until r may be worked on; leave has to be called when it is done. The
-// error is a *busy, or that of ctx.
-func (q *queue) enter(ctx context.Context, r ask) (leave func(), err error) {
+// Enter waits until r may be worked on; leave has to be called when it is done. The
+// error is a *Busy, or that of ctx.
+func (q *Queue) Enter(ctx context.Context, r Ask) (leave func(), err error) {
 	now := time.Now()
-	if after := q.rates.take(r.Agent, r.Items, now); after > 0 {
+	if after := q.rates.Take(r.Agent, r.Items, now); after > 0 {
 		return nil, q.refuse("rate", after)
 	}
 	q.mu.Lock()
-	if q.free > 0 && q.items[urgent]+q.items[inTime] == 0 {
+	if q.free > 0 && q.items[Urgent]+q.items[InTime] == 0 {
 		q.free -= r.Items
 		q.mu.Unlock()
 		return q.leaver(r.Items), nil
 	}
 	if q.bytes+int64(r.Bytes) > q.cfg.Bytes {
-		after := q.cost(q.items[urgent] + q.items[inTime])
+		after := q.cost(q.items[Urgent] + q.items[InTime])
 		q.mu.Unlock()
 		return nil, q.refuse("memory", after)
 	}
@@ -160,7 +159,7 @@ func (q *queue) enter(ctx context.Context, r ask) (leave func(), err error) {
 		q.mu.Unlock()
 		return nil, q.refuse("wait", after)
 	}
-	w := &waiter{ask: r, ready: make(chan struct{})}
+	w := &waiter{Ask: r, ready: make(chan struct{})}
 	q.push(w)
 	q.mu.Unlock()
 	timeout := time.NewTimer(q.cfg.Wait)
@@ -176,19 +175,19 @@ func (q *queue) enter(ctx context.Context, r ask) (leave func(), err error) {
 			return nil, q.refuse("wait", q.cfg.Wait/2)
 		}
 	}
-	q.waited.WithLabelValues([]string{"urgent", "renewal"}[r.urgency]).Observe(time.Since(now).Seconds())
+	q.waited.WithLabelValues([]string{"urgent", "renewal"}[r.Urgency]).Observe(time.Since(now).Seconds())
 	return q.leaver(r.Items), nil
 }
 
 // refuse counts one that is sent away. Its agent is told a time of its own, so that all
 // do not come back together.
-func (q *queue) refuse(reason string, after time.Duration) error {
+func (q *Queue) refuse(reason string, after time.Duration) error {
 	q.shed.WithLabelValues(reason).Inc()
 	after = min(max(after, 200*time.Millisecond), 30*time.Second)
-	return &busy{After: after + time.Duration(rand.Float64()*float64(after)/2), Reason: reason}
+	return &Busy{After: after + time.Duration(rand.Float64()*float64(after)/2), Reason: reason}
 }
 
-func (q *queue) leaver(items int) func() {
+func (q *Queue) leaver(items int) func() {
 	return sync.OnceFunc(func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
@@ -200,9 +199,9 @@ func (q *queue) leaver(items int) func() {
 
 // count keeps the pace, over periods of half a second in which somebody waited. mu is
 // held.
-func (q *queue) count(items int) {
+func (q *Queue) count(items int) {
 	now := time.Now()
-	if q.items[urgent]+q.items[inTime] == 0 {
+	if q.items[Urgent]+q.items[InTime] == 0 {
 		q.since, q.worked = time.Time{}, 0 // it could be faster, and nobody knows by how much
 		return
 	}
@@ -221,7 +220,7 @@ func (q *queue) count(items int) {
 }
 
 // cost is how long so many items take; nothing while the pace is not known. mu is held.
-func (q *queue) cost(items int) time.Duration {
+func (q *Queue) cost(items int) time.Duration {
 	if q.pace == 0 {
 		return 0
 	}
@@ -230,11 +229,11 @@ func (q *queue) cost(items int) time.Duration {
 
 // ahead is how many items come before r: at most what its line and those before it
 // hold, and no more than as many of each other agent as of its own. mu is held.
-func (q *queue) ahead(r ask) (n int) {
-	for u := range r.urgency {
+func (q *Queue) ahead(r Ask) (n int) {
+	for u := range r.Urgency {
 		n += q.items[u]
 	}
-	l := q.lines[r.urgency]
+	l := q.lines[r.Urgency]
 	own := r.Items
 	if e := l.agents[r.Agent]; e != nil {
 		t := e.Value.(*turn)
@@ -243,12 +242,12 @@ func (q *queue) ahead(r ask) (n int) {
 		}
 	}
 	fair := (own + quantum) * (l.turns.Len() + 1)
-	return n + min(q.items[r.urgency], fair)
+	return n + min(q.items[r.Urgency], fair)
 }
 
 // push puts w into its line. mu is held.
-func (q *queue) push(w *waiter) {
-	l := q.lines[w.urgency]
+func (q *Queue) push(w *waiter) {
+	l := q.lines[w.Urgency]
 	e := l.agents[w.Agent]
 	if e == nil {
 		e = l.turns.PushBack(&turn{agent: w.Agent, waiting: list.New(), credit: quantum})
@@ -256,12 +255,12 @@ func (q *queue) push(w *waiter) {
 	}
 	w.of = e.Value.(*turn)
 	w.at = w.of.waiting.PushBack(w)
-	q.items[w.urgency] += w.Items
+	q.items[w.Urgency] += w.Items
 	q.bytes += int64(w.Bytes)
 }
 
 // admit lets go on who is next, while there is capacity. mu is held.
-func (q *queue) admit() {
+func (q *Queue) admit() {
 	for u := range q.lines {
 		l := q.lines[u]
 		for e := l.turns.Front(); e != nil; e = l.turns.Front() {
@@ -292,7 +291,7 @@ func (q *queue) admit() {
 }
 
 // abandon takes w out of its line, and reports whether it was still there.
-func (q *queue) abandon(w *waiter) bool {
+func (q *Queue) abandon(w *waiter) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	select {
@@ -301,55 +300,8 @@ func (q *queue) abandon(w *waiter) bool {
 	default:
 	}
 	w.of.waiting.Remove(w.at)
-	q.items[w.urgency] -= w.Items
+	q.items[w.Urgency] -= w.Items
 	q.bytes -= int64(w.Bytes)
 	q.admit() // who waited behind it may fit
 	return true
-}
-
-// rates are limiters by name, of bounded number. Safe for concurrent use.
-type rates struct {
-	limit rate.Limit
-	burst int
-
-	mu         sync.Mutex
-	young, old map[string]*rate.Limiter // guarded by mu; two generations
-}
-
-// maxRates is how many names are remembered: of more, those are forgotten that were not
-// heard of for longest.
-const maxRates = 1 << 17
-
-// newRates makes limiters that allow each name limit a second, and burst at once; nil,
-// which allows everything, if limit is 0.
-func newRates(limit, burst int) *rates {
-	if limit <= 0 {
-		return nil
-	}
-	return &rates{limit: rate.Limit(limit), burst: max(burst, limit)}
-}
-
-// take takes n for a name; or else nothing, and says after which time n would be there.
-// More than the burst is taken as the burst.
-func (r *rates) take(name string, n int, now time.Time) (after time.Duration) {
-	if r == nil {
-		return 0
-	}
-	r.mu.Lock()
-	l := r.young[name]
-	if l == nil {
-		if l = r.old[name]; l == nil {
-			l = rate.NewLimiter(r.limit, r.burst)
-		}
-		if len(r.young) >= maxRates/2 || r.young == nil {
-			r.old, r.young = r.young, make(map[string]*rate.Limiter)
-		}
-		r.young[name] = l
-	}
-	r.mu.Unlock()
-	res := l.ReserveN(now, min(n, r.burst))
-	if after = res.DelayFrom(now); after > 0 {
-		res.CancelAt(now)
-	}
-	return after
 }

@@ -1,4 +1,4 @@
-package ca
+package profile
 
 import (
 	"bytes"
@@ -23,8 +23,9 @@ const (
 	KeyRSA     = "RSA"
 )
 
-// allKeys are the kinds that are certified unless the configuration says less.
-var allKeys = []string{KeyP256, KeyP384, KeyP521, KeyEd25519, KeyRSA}
+// AllKeys are the kinds that are certified unless the configuration says less. It is not
+// to be changed.
+var AllKeys = []string{KeyP256, KeyP384, KeyP521, KeyEd25519, KeyRSA}
 
 const (
 	// minRSA is what NIST SP 800-57 part 1 still allows; maxRSA bounds what a
@@ -36,14 +37,14 @@ const (
 	maxPublicKey = 1200
 )
 
-// checkKeyKinds refuses a list that would certify nothing, or something unknown.
-func checkKeyKinds(kinds []string) error {
+// CheckKeyKinds refuses a list that would certify nothing, or something unknown.
+func CheckKeyKinds(kinds []string) error {
 	if len(kinds) == 0 {
 		return errors.New("svid.acceptedKeys: is empty: no key could be certified")
 	}
 	for _, k := range kinds {
-		if !slices.Contains(allKeys, k) {
-			return fmt.Errorf("svid.acceptedKeys: %q is not one of %s", k, strings.Join(allKeys, ", "))
+		if !slices.Contains(AllKeys, k) {
+			return fmt.Errorf("svid.acceptedKeys: %q is not one of %s", k, strings.Join(AllKeys, ", "))
 		}
 	}
 	// Agents make these, and the authority itself does.
@@ -53,10 +54,10 @@ func checkKeyKinds(kinds []string) error {
 	return nil
 }
 
-// parsePublicKey takes a SubjectPublicKeyInfo that somebody sent: one of the
+// ParsePublicKey takes a SubjectPublicKeyInfo that somebody sent: one of the
 // accepted kinds, in its one DER encoding, so that a hash of the bytes names the
 // key.
-func parsePublicKey(spki []byte, accepted []string) (crypto.PublicKey, error) {
+func ParsePublicKey(spki []byte, accepted []string) (crypto.PublicKey, error) {
 	if len(spki) > maxPublicKey {
 		return nil, fmt.Errorf("public key has %d bytes; at most %d are allowed", len(spki), maxPublicKey)
 	}
@@ -64,7 +65,7 @@ func parsePublicKey(spki []byte, accepted []string) (crypto.PublicKey, error) {
 	if err != nil {
 		return nil, errors.New("public key is not a SubjectPublicKeyInfo in DER")
 	}
-	if err := checkPublicKey(pub, accepted); err != nil {
+	if err := CheckPublicKey(pub, accepted); err != nil {
 		return nil, err
 	}
 	if again, err := x509.MarshalPKIXPublicKey(pub); err != nil || !bytes.Equal(again, spki) {
@@ -73,8 +74,8 @@ func parsePublicKey(spki []byte, accepted []string) (crypto.PublicKey, error) {
 	return pub, nil
 }
 
-// checkPublicKey refuses keys of a kind that is not accepted, and weak ones.
-func checkPublicKey(pub crypto.PublicKey, accepted []string) error {
+// CheckPublicKey refuses keys of a kind that is not accepted, and weak ones.
+func CheckPublicKey(pub crypto.PublicKey, accepted []string) error {
 	kind := ""
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
