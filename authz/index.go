@@ -369,8 +369,8 @@ func nest(shared map[demand]int32) {
 		}
 		open = append(open, i)
 	}
-	for i := len(nested) - 1; i >= 0; i-- {
-		if a := above[i]; a >= 0 {
+	for i, a := range slices.Backward(above) {
+		if a >= 0 {
 			under[a] = max(under[a], under[i]+shared[of(nested[i])])
 		}
 	}

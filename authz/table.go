@@ -46,15 +46,11 @@ func (t *table) at(order string) (i int, there bool) {
 }
 
 func newRuleset(policies []*policy, l language) *ruleset {
-	n := 0
-	for _, p := range policies {
-		n += len(p.rules)
+	lists := make([][]*rule, len(policies))
+	for i, p := range policies {
+		lists[i] = p.rules
 	}
-	rules := make([]*rule, 0, n)
-	for _, p := range policies {
-		rules = append(rules, p.rules...)
-	}
-	return &ruleset{language: l, policies: policies, base: newTable(rules)}
+	return &ruleset{language: l, policies: policies, base: newTable(slices.Concat(lists...))}
 }
 
 // enough is how much may change since a table was made.

@@ -228,7 +228,8 @@ var authzStages = []stage{
 // quick are the tests that take less than a tenth of a second each.
 const quick = "TestCorpus|InEveryShape|TestPeerMode|TestTemplatesTake|TestParseIPv4|TestForShares|TestAfter|TestNothingDenies|TestAsEnvoy|" +
 	"TestWhatChanged|TestIndexesHave|TestAThousand|^TestUpdate$|TestUpdateKeeps|FuzzHeaders|FuzzTemplates|" +
-	"TestForwardedFor|TestJoin|TestClean|TestFolding|TestTextSets|TestManyValues|TestConditionsAre|TestWhatNobody|TestUpdateMakes|TestClassesAre|TestProblemsAre|TestTokenRules|TestHiddenClaims|TestADecisionByNo"
+	"TestForwardedFor|TestJoin|TestClean|TestFolding|TestTextSets|TestManyValues|TestConditionsAre|TestWhatNobody|TestUpdateMakes|TestClassesAre|TestProblemsAre|TestTokenRules|TestHiddenClaims|TestADecisionByNo|" +
+	"TestATable|TestChanges|TestAProgramReads|TestATarget|TestADecisionThat"
 
 // try says why the tests fail on a mutant, or nothing if they pass.
 func (of target) try(ctx context.Context, program string, id int) (why string, err error) {
