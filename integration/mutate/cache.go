@@ -54,13 +54,20 @@ func (c *cache) add(key, why string) {
 
 func (c *cache) close() { _ = c.file.Close() }
 
-// digestOf is that of all files at or below some paths, but for the list of
-// survivors, which says nothing about what survives.
+// digestOf is that of all files at or below some paths, but for other packages below
+// them, and for the list of survivors, which says nothing about what survives.
 func digestOf(paths ...string) (string, error) {
 	h := sha256.New()
 	for _, root := range paths {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), "survivors") {
+			switch {
+			case err != nil || strings.HasPrefix(d.Name(), "survivors"):
+				return err
+			case d.IsDir():
+				code, err := filepath.Glob(filepath.Join(path, "*.go"))
+				if path != root && len(code) > 0 {
+					return fs.SkipDir
+				}
 				return err
 			}
 			f, err := os.Open(path)
