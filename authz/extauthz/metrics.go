@@ -2,7 +2,7 @@ package extauthz
 
 import (
 	"cmp"
-	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,9 +20,10 @@ type metrics struct {
 	seconds prometheus.Histogram
 
 	mu sync.Mutex
-	// known are the counters of checks that were needed; the map is never changed,
-	// and another one put in its place under mu.
-	known atomic.Pointer[map[outcome]prometheus.Counter]
+	// known are the counters of checks that were needed, a few: to look through them
+	// takes less time than a hash of three texts. They are never changed, and others
+	// put in their place under mu.
+	known atomic.Pointer[[]counted]
 
 	unproven prometheus.Counter
 	labels   prometheus.Counter
@@ -69,11 +70,7 @@ const slow = time.Millisecond
 // request can be found by something; of may be nil.
 func (m *metrics) answered(d *authz.Decision, took time.Duration, of *attributes) {
 	k := outcome{d.Verdict(), d.Kind, d.Reason}
-	known := m.known.Load()
-	var c prometheus.Counter
-	if known != nil {
-		c = (*known)[k]
-	}
+	c := m.find(k)
 	if c == nil {
 		c = m.learn(k)
 	}
@@ -129,11 +126,35 @@ type outcome struct {
 func (m *metrics) learn(k outcome) prometheus.Counter {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	next := make(map[outcome]prometheus.Counter)
-	if known := m.known.Load(); known != nil {
-		maps.Copy(next, *known)
+	if c := m.find(k); c != nil {
+		return c
 	}
-	next[k] = m.checks.WithLabelValues(k.verdict, cmp.Or(k.kind, "none"), string(k.reason))
-	m.known.Store(&next)
-	return next[k]
+	var known []counted
+	if l := m.known.Load(); l != nil {
+		known = *l
+	}
+	c := m.checks.WithLabelValues(k.verdict, cmp.Or(k.kind, "none"), string(k.reason))
+	known = append(slices.Clip(known), counted{k, c})
+	m.known.Store(&known)
+	return c
+}
+
+// find is the counter of an outcome; nil if there was none.
+func (m *metrics) find(k outcome) prometheus.Counter {
+	known := m.known.Load()
+	if known == nil {
+		return nil
+	}
+	for i := range *known {
+		if c := &(*known)[i]; c.outcome == k {
+			return c.counter
+		}
+	}
+	return nil
+}
+
+// counted is the counter of an outcome.
+type counted struct {
+	outcome outcome
+	counter prometheus.Counter
 }

@@ -134,7 +134,12 @@ func ascii(b []byte) bool {
 		}
 		return w&high == 0
 	}
-	for rest := b; len(rest) >= 8; rest = rest[8:] {
+	rest := b
+	for ; len(rest) >= 32; rest = rest[32:] {
+		w |= binary.LittleEndian.Uint64(rest) | binary.LittleEndian.Uint64(rest[8:]) |
+			binary.LittleEndian.Uint64(rest[16:]) | binary.LittleEndian.Uint64(rest[24:])
+	}
+	for ; len(rest) >= 8; rest = rest[8:] {
 		w |= binary.LittleEndian.Uint64(rest)
 	}
 	return (w|binary.LittleEndian.Uint64(b[len(b)-8:]))&high == 0
@@ -387,8 +392,32 @@ func (a *attributes) request(b []byte) bool {
 	return true
 }
 
+// short is how many bytes at the beginning of b, a part of a message, are entries of
+// the map of headers with a key and a value below 128 bytes, in that order, as nearly
+// all are; and whether all these bytes are ASCII, of which their tags and lengths are.
+func short(b []byte) (n int, plain bool) {
+	for i := 0; len(b)-i >= 6 && b[i] == httpHeaders && b[i+1] < 0x80; i = n {
+		end := i + 2 + int(b[i+1])
+		value := i + 4 + int(b[i+3]) // its tag
+		if end > len(b) || b[i+2] != entryKey || value+2 > end ||
+			b[value] != entryValue || value+2+int(b[value+1]) != end {
+			break
+		}
+		n = end
+	}
+	return n, ascii(b[:n])
+}
+
 func (a *attributes) scanHTTP(b []byte) bool {
+	many := a.skip // whether many entries are checked at once
 	for len(b) > 0 {
+		if many && b[0] == httpHeaders {
+			n, plain := short(b)
+			if a.skipped, many = true, plain; plain && n > 0 {
+				b = b[n:]
+				continue
+			}
+		}
 		tag, data, rest := field(b)
 		ok := tag != 0
 		switch tag {

@@ -236,6 +236,19 @@ func hostile(t testing.TB) [][]byte {
 	for _, depth := range []int{1, 100, 1600, 1660, 1663, 1664, 1665, 1666, 1667, 1668, 1670, 2490, 2499, 2500, 2501, 3331, 3332, 3333, 3334, 3335, 4990, 4995, 4996, 4997, 4998, 4999, 5000, 5001} {
 		all = append(all, attributes(one(11, nested(depth))), attributes(one(13, nested(depth))))
 	}
+	// Entries of the map of headers about as long as a length of one byte allows, and
+	// bytes that are not ASCII in any of several.
+	for n := 115; n < 132; n++ {
+		for _, end := range []string{"", "x", "é", "\xff"} {
+			long := append(one(1, []byte("key")), one(2, []byte(strings.Repeat("v", n)+end))...)
+			turned := append(one(2, []byte(strings.Repeat("v", n)+end)), one(1, []byte("key"))...)
+			plain := one(3, append(one(1, []byte("a")), one(2, nil)...))
+			for _, e := range [][]byte{long, turned, one(1, long), append(bytes.Clone(long), 0), long[:len(long)-1]} {
+				all = append(all, attributes(one(4, one(2, bytes.Join([][]byte{plain, one(3, e), plain}, nil)))),
+					attributes(one(4, one(2, bytes.Join([][]byte{one(3, e), plain, one(3, e)}, nil)))))
+			}
+		}
+	}
 	// Each text of the grammar, once as UTF-8 and once not.
 	var walk func(name string, wrap func([]byte) []byte, depth int)
 	walk = func(name string, wrap func([]byte) []byte, depth int) {
