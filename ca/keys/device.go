@@ -149,7 +149,7 @@ func (d *devices) reach(p place) error {
 		// The PIN is read each time: it may have been changed with the token.
 		u, err := uri.ParseWithScheme(p.scheme, p.uri)
 		if err == nil && u.Get("pin-source") != "" {
-			_, err = readSecret(u.Get("pin-source"))
+			_, err = ReadSecret(u.Get("pin-source"))
 		}
 		if err != nil {
 			done <- fmt.Errorf("the PIN: %w", err)

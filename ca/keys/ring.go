@@ -90,7 +90,7 @@ func Open(cfg Config) (*Ring, error) {
 		r.made[purpose] = p
 	}
 	if cfg.PassphraseFile != "" {
-		if r.pass, err = readSecret(cfg.PassphraseFile); err != nil {
+		if r.pass, err = ReadSecret(cfg.PassphraseFile); err != nil {
 			return nil, fmt.Errorf("authority.keys.passphraseFile: %w", err)
 		}
 	}
@@ -235,9 +235,9 @@ func (r *Ring) Remove(purpose, keyURI string) error {
 	return r.delete(p, keyURI)
 }
 
-// readSecret reads a passphrase or PIN: the first line of a file that others cannot
-// read.
-func readSecret(path string) ([]byte, error) {
+// ReadSecret reads a passphrase, a PIN or a password: the first line of a file that
+// others cannot read.
+func ReadSecret(path string) ([]byte, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
 		return nil, err
@@ -246,7 +246,7 @@ func readSecret(path string) ([]byte, error) {
 		return nil, fmt.Errorf("%s has mode %v and is open to others: run: chmod o-rwx %s (of a mounted Secret: defaultMode: 0440)", path, fi.Mode().Perm(), path)
 	}
 	if fi.Size() > 4096 {
-		return nil, fmt.Errorf("%s has %d bytes: it holds no passphrase", path, fi.Size())
+		return nil, fmt.Errorf("%s has %d bytes: it holds no passphrase or password", path, fi.Size())
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {

@@ -8,10 +8,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/storage/etcd"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -96,11 +96,11 @@ func (c storageConfig) open(ctx context.Context, cfg *ca.Config) (func() error, 
 func (c etcdConfig) open(ctx context.Context, name string, log *slog.Logger, reg prometheus.Registerer) (*etcd.Store, error) {
 	opt := etcd.Options{Endpoints: c.Endpoints, Username: c.Username, Prefix: c.Prefix, Timeout: c.Timeout, OwnerTTL: c.OwnerTTL, Name: name, Log: log, Metrics: reg}
 	if c.PasswordFile != "" {
-		b, err := os.ReadFile(c.PasswordFile)
+		b, err := keys.ReadSecret(c.PasswordFile)
 		if err != nil {
 			return nil, fmt.Errorf("storage.etcd.passwordFile: %w", err)
 		}
-		opt.Password, _, _ = strings.Cut(string(b), "\n")
+		opt.Password = string(b)
 	}
 	var err error
 	if opt.TLS, err = c.tls(); err != nil {
