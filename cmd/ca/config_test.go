@@ -69,7 +69,7 @@ func TestBadConfigurationsAreRefused(t *testing.T) {
 		"half a pair for etcd":               {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"], certFile: a}}\n", "both or neither"},
 		"a user of etcd without a password":  {withKeys(t) + "storage: {etcd: {endpoints: [\"https://a:2379\"], username: a}}\n", "both or neither"},
 		"roots of etcd that are not there":   {withKeys(t) + "authority: {offlineRoot: true}\nstorage: {etcd: {endpoints: [\"https://a:2379\"], caFile: /nonexistent}}\n", "storage.etcd.caFile"},
-		"a password of etcd for everybody":   {withKeys(t) + "authority: {offlineRoot: true}\nstorage: {etcd: {endpoints: [\"https://a:2379\"], username: a, passwordFile: " + open(t) + "}}\n", "is open to others"},
+		"a password of etcd for everybody":   {withKeys(t) + "authority: {offlineRoot: true}\nstorage: {etcd: {endpoints: [\"https://a:2379\"], username: a, passwordFile: " + openToAll(t) + "}}\n", "is open to others"},
 		"members of which some are in clear": {withKeys(t) + "authority: {offlineRoot: true}\nstorage: {etcd: {endpoints: [\"https://a:2379\", \"http://b:2379\"]}}\n", "protected on some paths only"},
 		"no issuer":                          {w, "tokens.issuer"},
 		"Kubernetes and workloads":           {"kubernetes: {enabled: true}\n" + w, "not from both"},
@@ -121,9 +121,8 @@ func withKeys(t testing.TB) string {
 	return "tokens: {issuer: \"https://issuer.test\", jwksFile: " + runtest.JWKSFile(t) + "}\n"
 }
 
-// private is a folder that an authority can be made in.
-// open is a file that everybody may read.
-func open(t *testing.T) string {
+// openToAll is a file that everybody may read.
+func openToAll(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(path, []byte("secret\n"), 0o600); err != nil {
@@ -135,6 +134,7 @@ func open(t *testing.T) string {
 	return path
 }
 
+// private is a folder that an authority can be made in.
 func private(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
