@@ -34,8 +34,14 @@ type agent struct {
 	// Workloads is when the last workload's SVID can end that was issued to the agent,
 	// as lives were configured when it was attested.
 	Workloads time.Time `json:"workloads,omitzero"`
+	// Acknowledged and Renewed are what the agent said of trust, as in rotation.Agent.
+	// They are kept where replicas share their state, so that each knows what was said to
+	// another.
+	Acknowledged uint64 `json:"acknowledged,omitempty"`
+	Renewed      uint64 `json:"renewed,omitempty"`
 
-	serial []byte
+	serial   []byte
+	revision uint64 // of the record in the store
 }
 
 // until is when the last SVID of the agent's node can end that was issued on the
@@ -54,6 +60,7 @@ type agents struct {
 	mu       sync.RWMutex
 	bySerial map[string]*agent         // guarded by mu; records are immutable
 	streams  map[string]*streamsOfNode // by node; guarded by mu
+	unsaid   map[string]bool           // serials of which something is to be stored; guarded by mu; nil: nothing ever is
 }
 
 // streamsOfNode is what WatchTrust last heard from a node.
@@ -95,6 +102,7 @@ func parseAgent(e storage.Entry) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
 	}
+	r.revision = e.Revision
 	return &r, nil
 }
 
@@ -103,6 +111,7 @@ func parseAgent(e storage.Entry) (*agent, error) {
 // after that waits for the agent, and one that is used already is in it.
 func (a *Authority) enrol(ctx context.Context, r agent) (*identity.Trust, error) {
 	r.Workloads = r.NotAfter.Add(a.cfg.SVID.TTL)
+	a.agents.carryOn(&r)
 	for try := 0; ; try++ {
 		trust, err := a.enrolNow(ctx, r)
 		if !errors.Is(err, storage.ErrConflict) || !a.cfg.shared() || try == 5 {
@@ -136,12 +145,12 @@ func (as *agents) add(ctx context.Context, r agent, cond storage.Cond) error {
 		return fmt.Errorf("recording agent on %s: %w", r.Node, err)
 	}
 	key := agentPrefix + hex.EncodeToString(r.serial)
-	if _, err := as.store.Commit(ctx, []storage.Cond{{Key: key}, cond}, []storage.Op{{Key: key, Value: b}}); err != nil {
+	if r.revision, err = as.store.Commit(ctx, []storage.Cond{{Key: key}, cond}, []storage.Op{{Key: key, Value: b}}); err != nil {
 		return fmt.Errorf("%w: recording agent on %s: %w", ErrUnavailable, r.Node, err)
 	}
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	as.bySerial[string(r.serial)] = &r
+	as.put(&r)
 	return nil
 }
 
@@ -225,10 +234,20 @@ func (as *agents) watching(node string, delta int) {
 	s.open += delta
 }
 
-func (as *agents) acknowledge(node string, sequence, renewed uint64) {
+// acknowledge notes what the agent r said of trust. It reports whether there is something
+// to store.
+func (as *agents) acknowledge(r *agent, sequence, renewed uint64) bool {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	if s := as.streams[node]; s != nil {
-		s.acknowledged, s.renewed = max(s.acknowledged, sequence), max(s.renewed, renewed)
+	s := as.streams[r.Node]
+	if s == nil {
+		return false
 	}
+	s.acknowledged, s.renewed = max(s.acknowledged, sequence), max(s.renewed, renewed)
+	is := as.bySerial[string(r.serial)]
+	if as.unsaid == nil || is == nil || is.Acknowledged >= s.acknowledged && is.Renewed >= s.renewed {
+		return false
+	}
+	as.unsaid[string(r.serial)] = true
+	return true
 }

@@ -57,6 +57,7 @@ type Authority struct {
 	journalMu       sync.Mutex // held while the journal is changed
 	journal         journal    // written by Open, and then by edit alone; guarded by journalMu
 	journalRevision uint64     // guarded by journalMu
+	journalReads    uint64     // how often journal was replaced; guarded by journalMu
 
 	bans   identity.Watched[*bansState]
 	bansMu sync.Mutex // held while bans are changed
@@ -69,31 +70,35 @@ type Authority struct {
 	staged atomic.Pointer[staged] // set by Open and then by Run
 	// trustMu is held while what others trust is changed, and shared while an agent gets
 	// its first trust; before journalMu.
-	trustMu      sync.RWMutex
-	rotationMu   sync.Mutex // held during a step of package rotation; before trustMu
-	began        time.Time
-	parsed       atomic.Pointer[parsedRotation]
-	lists        lists
-	revoked      identity.Watched[revocation.Set]
-	revokeMu     sync.Mutex         // held while something is revoked
-	recalled     []revocation.Entry // revoked in the log and not in the state; owned by Open
-	folderHash   [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
-	intermediate atomic.Pointer[issuer]
-	trust        identity.Watched[*identity.Trust]
-	head         identity.Watched[storage.Head] // newest signed head; zero before the first
-	serving      atomic.Pointer[tls.Certificate]
-	servingMu    sync.Mutex
-	servingRenew time.Time // guarded by servingMu
-	losses       losses
-	strangers    chan struct{} // a place for each first attestation under way
-	queue        *limit.Queue  // of what agents ask for
-	identities   *limit.Rates  // by node and SPIFFE ID
-	clients      *limit.Rates  // of other doors, by pod
-	streams      *limit.Rates  // RPCs of agents, by node
+	trustMu    sync.RWMutex
+	rotationMu sync.Mutex // held during a step of package rotation; before trustMu
+	began      time.Time
+	parsed     atomic.Pointer[parsedRotation]
+	lists      lists // changed together with journal where replicas share it
+	// What Run does when other replicas or their agents did something.
+	takenBack, heard, asked poke
+	revoked                 identity.Watched[revocation.Set]
+	revokeMu                sync.Mutex         // held while something is revoked
+	recalled                []revocation.Entry // revoked in the log and not in the state; owned by Open
+	folderHash              [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
+	intermediate            atomic.Pointer[issuer]
+	trust                   identity.Watched[*identity.Trust]
+	head                    identity.Watched[storage.Head] // newest signed head; zero before the first
+	serving                 atomic.Pointer[tls.Certificate]
+	servingMu               sync.Mutex
+	servingRenew            time.Time // guarded by servingMu
+	losses                  losses
+	strangers               chan struct{} // a place for each first attestation under way
+	queue                   *limit.Queue  // of what agents ask for
+	identities              *limit.Rates  // by node and SPIFFE ID
+	clients                 *limit.Rates  // of other doors, by pod
+	streams                 *limit.Rates  // RPCs of agents, by node
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
 	// metrics count every refusal.
 	warnings *rate.Limiter
+	// lookUps bounds how often agents can make a replica read what is shared.
+	lookUps *rate.Limiter
 
 	mu       sync.Mutex
 	failures map[string]error // what Run fails at now, by job; guarded by mu
@@ -299,6 +304,8 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
 		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.began = time.Now()
+	a.lookUps = rate.NewLimiter(10, 20)
+	a.takenBack, a.heard, a.asked = make(poke, 1), make(poke, 1), make(poke, 1)
 	l := cfg.Limits
 	a.queue = limit.NewQueue(limit.QueueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
 	a.identities, a.clients, a.streams = limit.NewRates(l.IdentityRate, l.IdentityBurst), limit.NewRates(l.ClientRate, l.ClientBurst), limit.NewRates(streamRate, streamBurst)
@@ -402,6 +409,9 @@ func (a *Authority) start(ctx context.Context) error {
 	if a.agents, err = loadAgents(ctx, a.store); err != nil {
 		return err
 	}
+	if a.cfg.shared() {
+		a.agents.unsaid = map[string]bool{}
+	}
 	if err := a.loadKeyUses(ctx); err != nil {
 		return err
 	}
@@ -446,17 +456,16 @@ func (a *Authority) loadJournal(ctx context.Context) error {
 	if err := replica.CheckMoved(ctx, a.store); err != nil {
 		return err
 	}
-	j, revision, err := loadJournal(ctx, a.store)
-	if err != nil {
+	if err := a.reread(ctx); err != nil {
 		return err
 	}
+	j := a.journal
 	if j.TrustDomain != a.cfg.TrustDomain.Name() {
 		return fmt.Errorf("it is of trust domain %s, the configuration says %s: a trust domain cannot be renamed; set trustDomain back, or choose another dataDir", j.TrustDomain, a.cfg.TrustDomain.Name())
 	}
 	if j.Instance != a.instance {
 		return fmt.Errorf("it is instance %d, the configuration says %d: set instance back, so that serials stay unique", j.Instance, a.instance)
 	}
-	a.journal, a.journalRevision = j, revision
 	logPub, err := x509.ParsePKIXPublicKey(j.LogPublicKey)
 	if err != nil {
 		return fmt.Errorf("journal: the log's public key: %w", err)
@@ -507,7 +516,14 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "bans", time.Second, a.tendBans) })
 	g.Go(func() error { return a.followBans(ctx) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
-	g.Go(func() error { return a.follow(ctx) })
+	if a.cfg.shared() {
+		g.Go(func() error { return a.follow(ctx) })
+		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
+		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
+		if a.cfg.RootReplica == a.instance {
+			g.Go(func() error { return a.when(ctx, "requests", a.asked, answerAfter, a.answerRequests) })
+		}
+	}
 	g.Go(func() error {
 		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
 	})
@@ -542,6 +558,46 @@ func (a *Authority) every(ctx context.Context, job string, d time.Duration, f fu
 			return nil
 		}
 		a.fails(job, err)
+	}
+}
+
+// poke says that there is something to do.
+type poke chan struct{}
+
+func (p poke) now() {
+	select {
+	case p <- struct{}{}:
+	default: // it is known already
+	}
+}
+
+// when calls f a while after each poke, so that many are one call, and every second while
+// it fails, until ctx ends.
+func (a *Authority) when(ctx context.Context, job string, p poke, after time.Duration, f func(context.Context) error) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-p:
+		}
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(after):
+			}
+			err := f(ctx)
+			if ctx.Err() != nil {
+				return nil
+			}
+			if a.fails(job, err); err == nil {
+				break
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+		}
 	}
 }
 

@@ -535,8 +535,12 @@ func (a *Authority) tendBans(ctx context.Context) error {
 		default:
 			if _, collected := s.serials[subject]; !collected && strings.HasPrefix(subject, "node/") {
 				node, err := identity.ParseBanSubject(subject)
+				var records []*capb.IssuanceRecord
 				if err == nil {
-					_, err = a.collectSerials(ctx, node)
+					records, err = a.collectSerials(ctx, node)
+				}
+				if err == nil && a.cfg.CRL.Enabled {
+					_, err = a.revokeAll(ctx, records, r.Reason, r.By)
 				}
 				errs = append(errs, err)
 			}

@@ -57,6 +57,10 @@ type Config struct {
 	// RootTTL is the life of a new root; 0 means a year. IntermediateTTL is that
 	// of an intermediate, renewed at half of it; 0 means 7 days.
 	RootTTL, IntermediateTTL time.Duration
+	// RootReplica is the instance of the replica that holds the key of this authority's own
+	// root, where replicas share their state and the key is not in a device that all
+	// reach: it replaces the root, and signs the intermediates of the others. 0: none does.
+	RootReplica uint8
 	// At most one of the next three says that the root is not this authority's own.
 	//
 	// OfflineRoot: a root that is kept away signs a series of intermediates in
@@ -267,6 +271,9 @@ func (c Config) check() error {
 		if err := c.CheckShared(); err != nil {
 			bad("%w", err)
 		}
+	}
+	if c.RootReplica != 0 && !c.shared() {
+		bad("authority.rootReplica: there is one replica, which has its root; it is for several (storage.etcd)")
 	}
 	if c.CRL.Lifetime < 2*s.MaxTTL {
 		bad("authority.crl.lifetime %v: must be at least twice svid.maxTTL (%v): a list that expires before the SVIDs do stops all traffic of proxies that check it", c.CRL.Lifetime, s.MaxTTL)

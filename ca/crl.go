@@ -41,6 +41,36 @@ type lists struct {
 	mu    sync.Mutex
 	by    map[string]*x509.RevocationList // guarded by mu; not changed
 	retry time.Time                       // before which nothing is tried again; guarded by mu
+	err   error                           // why some could not be signed; guarded by mu
+	also  []revocation.Entry              // what was revoked when by was read; guarded by mu
+}
+
+func (l *lists) alsoRevoked() []revocation.Entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.also
+}
+
+// read replaces the lists, and what was revoked, by those of one moment of the state.
+func (l *lists) read(by map[string]*x509.RevocationList, revoked []revocation.Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.by, l.also = by, revoked
+}
+
+// failed notes whether all lists that had to be were signed.
+func (l *lists) failed(err error, now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err, l.retry = err, (time.Time{}); err != nil {
+		l.retry = now.Add(listPause)
+	}
+}
+
+func (l *lists) failure() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
 }
 
 func (l *lists) value() map[string]*x509.RevocationList {
@@ -92,16 +122,23 @@ func (a *Authority) loadRevocations(ctx context.Context) error {
 	if entries, _, err = a.store.List(ctx, revocation.ListPrefix); err != nil {
 		return fmt.Errorf("reading CRLs: %w", err)
 	}
+	by, err := parseLists(entries)
+	if err == nil {
+		a.lists.store(by)
+	}
+	return err
+}
+
+func parseLists(entries []storage.Entry) (map[string]*x509.RevocationList, error) {
 	by := map[string]*x509.RevocationList{}
 	for _, s := range entries {
 		c, err := revocation.ParseList(s)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		by[string(c.AuthorityKeyId)] = c
 	}
-	a.lists.store(by)
-	return nil
+	return by, nil
 }
 
 // startLists brings the state and the lists to what the log and the configuration say:
@@ -112,7 +149,12 @@ func (a *Authority) startLists(ctx context.Context) error {
 		return err
 	}
 	a.recalled = nil
-	if !a.cfg.CRL.Enabled {
+	if !a.cfg.CRL.Enabled && a.cfg.shared() {
+		// Those of this replica leave with a change of trust of their own.
+		if !slices.ContainsFunc(a.lists.all(), func(c *x509.RevocationList) bool { return a.hasKey(c.AuthorityKeyId) }) {
+			return nil
+		}
+	} else if !a.cfg.CRL.Enabled {
 		var ops []storage.Op
 		for authority := range a.lists.value() {
 			ops = append(ops, storage.Op{Key: revocation.ListKey([]byte(authority)), Delete: true})
@@ -268,6 +310,9 @@ func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.Issu
 			}
 		}
 	}
+	if a.cfg.shared() && serial[0] != a.instance {
+		return nil, fmt.Errorf("%w: %x is of instance %d, and this is %d: ask the replica that issued it", errNotIssued, serial, serial[0], a.instance)
+	}
 	return nil, fmt.Errorf("%w: the issuance log has no record of %x", errNotIssued, serial)
 }
 
@@ -309,64 +354,130 @@ func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err er
 	return out, errors.Join(errs...)
 }
 
-// signLists signs a list of each authority under the number that the journal has by
-// now, stores them, and makes them the current ones. Where one cannot be signed the
-// former one stays, and the error says so. trustMu is held.
-func (a *Authority) signLists(ctx context.Context) error {
+// signedLists are lists that were signed and are not stored yet.
+type signedLists struct {
+	by   map[string]*x509.RevocationList // all that there will be, by authority
+	ops  []storage.Op
+	made int
+}
+
+// makeLists signs a list of each authority whose key is here, under the number of a
+// journal; the lists of others stay, of those that are in the journal. Where one cannot
+// be signed the former one stays, and the error says so. shared: other replicas
+// have theirs in the same state.
+func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err error) {
 	now, err := a.clock.now()
 	if err != nil {
-		return fmt.Errorf("signing CRLs: %w", err)
+		return signedLists{}, fmt.Errorf("signing CRLs: %w", err)
 	}
-	j, set, before := a.current(), a.revoked.Value(), a.lists.value()
+	set, before := a.revoked.Value().With(a.lists.alsoRevoked()...), a.lists.value()
 	issuers, err := a.listIssuers(j, now)
 	errs := []error{err}
-	next := map[string]*x509.RevocationList{}
+	out.by = map[string]*x509.RevocationList{}
+	if shared {
+		kept, err := j.othersLists(before, now)
+		if err != nil {
+			return signedLists{}, fmt.Errorf("signing CRLs: %w", err)
+		}
+		out.by = kept
+	}
+	if !a.cfg.CRL.Enabled {
+		issuers = nil
+	}
 	for _, iss := range issuers {
 		id := string(iss.cert.SubjectKeyId)
 		if old := before[id]; old != nil {
-			next[id] = old
+			out.by[id] = old
 		}
 		if iss.key == nil {
 			continue
 		}
 		c, err := revocation.Sign(revocation.Order{Issuer: iss.cert, Key: iss.key, Number: j.Sequence,
 			From: now.Add(-a.cfg.SVID.Backdate), Until: now.Add(a.cfg.CRL.Lifetime), Revoked: set})
-		if err == nil {
-			_, err = a.store.Commit(ctx, nil, []storage.Op{{Key: revocation.ListKey(iss.cert.SubjectKeyId), Value: c.Raw}})
-		}
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		next[id] = c
+		out.by[id] = c
+		out.made++
+		out.ops = append(out.ops, storage.Op{Key: revocation.ListKey(iss.cert.SubjectKeyId), Value: c.Raw})
 	}
-	var gone []storage.Op
 	for id := range before {
-		if next[id] == nil {
-			gone = append(gone, storage.Op{Key: revocation.ListKey([]byte(id)), Delete: true})
+		if out.by[id] == nil {
+			out.ops = append(out.ops, storage.Op{Key: revocation.ListKey([]byte(id)), Delete: true})
 		}
 	}
-	for part := range slices.Chunk(gone, storage.MaxOps) {
-		if _, err := a.store.Commit(ctx, nil, part); err != nil {
+	return out, errors.Join(errs...)
+}
+
+// othersLists are those of the authorities of other replicas whose certificates can be
+// valid.
+func (j journal) othersLists(lists map[string]*x509.RevocationList, now time.Time) (map[string]*x509.RevocationList, error) {
+	out := map[string]*x509.RevocationList{}
+	for _, entries := range j.Others {
+		for _, e := range entries {
+			c, err := e.cert()
+			if err != nil {
+				return nil, err
+			}
+			if c == nil || e.Kind != kindIntermediate || !now.Before(c.NotAfter) {
+				continue
+			}
+			if l := lists[string(c.SubjectKeyId)]; l != nil {
+				out[string(c.SubjectKeyId)] = l
+			}
+		}
+	}
+	return out, nil
+}
+
+// signLists signs a list of each authority under the number that the journal has by
+// now, stores them, and makes them the current ones. trustMu is held.
+func (a *Authority) signLists(ctx context.Context) error {
+	j := a.current()
+	signed, err := a.makeLists(j, false)
+	if signed.by == nil {
+		return err
+	}
+	errs := []error{err}
+	for _, op := range signed.ops {
+		if _, err := a.store.Commit(ctx, nil, []storage.Op{op}); err != nil {
 			errs = append(errs, err)
+			for id := range signed.by { // the former one stays
+				if !op.Delete && revocation.ListKey([]byte(id)) == op.Key {
+					if old := a.lists.value()[id]; old != nil {
+						signed.by[id] = old
+					} else {
+						delete(signed.by, id)
+					}
+				}
+			}
 		}
 	}
-	a.lists.store(next)
+	a.lists.store(signed.by)
 	err = errors.Join(errs...)
-	a.lists.mu.Lock()
-	defer a.lists.mu.Unlock()
-	a.lists.retry = time.Time{}
+	a.lists.failed(err, time.Now())
 	if err != nil {
-		a.lists.retry = now.Add(listPause)
 		return fmt.Errorf("publishing CRLs: %w", err)
 	}
-	a.cfg.Log.Info("CRLs signed", "number", j.Sequence, "count", len(next), "revoked", len(set), "next_update", now.Add(a.cfg.CRL.Lifetime))
+	a.cfg.Log.Info("CRLs signed", "number", j.Sequence, "count", len(signed.by), "revoked", len(a.revoked.Value()))
 	return nil
 }
 
 // relist signs the lists anew and publishes them as a state of trust of their own.
 func (a *Authority) relist(ctx context.Context) error {
 	return a.changeTrust(ctx, func(*journal) error { return nil })
+}
+
+// listAfter is how long what other replicas revoke is collected before lists are signed.
+const listAfter = 50 * time.Millisecond
+
+// tendTakenBack puts on this replica's lists what others have revoked.
+func (a *Authority) tendTakenBack(ctx context.Context) error {
+	if !a.cfg.CRL.Enabled || !a.listsDue(time.Now().Round(0)) {
+		return nil
+	}
+	return a.relist(ctx)
 }
 
 // tendLists signs the lists anew when it is time, and forgets what expired.

@@ -3,6 +3,7 @@ package ca
 import (
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"time"
@@ -113,6 +114,12 @@ func RewriteJournal(b []byte) ([]byte, error) {
 	return json.MarshalIndent(j, "", "  ")
 }
 
+// Behind are the nodes whose agents have not acknowledged a state of trust.
+func (a *Authority) Behind(sequence uint64) []string { return a.behind(sequence, time.Now()) }
+
+// Relist publishes another state of trust, with new lists where there are any.
+func (a *Authority) Relist(ctx context.Context) error { return a.relist(ctx) }
+
 // RenewServing makes a new serving certificate.
 func (a *Authority) RenewServing(ctx context.Context) error { return a.renewServing(ctx) }
 
@@ -131,3 +138,14 @@ func (a *Authority) Banned(serial []byte) bool { return a.banned().set.Serial(se
 
 // TendBans does the background work of bans once.
 func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }
+
+// RequestHash is the SHA-256 of the request for an intermediate that waits; nil if none
+// does.
+func (a *Authority) RequestHash() []byte {
+	e, waits := a.current().request()
+	if !waits {
+		return nil
+	}
+	sum := sha256.Sum256(e.Request)
+	return sum[:]
+}

@@ -73,20 +73,37 @@ func (a *Authority) current() journal {
 	return a.journal
 }
 
-// edit changes the journal, durably or not at all. f works on a copy.
+// edit changes the journal, durably or not at all. f works on a copy. Where replicas
+// share it, that is a copy of what they have now, and whoever raises the sequence signs
+// its lists under that with the same commit.
 func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 	a.journalMu.Lock()
 	defer a.journalMu.Unlock()
+	if a.cfg.shared() {
+		if err := a.reread(ctx); err != nil {
+			return err
+		}
+	}
 	for {
 		next := a.journal
 		next.Authorities = slices.Clone(next.Authorities)
-		if err := f(&next); err != nil {
+		err := f(&next)
+		if err != nil {
 			return err
 		}
 		next.Version = journalVersion
-		revision, err := next.commit(ctx, a.store, a.journalRevision)
+		var signed signedLists
+		if a.cfg.shared() && next.Sequence != a.journal.Sequence {
+			// The roots go out in any case; the former lists are good for a while.
+			signed, err = a.makeLists(next, true)
+			a.lists.failed(err, time.Now())
+		}
+		revision, err := next.commit(ctx, a.store, a.journalRevision, signed.ops...)
 		if err == nil {
-			a.journal, a.journalRevision = next, revision
+			a.setJournal(next, revision)
+			if signed.by != nil {
+				a.lists.store(signed.by)
+			}
 			return nil
 		}
 		// Another replica was first, or nobody knows whether this change has happened:
@@ -102,6 +119,12 @@ func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 			return a.happened(next, err)
 		}
 	}
+}
+
+// setJournal replaces the journal in memory. journalMu is held.
+func (a *Authority) setJournal(j journal, revision uint64) {
+	a.journal, a.journalRevision = j, revision
+	a.journalReads++
 }
 
 // happened is nil if the journal that was read again is the one that was to be written.
@@ -176,6 +199,14 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if e.Kind == kindRoot && !a.holdsRoot() {
+			c, err := e.cert()
+			if err != nil {
+				return err
+			}
+			a.root.Store(&issuer{cert: c})
+			continue
+		}
 		key, err := a.keys.Open(e.Kind, e.Key, pub)
 		if err != nil {
 			return err
@@ -199,6 +230,9 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	}
 	if err := a.restage(now); err != nil {
 		return err
+	}
+	if !a.holdsRoot() {
+		return a.awaitIntermediate(ctx)
 	}
 	if a.intermediate.Load() == nil || j.Source == sourceOwn && a.root.Load() == nil {
 		return errors.New("journal: there is no active root or no active intermediate; restore the store from backup")
@@ -274,9 +308,15 @@ func (a *Authority) renewIntermediate(ctx context.Context) error {
 
 func (a *Authority) renewOwn(ctx context.Context) error {
 	root := a.root.Load()
+	if root == nil {
+		return errors.New("journal: there is no active root")
+	}
 	if end := root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
 		// Another intermediate would end no later: it gains nothing.
 		return fmt.Errorf("the root ends at %s, no later than the intermediate: it is replaced first (`signet ca authority list`)", end.Format(time.RFC3339))
+	}
+	if !a.holdsRoot() {
+		return a.askRoot(ctx)
 	}
 	iss, entry, err := a.newAuthority(ctx, root)
 	if err != nil {
@@ -353,6 +393,12 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
+// follows reports whether an entry takes the place of another: of the same certificate, or
+// of the request that it answers.
+func (e journalEntry) follows(o journalEntry) bool {
+	return string(o.Certificate) == string(e.Certificate) || o.State == statePending && o.Key == e.Key
+}
+
 // takeExternal takes an intermediate that somebody else signed. If its root is new,
 // the root is published first, and the intermediate taken when everybody has it:
 // settle does that.
@@ -380,7 +426,8 @@ func (a *Authority) use(ctx context.Context, s *staged) error {
 				j.Authorities = append(j.Authorities, e)
 			}
 		}
-		if s.entry.Key != "" && !slices.ContainsFunc(j.Authorities, func(e journalEntry) bool { return e.Key == s.entry.Key }) {
+		if s.entry.Key != "" && !slices.ContainsFunc(j.Authorities, func(e journalEntry) bool { return e.Key == s.entry.Key && e.State != statePending }) {
+			j.Authorities = slices.DeleteFunc(j.Authorities, s.entry.follows)
 			// A start finds it again.
 			s.entry.State = stateNext
 			j.Authorities = append(j.Authorities, s.entry)
@@ -469,7 +516,9 @@ func (a *Authority) changeTrust(ctx context.Context, f func(j *journal) error) e
 
 // changed publishes what a change of the journal made of trust. trustMu is held.
 func (a *Authority) changed(ctx context.Context) error {
-	if a.cfg.CRL.Enabled {
+	if a.cfg.shared() {
+		a.fails("crl", a.lists.failure()) // of edit, which has signed them
+	} else if a.cfg.CRL.Enabled {
 		// The roots go out in any case; the former lists are good for a while.
 		a.fails("crl", a.signLists(ctx))
 	}
@@ -480,14 +529,17 @@ func (a *Authority) changed(ctx context.Context) error {
 // far as there are any.
 // trustMu is held, or nobody else runs yet.
 func (a *Authority) publishTrust() error {
-	j := a.current()
+	a.journalMu.Lock()
+	j, lists := a.journal, a.lists.all()
+	a.journalMu.Unlock()
 	roots, err := j.roots()
 	if err != nil {
 		return err
 	}
 	t, err := identity.NewTrust(j.Sequence, a.cfg.TrustDomain, roots)
-	if err == nil && a.cfg.CRL.Enabled {
-		t, err = t.WithCRLs(a.lists.all())
+	// Replicas say the same of a sequence, whether they sign lists themselves or not.
+	if err == nil && (a.cfg.CRL.Enabled || a.cfg.shared()) {
+		t, err = t.WithCRLs(lists)
 	}
 	if err != nil {
 		return err

@@ -11,7 +11,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/profile"
@@ -114,16 +116,35 @@ func (j journal) rotation() (rotation.State, error) {
 		s.Roots = append(s.Roots, rotation.Root{ID: authorityID(c), Stage: rotation.Stage(e.State), Start: c.NotBefore, End: c.NotAfter,
 			Sequence: e.Sequence, Since: e.Since, Tainted: e.Tainted, TaintSequence: e.TaintSequence})
 	}
-	for _, e := range j.Authorities {
-		if !e.turns() || e.Kind != kindIntermediate {
-			continue
+	below := func(replica uint8, entries []journalEntry) error {
+		for _, e := range entries {
+			if !e.turns() || e.Kind != kindIntermediate {
+				continue
+			}
+			c, err := e.cert()
+			if err != nil {
+				return err
+			}
+			root, there := roots[string(c.AuthorityKeyId)]
+			if !there {
+				continue // another replica has taken it out of the bundle
+			}
+			s.Intermediates = append(s.Intermediates, rotation.Intermediate{ID: authorityID(c), Root: root, Replica: replica,
+				Start: c.NotBefore, End: c.NotAfter, Leaves: e.Leaves, Tainted: e.Tainted})
 		}
-		c, err := e.cert()
+		return nil
+	}
+	if err := below(j.Instance, j.Authorities); err != nil {
+		return rotation.State{}, err
+	}
+	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
+		replica, err := strconv.ParseUint(n, 10, 7)
+		if err == nil {
+			err = below(uint8(replica), j.Others[n])
+		}
 		if err != nil {
-			return rotation.State{}, err
+			return rotation.State{}, fmt.Errorf("journal: replica %s: %w", n, err)
 		}
-		s.Intermediates = append(s.Intermediates, rotation.Intermediate{ID: authorityID(c), Root: roots[string(c.AuthorityKeyId)], Replica: j.Instance,
-			Start: c.NotBefore, End: c.NotAfter, Leaves: e.Leaves, Tainted: e.Tainted})
 	}
 	return s, nil
 }
@@ -183,7 +204,11 @@ func (j journal) tainted() (ids [][]byte, err error) {
 		return nil, err
 	}
 	tainted := s.Tainted()
-	for _, e := range j.Authorities {
+	all := slices.Clone(j.Authorities)
+	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
+		all = append(all, j.Others[n]...)
+	}
+	for _, e := range all {
 		if !e.turns() {
 			continue
 		}
@@ -262,10 +287,12 @@ func (j journal) roots() (roots []*x509.Certificate, err error) {
 	return roots, nil
 }
 
+var errNoJournal = errors.New("the store holds no journal: it is not this authority's; restore the right one from backup")
+
 func loadJournal(ctx context.Context, s storage.Store) (journal, uint64, error) {
 	e, err := s.Get(ctx, journalKey)
 	if errors.Is(err, storage.ErrNotFound) {
-		return journal{}, 0, errors.New("the store holds no journal: it is not this authority's; restore the right one from backup")
+		return journal{}, 0, errNoJournal
 	}
 	if err != nil {
 		return journal{}, 0, fmt.Errorf("reading the journal: %w", err)
@@ -322,13 +349,13 @@ func (j *journal) upgrade() error {
 }
 
 // commit replaces the journal that was read at revision; 0 means that there was
-// none.
-func (j journal) commit(ctx context.Context, s storage.Store, revision uint64) (uint64, error) {
+// none. with are changes that belong to it.
+func (j journal) commit(ctx context.Context, s storage.Store, revision uint64, with ...storage.Op) (uint64, error) {
 	b, err := json.Marshal(j)
 	if err != nil {
 		return 0, fmt.Errorf("writing the journal: %w", err)
 	}
-	next, err := s.Commit(ctx, []storage.Cond{{Key: journalKey, Revision: revision}}, []storage.Op{{Key: journalKey, Value: b}})
+	next, err := s.Commit(ctx, []storage.Cond{{Key: journalKey, Revision: revision}}, append([]storage.Op{{Key: journalKey, Value: b}}, with...))
 	if err != nil {
 		return 0, fmt.Errorf("writing the journal: %w", err)
 	}

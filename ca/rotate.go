@@ -20,9 +20,6 @@ import (
 // errFixedKey is why no root is made where the configuration names one key.
 var errFixedKey = errors.New("authority.keys.root names one key, and the active root has it: a new root needs another one; name that, the former one stays where it is")
 
-// errSharedRoot is why no root is replaced where replicas share their state.
-var errSharedRoot = errors.New("several replicas share this authority's state (storage.etcd), and replacing their root is not built yet")
-
 // rules are what the configuration says about rotation.
 func (c Config) rules() rotation.Rules {
 	longest := c.Propagation
@@ -36,25 +33,26 @@ func (a *Authority) rotationView(now time.Time) rotation.View {
 	return rotation.View{Now: now, Agents: a.counting(), Rules: a.cfg.rules()}
 }
 
-// rotationState is the state of the journal, parsed once for each revision of it.
+// rotationState is the state of the journal, parsed once for each time that it was
+// replaced: what other replicas have changes without a revision of this one's.
 func (a *Authority) rotationState() (rotation.State, error) {
 	a.journalMu.Lock()
-	j, revision := a.journal, a.journalRevision
+	j, reads := a.journal, a.journalReads
 	a.journalMu.Unlock()
-	if p := a.parsed.Load(); p != nil && p.revision == revision {
+	if p := a.parsed.Load(); p != nil && p.reads == reads {
 		return p.state, nil
 	}
 	s, err := j.rotation()
 	if err == nil {
-		a.parsed.Store(&parsedRotation{revision, s})
+		a.parsed.Store(&parsedRotation{reads, s})
 	}
 	return s, err
 }
 
-// parsedRotation is the state of a revision of the journal.
+// parsedRotation is the state of a journal.
 type parsedRotation struct {
-	revision uint64
-	state    rotation.State
+	reads uint64
+	state rotation.State
 }
 
 // rotate changes the journal by a transition of package rotation, and publishes trust if
@@ -74,8 +72,8 @@ func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation
 			return err
 		}
 		for _, e := range added {
-			// The entry of one that was published before it is used.
-			j.Authorities = append(slices.DeleteFunc(j.Authorities, func(o journalEntry) bool { return string(o.Certificate) == string(e.Certificate) }), e)
+			// The entry of one that was published before it is used, or of its request.
+			j.Authorities = append(slices.DeleteFunc(j.Authorities, e.follows), e)
 		}
 		gone, err = j.turn(s)
 		return err
@@ -148,6 +146,9 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("rotating authorities: %w", err)
 	}
+	if err := a.adoptRoot(); err != nil {
+		return fmt.Errorf("rotating authorities: %w", err)
+	}
 	s, err := a.rotationState()
 	if err != nil {
 		return err
@@ -158,7 +159,7 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 	var failed, troubles []error
 	for _, step := range s.Due(a.instance, v) {
 		switch err := a.rotationStep(ctx, step, now); {
-		case err == nil:
+		case err == nil, errors.Is(err, errElsewhere):
 		case step.Do == rotation.DoSucceed:
 			failed = append(failed, err)
 		default:
@@ -170,6 +171,7 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 		return errors.Join(append(failed, err)...)
 	}
 	a.watchRotation(s, v)
+	a.watchRequest(now)
 	if m, ok := s.Issuer(a.instance, now); ok && now.After(m.Start.Add(m.End.Sub(m.Start)/2)) {
 		if r, ok := s.Root(m.Root); ok && !m.End.Before(r.End) {
 			failed = append(failed, fmt.Errorf("the intermediate cannot be renewed: its root ends at %s and has to be replaced (`signet ca authority list`)", r.End.Format(time.RFC3339)))
@@ -179,11 +181,21 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 }
 
 func (a *Authority) rotationStep(ctx context.Context, step rotation.Step, now time.Time) error {
-	// What other replicas have below a root, and what agents acknowledged to them, is not
-	// in this one's view.
-	if a.cfg.shared() && step.Do != rotation.DoSucceed {
-		return errSharedRoot
+	if step.Do == rotation.DoSucceed {
+		if a.staged.Load() != nil {
+			return nil // it waits for its list
+		}
+		return a.renewIntermediate(ctx)
 	}
+	still := func() (bool, error) {
+		s, err := a.rotationState()
+		return slices.Contains(s.Due(a.instance, a.rotationView(now)), step), err
+	}
+	return a.alone(ctx, 0, still, func() error { return a.rootStep(ctx, step, now) })
+}
+
+// rootStep does what is due of a root.
+func (a *Authority) rootStep(ctx context.Context, step rotation.Step, now time.Time) error {
 	switch step.Do {
 	case rotation.DoPrepare:
 		return a.prepareRoot(ctx)
@@ -191,11 +203,6 @@ func (a *Authority) rotationStep(ctx context.Context, step rotation.Step, now ti
 		return a.publishRoot(ctx, now)
 	case rotation.DoActivate:
 		return a.activateRoot(ctx, step.Override, "the deadline")
-	case rotation.DoSucceed:
-		if a.staged.Load() != nil {
-			return nil // it waits for its list
-		}
-		return a.renewIntermediate(ctx)
 	case rotation.DoRemove:
 		err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
 			return s.Remove(step.Root, rotation.View{Now: now, Rules: a.cfg.rules()}, step.Override)
@@ -302,7 +309,7 @@ func (a *Authority) recordOverride(ctx context.Context, id, done string, o rotat
 		Reason: strings.TrimSpace(fmt.Sprintf("root %s is %s; %s %s", id, done, missing, o))})
 }
 
-// ownRoot opens the key of a root in the journal.
+// ownRoot is a root in the journal, with its key if this replica holds that.
 func (a *Authority) ownRoot(j journal, id string) (*issuer, error) {
 	for _, e := range j.Authorities {
 		if !e.turns() || e.Kind != kindRoot {
@@ -314,6 +321,9 @@ func (a *Authority) ownRoot(j journal, id string) (*issuer, error) {
 		}
 		if authorityID(c) != id {
 			continue
+		}
+		if !a.holdsRoot() {
+			return &issuer{cert: c}, nil
 		}
 		key, err := a.keys.Open(kindRoot, e.Key, c.PublicKey)
 		if err != nil {
@@ -332,7 +342,8 @@ func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journalEntry
 	}
 	entry.State = stateActive
 	err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
-		if root := a.root.Load(); root == nil || iss.cert.CheckSignatureFrom(root.cert) != nil {
+		active, _ := s.Active() // another replica may have changed it a moment ago
+		if root := a.root.Load(); root == nil || authorityID(root.cert) != active.ID || iss.cert.CheckSignatureFrom(root.cert) != nil {
 			return s, fmt.Errorf("the intermediate %s is not below the active root", iss.cert.Subject)
 		}
 		return s.Succeed(a.intermediateOf(iss, s), rotation.View{Now: now, Rules: a.cfg.rules()})
@@ -395,10 +406,12 @@ func (a *Authority) counting() (out []rotation.Agent) {
 	as.mu.RLock()
 	defer as.mu.RUnlock()
 	gone := map[string]bool{}
+	stored := as.stored()
 	for _, r := range as.bySerial {
-		c := rotation.Agent{Node: r.Node, Until: r.until(a.cfg.SVID.TTL)}
+		said := stored[r.machine()]
+		c := rotation.Agent{Node: r.Node, Until: r.until(a.cfg.SVID.TTL), Acknowledged: said.acknowledged, Renewed: said.renewed}
 		if s := as.streams[r.Node]; s != nil {
-			c.Acknowledged, c.Renewed = s.acknowledged, s.renewed
+			c.Acknowledged, c.Renewed = max(c.Acknowledged, s.acknowledged), max(c.Renewed, s.renewed)
 		}
 		if min(c.Acknowledged, c.Renewed) < newest {
 			key := r.Node + "\x00" + r.NodeUID

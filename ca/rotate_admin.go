@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -101,7 +102,7 @@ func (s admin) Rotate(ctx context.Context, q *capb.RotateRequest) (*capb.RotateR
 		return &capb.RotateResponse{Waits: waitToProto(id, waits), Id: id}, nil
 	case errors.Is(err, rotation.ErrUnknown):
 		return nil, status.Error(codes.NotFound, err.Error())
-	case errors.Is(err, rotation.ErrStage), errors.Is(err, errForeignRoot), errors.Is(err, errSharedRoot), errors.Is(err, errFixedKey):
+	case errors.Is(err, rotation.ErrStage), errors.Is(err, errForeignRoot), errors.Is(err, errElsewhere), errors.Is(err, errFixedKey):
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	case err != nil:
 		s.a.cfg.Log.Error("a step of a rotation failed", "step", q.GetStep().String(), "err", err)
@@ -116,11 +117,55 @@ func (a *Authority) rotateBy(ctx context.Context, q *capb.RotateRequest, by stri
 	if a.cfg.source() != sourceOwn {
 		return "", errForeignRoot
 	}
-	if a.cfg.shared() && q.GetStep() != capb.RotateRequest_STEP_RENEW {
-		return "", errSharedRoot
-	}
 	a.rotationMu.Lock()
 	defer a.rotationMu.Unlock()
+	if err := a.adoptRoot(); err != nil {
+		return "", err
+	}
+	if q.GetStep() == capb.RotateRequest_STEP_RENEW {
+		return a.renewNow(ctx)
+	}
+	if step, own := q.GetStep(), a.ownIntermediate(q.GetId()); step == capb.RotateRequest_STEP_TAINT && own {
+		now, err := a.clock.now()
+		if err != nil {
+			return "", err
+		}
+		return q.GetId(), a.taint(ctx, q.GetId(), now)
+	}
+	always := func() (bool, error) { return true, nil }
+	err = a.alone(ctx, leaseWait, always, func() (err error) { id, err = a.rotateRoot(ctx, q, by); return err })
+	if errors.Is(err, errElsewhere) {
+		err = fmt.Errorf("%w: ask replica %d", err, a.cfg.RootReplica)
+	}
+	return id, err
+}
+
+// ownIntermediate reports whether an authority is an intermediate of this replica.
+func (a *Authority) ownIntermediate(id string) bool {
+	return slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool {
+		c, err := e.cert()
+		return err == nil && c != nil && e.Kind == kindIntermediate && authorityID(c) == id
+	})
+}
+
+// renewNow takes another intermediate. rotationMu is held.
+func (a *Authority) renewNow(ctx context.Context) (id string, err error) {
+	before := a.intermediate.Load()
+	err = a.renewIntermediate(ctx)
+	// Another replica signs it where that has the root's key.
+	for !a.holdsRoot() && err == nil && a.intermediate.Load() == before && a.staged.Load() == nil {
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("replica %d, which has the root's key (authority.rootReplica), has not signed the next intermediate; it is used when it has: %w", a.cfg.RootReplica, context.Cause(ctx))
+		case <-time.After(askEvery):
+		}
+		err = a.renewIntermediate(ctx)
+	}
+	return authorityID(a.intermediate.Load().cert), err
+}
+
+// rotateRoot does a step that is about roots. rotationMu is held.
+func (a *Authority) rotateRoot(ctx context.Context, q *capb.RotateRequest, by string) (id string, err error) {
 	now, err := a.clock.now()
 	if err != nil {
 		return "", err
@@ -166,9 +211,6 @@ func (a *Authority) rotateBy(ctx context.Context, q *capb.RotateRequest, by stri
 		return q.GetId(), a.revokeRoot(ctx, q.GetId(), o, by)
 	case capb.RotateRequest_STEP_DISCARD:
 		return q.GetId(), a.discardRoot(ctx, q.GetId())
-	case capb.RotateRequest_STEP_RENEW:
-		err := a.renewIntermediate(ctx)
-		return authorityID(a.intermediate.Load().cert), err
 	}
 	return "", fmt.Errorf("%w: a step that this authority does not know", rotation.ErrStage)
 }
@@ -182,6 +224,9 @@ func (a *Authority) taint(ctx context.Context, id string, now time.Time) error {
 	}
 	if _, err := s.Taint(id, now); err != nil {
 		return err
+	}
+	if err := a.current().taintedElsewhere(id); err != nil {
+		return fmt.Errorf("tainting %s: %w", id, err)
 	}
 	if err := a.leave(ctx, func(iss *issuer, root string) bool { return authorityID(iss.cert) == id || root == id }); err != nil {
 		return fmt.Errorf("tainting %s: %w", id, err)
@@ -254,7 +299,7 @@ func (a *Authority) leave(ctx context.Context, must func(iss *issuer, root strin
 		if err := a.settled(ctx, s); err != nil {
 			return err
 		}
-	} else if err := a.renewIntermediate(ctx); err != nil {
+	} else if _, err := a.renewNow(ctx); err != nil {
 		return err
 	}
 	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {

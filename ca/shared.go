@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,21 +45,7 @@ func (c Config) shared() bool { return c.Shared.Store != nil }
 
 // CheckShared refuses what replicas cannot have in common, before there is a Store.
 func (c Config) CheckShared() error {
-	var errs []error
-	if root := c.Keys.Made[keys.Root]; c.source() == sourceOwn && (root == "" || strings.HasPrefix(root, "softkms:")) {
-		errs = append(errs, errors.New("authority.keys.root is a file, and state is shared (storage.etcd): each replica would hold the key of the root, "+
-			"so that taking any one over is taking all; keep the root offline (authority.offlineRoot) or with another authority (authority.upstream)"))
-	} else if c.source() == sourceOwn {
-		// A root must stay trusted while any replica's leaves live, and a new one wait for
-		// the agents of all: no replica knows that of the others yet.
-		errs = append(errs, errors.New("authority.keys.root is a root of this authority's own, and state is shared (storage.etcd): replicas do not yet replace a root together; "+
-			"keep the root offline (authority.offlineRoot) or with another authority (authority.upstream)"))
-	}
-	if c.CRL.Enabled {
-		errs = append(errs, errors.New("authority.crl.enabled, and state is shared (storage.etcd): each replica signs a list of its own, and a sequence of trust has to mean one set of lists; "+
-			"turn one of the two off (what is revoked is refused by every replica in any case)"))
-	}
-	return errors.Join(errs...)
+	return c.checkRootReplica()
 }
 
 // sharedFolder returns the authority's folder, which holds this replica's keys, and which
@@ -93,7 +80,7 @@ func assembleShared(ctx context.Context, cfg Config) (a *Authority, dir string, 
 	if err != nil {
 		return nil, "", err
 	}
-	claimed, err := replica.Claim(ctx, cfg.Shared.Store, f.ID, cfg.Instance)
+	claimed, err := replica.Claim(ctx, cfg.Shared.Store, f.ID, cfg.Instance, cfg.RootReplica)
 	if err != nil {
 		return nil, "", err
 	}
@@ -101,7 +88,10 @@ func assembleShared(ctx context.Context, cfg Config) (a *Authority, dir string, 
 	if a, err = assemble(cfg, dir, true); err != nil {
 		return nil, "", err
 	}
-	if err = a.join(ctx, dir, f); err != nil {
+	if err = a.checkRootFiles(dir); err == nil {
+		err = a.join(ctx, dir, f)
+	}
+	if err != nil {
 		return nil, "", errors.Join(err, a.closeStorage())
 	}
 	return a, dir, nil
@@ -126,6 +116,23 @@ func sharedLog(instance uint8) string { return fmt.Sprintf("%s/%03d", logName, i
 // intermediate. The first replica of all makes the roots, too. The log is locked, so one
 // process of this replica does it; a lease keeps two replicas from both being the first.
 func (a *Authority) join(ctx context.Context, dir string, f replica.Identity) error {
+	for told := false; ; told = true {
+		err := a.joinNow(ctx, dir, f)
+		if !errors.Is(err, errNoRoot) {
+			return err
+		}
+		if !told {
+			a.cfg.Log.Warn("this replica joins when there is a root", "root_replica", a.cfg.RootReplica)
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, context.Cause(ctx))
+		case <-time.After(askEvery):
+		}
+	}
+}
+
+func (a *Authority) joinNow(ctx context.Context, dir string, f replica.Identity) error {
 	lease, err := a.store.Lease(ctx, "join", 10*time.Second)
 	if err != nil {
 		return err
@@ -171,6 +178,8 @@ func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
 	case !first && (j.TrustDomain != a.cfg.TrustDomain.Name() || j.Source != a.cfg.source()):
 		return fmt.Errorf("the replicas there are of trust domain %s with intermediates signed by %s, this one is configured for %s and %s",
 			j.TrustDomain, sourceNames[j.Source], a.cfg.TrustDomain.Name(), sourceNames[a.cfg.source()])
+	case first && !a.holdsRoot():
+		return errNoRoot
 	case first:
 		a.cfg.Log.Info("creating a new authority", "trust_domain", a.cfg.TrustDomain.Name(), "instance", a.instance)
 		return a.found(ctx)
@@ -227,6 +236,10 @@ func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalE
 		}
 		return []journalEntry{entry}, err
 	}
+	if !a.holdsRoot() {
+		e, err := a.newRequest()
+		return []journalEntry{e}, err
+	}
 	for _, e := range j.Authorities {
 		if e.Kind != kindRoot || e.State != stateActive {
 			continue
@@ -252,22 +265,57 @@ func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalE
 // reread replaces the journal by what is stored, after others changed it or where it is
 // unknown whether a change has happened. journalMu is held.
 func (a *Authority) reread(ctx context.Context) error {
-	j, revision, err := loadJournal(ctx, a.store)
+	if !a.cfg.shared() {
+		j, revision, err := loadJournal(ctx, a.store)
+		if err == nil {
+			a.setJournal(j, revision)
+		}
+		return err
+	}
+	// A sequence means one set of lists, so both are of one moment.
+	entries, _, err := a.store.List(ctx, "")
+	if err != nil {
+		return fmt.Errorf("reading the journal: %w", err)
+	}
+	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journalKey })
+	if i < 0 {
+		return errNoJournal
+	}
+	j, err := parseJournal(entries[i].Value)
 	if err != nil {
 		return err
 	}
-	a.journal, a.journalRevision = j, revision
+	var lists []storage.Entry
+	var revoked []revocation.Entry
+	for _, e := range entries {
+		switch {
+		case strings.HasPrefix(e.Key, revocation.ListPrefix):
+			lists = append(lists, e)
+		case strings.HasPrefix(e.Key, revocation.Prefix) && a.cfg.CRL.Enabled:
+			r, err := revocation.Parse(e)
+			if err != nil {
+				return err
+			}
+			revoked = append(revoked, r)
+		}
+	}
+	by, err := parseLists(lists)
+	if err != nil {
+		return err
+	}
+	a.setJournal(j, entries[i].Revision)
+	a.lists.read(by, revoked)
 	return nil
 }
 
 // follow takes up what other replicas change, until ctx ends.
 func (a *Authority) follow(ctx context.Context) error {
-	if !a.cfg.shared() {
-		return nil
-	}
 	const job = "other replicas"
 	for ctx.Err() == nil {
 		revision, err := a.catchUp(ctx)
+		if err == nil {
+			a.fails(job, nil)
+		}
 		for e, watchErr := range a.store.Watch(ctx, "", revision) {
 			if err != nil {
 				break
@@ -318,20 +366,29 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 		}
 	}
 	a.agents.mu.Lock()
-	// What this replica adds meanwhile it also sees in the watch.
+	for serial, r := range a.agents.bySerial {
+		if r.revision > revision { // this replica has added it meanwhile
+			agents[serial] = r
+		}
+	}
 	a.agents.bySerial = agents
 	a.agents.mu.Unlock()
 	a.revokeMu.Lock()
 	a.revoked.Store(revoked)
 	a.revokeMu.Unlock()
-	return revision, a.followJournal(ctx)
+	a.takenBack.now()
+	err = a.followJournal(ctx)
+	a.asked.now()
+	return revision, err
 }
 
 // followed takes up one change.
 func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 	switch {
 	case e.Key == journalKey:
-		return a.followJournal(ctx)
+		err := a.followJournal(ctx)
+		a.asked.now()
+		return err
 	case strings.HasPrefix(e.Key, agentPrefix):
 		r, err := parseAgent(e.Entry)
 		if err != nil && !e.Deleted {
@@ -343,7 +400,7 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 			serial, _ := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)) // another key is of no agent
 			delete(a.agents.bySerial, string(serial))
 		} else {
-			a.agents.bySerial[string(r.serial)] = r
+			a.agents.put(r)
 		}
 	case strings.HasPrefix(e.Key, revocation.Prefix):
 		a.revokeMu.Lock()
@@ -352,6 +409,7 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 			r, err := revocation.Parse(e.Entry)
 			if err == nil && !a.revoked.Value().Has(r.Serial) {
 				a.revoked.Store(a.revoked.Value().With(r))
+				a.takenBack.now()
 			}
 			return err
 		}

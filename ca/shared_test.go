@@ -159,7 +159,6 @@ func TestAReplicaIsItsFolder(t *testing.T) {
 	}{
 		"another's instance":       {func(c *ca.Config) { c.Instance = 2 }, "set instance back"},
 		"another trust domain":     {func(c *ca.Config) { c.TrustDomain = spiffeid.RequireTrustDomainFromString("other.test") }, "trust domain"},
-		"a list of its own":        {func(c *ca.Config) { c.CRL.Enabled = true }, "authority.crl.enabled"},
 		"the root in its folder":   {func(c *ca.Config) { c.Upstream = ca.UpstreamConfig{} }, "each replica would hold the key of the root"},
 		"a state of somebody else": {func(c *ca.Config) { c.Shared = newShared(t) }, "its part of the journal is gone"},
 	} {

@@ -142,7 +142,7 @@ func tokenKeysToProto(k identity.TokenKeys) *capb.TokenKeys {
 
 // hear takes what an agent says on WatchTrust.
 func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
-	newest := a.trust.Value().Sequence()
+	newest := a.newestFor(max(m.GetAcknowledged(), m.GetRenewed()))
 	if m.GetAcknowledged() > newest {
 		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
 	}
@@ -152,7 +152,9 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 	if len(m.GetLogHeads()) > maxHeads {
 		return status.Errorf(codes.InvalidArgument, "%d log heads; at most %d are allowed", len(m.GetLogHeads()), maxHeads)
 	}
-	a.agents.acknowledge(r.Node, m.GetAcknowledged(), m.GetRenewed())
+	if a.agents.acknowledge(r, m.GetAcknowledged(), m.GetRenewed()) {
+		a.heard.now()
+	}
 	a.agents.enforces(r.Node, m.GetBansRevision(), m.GetBansUnread())
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)

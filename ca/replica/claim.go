@@ -50,14 +50,15 @@ func parseRecord(e storage.Entry) (r record, err error) {
 }
 
 // Claim makes an instance that of the replica with an ID, and returns it: the wanted one,
-// or with 0 the one that it has, else the lowest that nobody has ever had. It fails with
-// ErrClaimed if the wanted one is somebody else's, or the replica has another.
-func Claim(ctx context.Context, s storage.Store, id string, wanted uint8) (uint8, error) {
+// or with 0 the one that it has, else the lowest that nobody has ever had and that is not
+// reserved. It fails with ErrClaimed if the wanted one is somebody else's, or the replica
+// has another.
+func Claim(ctx context.Context, s storage.Store, id string, wanted uint8, reserved ...uint8) (uint8, error) {
 	if id == "" || wanted > storage.MaxInstance {
 		return 0, fmt.Errorf("claiming instance %d for replica %q: an ID and an instance up to %d are needed", wanted, id, storage.MaxInstance)
 	}
 	for ctx.Err() == nil {
-		instance, err := claim(ctx, s, id, wanted)
+		instance, err := claim(ctx, s, id, wanted, reserved)
 		if errors.Is(err, storage.ErrConflict) || errors.Is(err, storage.ErrUnknown) {
 			continue // read again: it is this replica's, or somebody else's
 		}
@@ -69,7 +70,7 @@ func Claim(ctx context.Context, s storage.Store, id string, wanted uint8) (uint8
 	return 0, fmt.Errorf("claiming an instance: %w", context.Cause(ctx))
 }
 
-func claim(ctx context.Context, s storage.Store, id string, wanted uint8) (uint8, error) {
+func claim(ctx context.Context, s storage.Store, id string, wanted uint8, reserved []uint8) (uint8, error) {
 	used := map[uint8]string{} // by whom; empty: before a restore
 	for _, prefix := range []string{recordPrefix, retiredPrefix} {
 		entries, _, err := s.List(ctx, prefix)
@@ -112,7 +113,7 @@ func claim(ctx context.Context, s storage.Store, id string, wanted uint8) (uint8
 		if n > storage.MaxInstance {
 			return 0, errors.New("every instance has been used: each folder of data that was lost has taken one with it")
 		}
-		if _, taken := used[n]; !taken {
+		if _, taken := used[n]; !taken && !slices.Contains(reserved, n) {
 			instance = n
 		}
 	}

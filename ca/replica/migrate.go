@@ -554,7 +554,7 @@ func (m Migration) folderEntries(ctx context.Context, instance uint8) ([]storage
 	if err != nil {
 		return nil, err
 	}
-	entries, err := View(m.Store, instance).entries(all)
+	entries, _, err := View(m.Store, instance).entries(all)
 	if err != nil {
 		return nil, err
 	}

@@ -78,20 +78,26 @@ func (s *Store) List(ctx context.Context, prefix string) ([]storage.Entry, uint6
 	if err != nil {
 		return nil, 0, err
 	}
-	entries, err := s.entries(all)
+	entries, p, err := s.entries(all)
 	if err != nil {
 		return nil, 0, err
+	}
+	if p.common != 0 {
+		s.mu.Lock()
+		s.seen = p
+		s.mu.Unlock()
 	}
 	return slices.DeleteFunc(entries, func(e storage.Entry) bool { return !strings.HasPrefix(e.Key, prefix) }), revision, nil
 }
 
-// entries are those of the shared state as this replica sees them.
-func (s *Store) entries(all []storage.Entry) (out []storage.Entry, err error) {
+// entries are those of the shared state as this replica sees them, with the revisions of
+// the journal's parts, if there is one.
+func (s *Store) entries(all []storage.Entry) (out []storage.Entry, p parts, err error) {
 	for _, e := range all {
 		switch {
 		case e.Key == journalKey:
-			if e, _, err = s.merge(all); err != nil {
-				return nil, err
+			if e, p, err = s.merge(all); err != nil {
+				return nil, parts{}, err
 			}
 		case e.Key == s.lossKey():
 			e.Key = lossKey
@@ -101,7 +107,7 @@ func (s *Store) entries(all []storage.Entry) (out []storage.Entry, err error) {
 		out = append(out, e)
 	}
 	slices.SortFunc(out, func(a, b storage.Entry) int { return strings.Compare(a.Key, b.Key) })
-	return out, nil
+	return out, p, nil
 }
 
 // merge makes the journal of both parts.

@@ -37,6 +37,9 @@ type authorityConfig struct {
 		// SignTimeout is how long a key device may take for a signature.
 		SignTimeout time.Duration `yaml:"signTimeout"`
 	} `yaml:"keys"`
+	// RootReplica is the instance of the replica that holds the root's key, where replicas
+	// share their state and it is in no device that all reach.
+	RootReplica uint8 `yaml:"rootReplica"`
 	// OfflineRoot: the root is elsewhere, and signs a series of intermediates in
 	// advance.
 	OfflineRoot bool `yaml:"offlineRoot"`
@@ -77,7 +80,7 @@ func (c authorityConfig) apply(cfg *ca.Config) {
 	}
 	cfg.CRL = ca.CRLConfig{Enabled: c.CRL.Enabled, Lifetime: c.CRL.Lifetime}
 	cfg.OfflineRoot, cfg.Cacerts, cfg.Propagation = c.OfflineRoot, c.Cacerts, c.Propagation
-	cfg.TaintSpread = c.TaintSpread
+	cfg.TaintSpread, cfg.RootReplica = c.TaintSpread, c.RootReplica
 	cfg.Upstream = ca.UpstreamConfig{Exec: c.Upstream.Exec, Timeout: c.Upstream.Timeout, RootFile: c.Upstream.RootFile}
 }
 

@@ -68,7 +68,7 @@ func (c config) sharedState() error {
 	if err := c.Storage.Etcd.check(); err != nil || !c.Storage.Etcd.enabled() {
 		return err
 	}
-	cfg := ca.Config{}
+	cfg := ca.Config{Instance: c.Instance}
 	c.Authority.apply(&cfg)
 	return cfg.CheckShared()
 }

@@ -1,0 +1,414 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/profile"
+	"github.com/signet-mesh/signet/ca/rotation"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// Where replicas share their state, the key of a root of their own is in a device that
+// all reach, or with one of them. In the first case each makes its intermediates itself,
+// and whoever holds a lease replaces the root. In the second case the others ask: a
+// request waits in a replica's own part of the journal, where the one with the root sees
+// it, and the answer is an entry of the state. Nobody has to be up at the same time.
+
+const (
+	signedPrefix  = "signed/"
+	signedVersion = 1
+
+	// answerAfter is the time between a request and the answer, so that one replica cannot
+	// have the root sign more often. askEvery is how often the answer is looked for.
+	answerAfter = 200 * time.Millisecond
+	askEvery    = 250 * time.Millisecond
+	// leaseWait is how long an operator's step waits for another replica's.
+	leaseWait = 10 * time.Second
+)
+
+var (
+	// errElsewhere is why a step of a rotation is not done here.
+	errElsewhere = errors.New("another replica has the root's key (authority.rootReplica)")
+	// errNoRoot is why a replica cannot join yet.
+	errNoRoot = errors.New("there is no root yet: start the replica that has its key (authority.rootReplica)")
+)
+
+// signed is the answer to a request for an intermediate.
+type signed struct {
+	Version int `json:"version"`
+	// Request is the SHA-256 of the request.
+	Request []byte `json:"request"`
+	// Certificate is what the root signed, DER.
+	Certificate []byte `json:"certificate"`
+}
+
+func signedKey(instance uint8) string { return fmt.Sprintf("%s%03d", signedPrefix, instance) }
+
+func parseSigned(e storage.Entry) (s signed, err error) {
+	if err = json.Unmarshal(e.Value, &s); err == nil && (s.Version < 1 || s.Version > signedVersion) {
+		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, s.Version, signedVersion)
+	}
+	if err == nil && (len(s.Request) != sha256.Size || len(s.Certificate) == 0) {
+		err = errors.New("it is incomplete")
+	}
+	if err != nil {
+		return signed{}, fmt.Errorf("reading %s: %w", e.Key, err)
+	}
+	return s, nil
+}
+
+// checkRootReplica refuses what would let more than one replica hold the root's key, or
+// none.
+func (c Config) checkRootReplica() error {
+	root := c.Keys.Made[keys.Root]
+	file := root == "" || strings.HasPrefix(root, "softkms:")
+	switch {
+	case c.RootReplica > storage.MaxInstance:
+		return fmt.Errorf("authority.rootReplica %d: must be an instance, 1 to %d", c.RootReplica, storage.MaxInstance)
+	case c.source() != sourceOwn && c.RootReplica != 0:
+		return errors.New("authority.rootReplica: the root is not this authority's own, so no replica has its key")
+	case c.source() != sourceOwn:
+		return nil
+	case c.RootReplica == 0 && file:
+		return errors.New("authority.keys.root is a file, and state is shared (storage.etcd): each replica would hold the key of the root, " +
+			"so that taking any one over is taking all; name the one that holds it (authority.rootReplica), keep the key in a device that all reach (authority.keys.root), " +
+			"or keep the root offline (authority.offlineRoot) or with another authority (authority.upstream)")
+	case c.RootReplica != 0 && !file && c.Instance != c.RootReplica:
+		return fmt.Errorf("authority.keys.root, and the root's key is with replica %d (authority.rootReplica): this one needs no way to it; leave authority.keys.root out", c.RootReplica)
+	}
+	return nil
+}
+
+// checkRootFiles refuses a replica that holds keys of roots and is not the one that may.
+func (a *Authority) checkRootFiles(dir string) error {
+	if a.cfg.source() != sourceOwn || a.holdsRoot() {
+		return nil
+	}
+	found, err := filepath.Glob(filepath.Join(dir, keysName, keys.Root+"-*.key"))
+	if err != nil || len(found) == 0 {
+		return err
+	}
+	return fmt.Errorf("%s is the key of a root, and this is instance %d while authority.rootReplica is %d: a replica that does not sign with it must not hold it; move it to that replica, or delete it here",
+		filepath.Base(found[0]), a.instance, a.cfg.RootReplica)
+}
+
+// holdsRoot reports whether this replica signs with the root's key. It is true where the
+// root is somebody else's, too: then there is nobody else to ask.
+func (a *Authority) holdsRoot() bool {
+	return !a.cfg.shared() || a.cfg.RootReplica == 0 || a.cfg.RootReplica == a.instance
+}
+
+// adoptRoot makes the active root of the journal the one that this replica's
+// intermediates stand below, after another replica has changed it. rotationMu is held, or
+// nobody else runs yet.
+func (a *Authority) adoptRoot() error {
+	if !a.cfg.shared() || a.cfg.source() != sourceOwn {
+		return nil
+	}
+	j := a.current()
+	s, err := j.rotation()
+	if err != nil {
+		return err
+	}
+	active, ok := s.Active()
+	if root := a.root.Load(); !ok || root != nil && authorityID(root.cert) == active.ID {
+		return nil
+	}
+	iss, err := a.ownRoot(j, active.ID)
+	if err != nil {
+		return fmt.Errorf("opening root %s, which is active now: %w", active.ID, err)
+	}
+	a.root.Store(iss)
+	a.staged.Store(nil) // below the former root
+	return nil
+}
+
+// alone does a step of a rotation that only one replica may do at a time, and is none of
+// this one if another has the root's key. With wait of 0 whoever else is at it is left
+// to it. still reports whether there is something to do after what others did.
+func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() (bool, error), step func() error) error {
+	if !a.cfg.shared() {
+		return step()
+	}
+	if !a.holdsRoot() {
+		return errElsewhere
+	}
+	within, cancel := context.WithTimeout(ctx, max(wait, time.Second))
+	defer cancel()
+	lease, err := a.store.Lease(within, "rotation", 10*time.Second)
+	if err != nil {
+		if wait == 0 && within.Err() != nil && ctx.Err() == nil {
+			return nil
+		}
+		return fmt.Errorf("waiting for another replica's step of a rotation: %w", err)
+	}
+	defer func() { _ = lease.Release(context.WithoutCancel(ctx)) }() // it expires in any case
+	if err := a.followJournal(ctx); err != nil {
+		return err
+	}
+	if err := a.adoptRoot(); err != nil {
+		return err
+	}
+	if due, err := still(); err != nil || !due {
+		return err
+	}
+	return step()
+}
+
+// request is the one that waits for the root's signature, if one does.
+func (j journal) request() (journalEntry, bool) {
+	i := slices.IndexFunc(j.Authorities, func(e journalEntry) bool { return e.Kind == kindIntermediate && e.State == statePending })
+	if i < 0 {
+		return journalEntry{}, false
+	}
+	return j.Authorities[i], true
+}
+
+// newRequest makes a key and a request for an intermediate below the root.
+func (a *Authority) newRequest() (journalEntry, error) {
+	uri, key, err := a.keys.Create(keys.Intermediate)
+	if err != nil {
+		return journalEntry{}, err
+	}
+	csr, err := external.Request(key, a.cfg.TrustDomain, a.instance)
+	if err != nil {
+		return journalEntry{}, errors.Join(err, a.keys.Remove(keys.Intermediate, uri))
+	}
+	return journalEntry{Kind: kindIntermediate, State: statePending, Key: uri, Request: csr}, nil
+}
+
+// askRoot has the replica with the root's key sign another intermediate: it puts a
+// request into the journal, and takes the answer when there is one. That there is none
+// yet is no error: the present intermediate goes on. rotationMu is held, or nobody else
+// runs yet.
+func (a *Authority) askRoot(ctx context.Context) error {
+	e, waits := a.current().request()
+	if !waits {
+		e, err := a.newRequest()
+		if err != nil {
+			return err
+		}
+		if err := a.edit(ctx, func(j *journal) error { j.Authorities = append(j.Authorities, e); return nil }); err != nil {
+			return a.dropKey(e, err)
+		}
+		a.cfg.Log.Info("the replica with the root is asked for an intermediate", "root_replica", a.cfg.RootReplica)
+		return nil
+	}
+	iss, entry, err := a.rootsAnswer(ctx, e)
+	if err != nil {
+		// Whatever is wrong with it, another key and request get another answer.
+		drop := func(j *journal) error {
+			j.Authorities = slices.DeleteFunc(j.Authorities, func(o journalEntry) bool { return o.State == statePending && o.Key == e.Key })
+			return nil
+		}
+		if editErr := a.edit(ctx, drop); editErr != nil {
+			return errors.Join(err, editErr)
+		}
+		return a.dropKey(e, err)
+	}
+	if iss == nil {
+		return nil
+	}
+	return a.use(ctx, &staged{issuer: iss, entry: entry, root: a.root.Load().cert})
+}
+
+// rootsAnswer is the intermediate that was signed for a request; nil if there is none yet. An
+// error wraps what is wrong with the one that there is.
+func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, journalEntry, error) {
+	got, err := a.store.Get(ctx, signedKey(a.instance))
+	if err != nil {
+		return nil, e, nil //nolint:nilerr // none, or it cannot be read now: it is looked for again
+	}
+	s, err := parseSigned(got)
+	if err != nil {
+		return nil, e, err
+	}
+	if sum := sha256.Sum256(e.Request); !bytes.Equal(s.Request, sum[:]) {
+		return nil, e, nil // of a former one
+	}
+	c, err := x509.ParseCertificate(s.Certificate)
+	if err != nil {
+		return nil, e, fmt.Errorf("what the replica with the root signed: %w", err)
+	}
+	root := a.root.Load().cert
+	if !bytes.Equal(c.AuthorityKeyId, root.SubjectKeyId) {
+		return nil, e, nil // of a former root, or of one that is active and not known here yet
+	}
+	pub, err := e.pub()
+	if err != nil {
+		return nil, e, err
+	}
+	now := time.Now()
+	_, err = external.Check([]*x509.Certificate{c}, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Key: pub, Roots: []*x509.Certificate{root}}, now)
+	if err == nil && c.NotAfter.Sub(now) < 2*max(a.cfg.SVID.TTL, a.cfg.SVID.AgentTTL) && c.NotAfter.Before(root.NotAfter) {
+		err = fmt.Errorf("validity: it ends at %s; it must last twice as long as an SVID", c.NotAfter.Format(time.RFC3339))
+	}
+	if err != nil {
+		return nil, e, fmt.Errorf("what the replica with the root signed: %w", err)
+	}
+	key, err := a.keys.Open(keys.Intermediate, e.Key, pub)
+	if err != nil {
+		return nil, e, err
+	}
+	return &issuer{cert: c, key: key, chain: []*x509.Certificate{c}},
+		journalEntry{Kind: kindIntermediate, State: stateActive, Certificate: c.Raw, Key: e.Key}, nil
+}
+
+// awaitIntermediate is for a replica that has none that is valid: it asks until it has.
+// Nobody else runs yet.
+func (a *Authority) awaitIntermediate(ctx context.Context) error {
+	valid := func() bool {
+		iss := a.intermediate.Load()
+		return iss != nil && time.Now().Before(iss.cert.NotAfter)
+	}
+	for told := false; !valid(); {
+		err := a.followJournal(ctx)
+		if err == nil {
+			err = a.adoptRoot()
+		}
+		if err == nil && a.root.Load() != nil {
+			err = a.askRoot(ctx)
+		}
+		if valid() {
+			break
+		}
+		if err != nil || !told {
+			told = true
+			a.cfg.Log.Warn("nothing can be issued before the replica with the root has signed an intermediate for this one", "root_replica", a.cfg.RootReplica, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for replica %d to sign an intermediate: %w", a.cfg.RootReplica, context.Cause(ctx))
+		case <-time.After(askEvery):
+		}
+	}
+	return nil
+}
+
+// answerRequests signs what other replicas ask for.
+func (a *Authority) answerRequests(ctx context.Context) error {
+	j := a.current()
+	var errs []error
+	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
+		e, waits := journal{Authorities: j.Others[n]}.request()
+		if !waits {
+			continue
+		}
+		instance, err := strconv.ParseUint(n, 10, 7)
+		if err == nil {
+			err = a.signFor(ctx, uint8(instance), e)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("the request of replica %s: %w", n, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// signFor signs an intermediate for another replica, unless that has been done. Of the
+// request the key counts and nothing else.
+func (a *Authority) signFor(ctx context.Context, instance uint8, e journalEntry) error {
+	a.rotationMu.Lock()
+	root := a.root.Load() // it is active, or was a moment ago: then the other one asks on
+	a.rotationMu.Unlock()
+	sum := sha256.Sum256(e.Request)
+	was, err := a.store.Get(ctx, signedKey(instance))
+	switch {
+	case errors.Is(err, storage.ErrNotFound):
+		was.Revision = 0
+	case err != nil:
+		return err
+	default:
+		s, err := parseSigned(was)
+		if errors.Is(err, storage.ErrNewerFormat) {
+			return err
+		}
+		if err == nil && bytes.Equal(s.Request, sum[:]) {
+			c, err := x509.ParseCertificate(s.Certificate)
+			if err == nil && bytes.Equal(c.AuthorityKeyId, root.cert.SubjectKeyId) && time.Now().Before(c.NotAfter) {
+				return nil
+			}
+		}
+	}
+	csr, err := x509.ParseCertificateRequest(e.Request)
+	if err == nil {
+		err = csr.CheckSignature()
+	}
+	var pub any
+	if err == nil {
+		pub, err = profile.ParsePublicKey(csr.RawSubjectPublicKeyInfo, []string{profile.KeyP256, profile.KeyP384, profile.KeyP521, profile.KeyRSA})
+	}
+	if err != nil {
+		return fmt.Errorf("%w; it is left unanswered", err)
+	}
+	out, err := a.issue(ctx, root, []certificate{{kind: capb.IssuanceRecord_KIND_INTERMEDIATE, evidence: capb.IssuanceRecord_EVIDENCE_SELF, pub: pub, ttl: a.cfg.IntermediateTTL}})
+	if err == nil {
+		err = out[0].err
+	}
+	if err != nil {
+		return err
+	}
+	c := out[0].chain[0]
+	b, err := json.Marshal(signed{Version: signedVersion, Request: sum[:], Certificate: c.Raw})
+	if err != nil {
+		return err
+	}
+	if _, err := a.store.Commit(ctx, []storage.Cond{{Key: signedKey(instance), Revision: was.Revision}}, []storage.Op{{Key: signedKey(instance), Value: b}}); err != nil {
+		return err
+	}
+	a.cfg.Log.Info("an intermediate is signed for another replica", "instance", instance, "serial", authorityID(c), "not_after", c.NotAfter)
+	return nil
+}
+
+// watchRequest raises the alarm when the intermediate comes to its end and the replica
+// with the root does not answer: when less than a third, and again when less than a tenth
+// of its life is left.
+func (a *Authority) watchRequest(now time.Time) {
+	if a.holdsRoot() {
+		return
+	}
+	iss := a.intermediate.Load()
+	_, waits := a.current().request()
+	life, left := iss.cert.NotAfter.Sub(iss.cert.NotBefore), iss.cert.NotAfter.Sub(now)
+	part := ""
+	switch {
+	case left < life/10:
+		part = "a tenth"
+	case left < life/3:
+		part = "a third"
+	}
+	if !waits || part == "" {
+		a.alarm("root replica", nil)
+		return
+	}
+	a.alarm("root replica", fmt.Errorf("less than %s is left of the life of the intermediate, which ends at %s, and replica %d, which has the root's key (authority.rootReplica), has not signed the next: start it",
+		part, iss.cert.NotAfter.Format(time.RFC3339), a.cfg.RootReplica))
+}
+
+// taintedElsewhere is an error for an intermediate of another replica, which only that
+// can take out of use.
+func (j journal) taintedElsewhere(id string) error {
+	for n, entries := range j.Others {
+		for _, e := range entries {
+			if c, err := e.cert(); err == nil && c != nil && authorityID(c) == id {
+				return fmt.Errorf("%w: %s is an intermediate of replica %s: ask that one", rotation.ErrStage, id, n)
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,278 @@
+package ca_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/storage"
+
+	"go.step.sm/crypto/kms/apiv1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// keyDevice is a device with keys that several replicas reach.
+type keyDevice struct {
+	mu   sync.Mutex
+	keys map[string]*ecdsa.PrivateKey // guarded by mu
+}
+
+func newDevice() *keyDevice { return &keyDevice{keys: map[string]*ecdsa.PrivateKey{}} }
+
+// configure is for newWorld.
+func (d *keyDevice) configure(c *ca.Config) {
+	c.Keys.Managers = map[string]keys.Opener{"pkcs11": func(context.Context, apiv1.Options) (apiv1.KeyManager, error) { return d, nil }}
+	c.Keys.Made = map[string]string{keys.Root: "pkcs11:token=shared"}
+}
+
+func (d *keyDevice) CreateKey(r *apiv1.CreateKeyRequest) (*apiv1.CreateKeyResponse, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.keys[r.Name] = key
+	return &apiv1.CreateKeyResponse{Name: r.Name, PublicKey: key.Public()}, nil
+}
+
+func (d *keyDevice) CreateSigner(r *apiv1.CreateSignerRequest) (crypto.Signer, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if key, ok := d.keys[r.SigningKey]; ok {
+		return key, nil
+	}
+	return nil, errors.New("not found")
+}
+
+func (d *keyDevice) GetPublicKey(*apiv1.GetPublicKeyRequest) (crypto.PublicKey, error) {
+	return nil, errors.New("not implemented")
+}
+
+func (d *keyDevice) DeleteKey(name string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.keys, name)
+	return nil
+}
+
+func (d *keyDevice) Close() error { return nil }
+
+// brisk has work looked for often.
+func brisk(c *ca.Config) {
+	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MaxTTL, c.SVID.MinTTL = time.Minute, 2*time.Second, time.Minute, time.Second
+	c.SVID.Backdate, c.Propagation, c.IntermediateTTL, c.RootTTL = 10*time.Millisecond, time.Millisecond, time.Hour, 8*time.Hour
+}
+
+// TestOneReplicaHoldsTheRoot: the others have their intermediates from it, and no step of
+// a rotation is theirs.
+func TestOneReplicaHoldsTheRoot(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 }
+	// It is not there yet: the other one waits, and claims no instance that is its.
+	opened := make(chan *world)
+	go func() { opened <- newWorld(t, brisk, one) }()
+	select {
+	case <-opened:
+		t.Fatal("a replica began without a root")
+	case <-time.After(300 * time.Millisecond):
+	}
+	a := newWorld(t, brisk, one, func(c *ca.Config) { c.Instance = 1 })
+	stopA := a.run()
+	defer func() { stopA() }()
+	b := <-opened
+	stopB := b.run()
+	defer func() { stopB() }()
+	if a.ID().Path() != "/signet/ca/1" || b.ID().Path() != "/signet/ca/2" || !a.Root().Equal(b.Root()) {
+		t.Fatalf("%v and %v", a.ID(), b.ID())
+	}
+	if rootKeys(a) != 1 || rootKeys(b) != 0 {
+		t.Errorf("%d and %d keys of roots", rootKeys(a), rootKeys(b))
+	}
+	client, _ := b.attest(agentB)
+	leaf := func() error {
+		rs, err := issue(t, client, item(t, byUID(onNodeB.PodUID)))
+		if err != nil || rs[0].GetX509() == nil {
+			return errors.Join(err, errors.New("not issued"))
+		}
+		return verifies(parseChain(t, rs[0].GetX509().GetChain()), trustOf(a).Roots()...)
+	}
+	if err := leaf(); err != nil {
+		t.Error(err)
+	}
+	// Another intermediate, for an operator.
+	before := b.Intermediate()
+	if err := b.Rotate(t.Context(), capb.RotateRequest_STEP_RENEW, "", false); err != nil || b.Intermediate().Equal(before) {
+		t.Errorf("renewing: %v", err)
+	}
+	for _, step := range []capb.RotateRequest_Step{capb.RotateRequest_STEP_PREPARE, capb.RotateRequest_STEP_ACTIVATE, capb.RotateRequest_STEP_REVOKE, capb.RotateRequest_STEP_DISCARD} {
+		_, err := adminOf(t, b).Rotate(t.Context(), &capb.RotateRequest{Step: step, Id: idOf(b.Root())})
+		if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "ask replica 1") {
+			t.Errorf("%v at the other replica: %v", step, err)
+		}
+	}
+	// An intermediate is tainted where it is.
+	inter := b.Intermediate()
+	if err := a.Rotate(t.Context(), capb.RotateRequest_STEP_TAINT, idOf(inter), false); err == nil || !strings.Contains(err.Error(), "ask that one") {
+		t.Errorf("tainting another's: %v", err)
+	}
+	if err := b.Rotate(t.Context(), capb.RotateRequest_STEP_TAINT, idOf(inter), false); err != nil || b.Intermediate().Equal(inter) {
+		t.Errorf("tainting its own: %v", err)
+	}
+	eventually(t, "the first to tell its agents", func() bool { return trustOf(a).Taints(inter) || len(first(trustOf(a).Tainted())) == 1 })
+
+	// The root is replaced when the agents of both have the next one.
+	root := a.Root()
+	clientA, _ := a.attest(agentA)
+	clientB, _ := b.attest(agentB)
+	onA, onB := watchTrust(t, clientA), watchTrust(t, clientB)
+	if err := a.Rotate(t.Context(), capb.RotateRequest_STEP_PREPARE, "", false); err != nil {
+		t.Fatal(err)
+	}
+	seq := trustOf(a).Sequence()
+	eventually(t, "both agents to be told", func() bool { return onA.sequence() >= seq && onB.sequence() >= seq })
+	onA.acknowledge(seq)
+	eventually(t, "node-b alone to be waited for", func() bool {
+		err := a.Rotate(t.Context(), capb.RotateRequest_STEP_ACTIVATE, "", false)
+		return err != nil && strings.Contains(err.Error(), "node-b") && !strings.Contains(err.Error(), "node-a")
+	})
+	onB.acknowledge(seq)
+	eventually(t, "the next root to be used by both", func() bool {
+		under := func(w *world) bool { return w.Intermediate().CheckSignatureFrom(a.Root()) == nil }
+		return !a.Root().Equal(root) && a.Root().Equal(b.Root()) && under(a) && under(b)
+	})
+	client, _ = b.attest(agentB)
+	if err := leaf(); err != nil {
+		t.Error(err)
+	}
+	for _, w := range []*world{a, b} {
+		intact(t, w)
+	}
+}
+
+func first[A, B any](a A, _ B) A { return a }
+
+// TestWhatAnswersARequest: a replica takes from the state only what it asked for.
+func TestWhatAnswersARequest(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 }
+	a := newWorld(t, brisk, one, func(c *ca.Config) { c.Instance = 1 })
+	stopA := a.run()
+	b := newWorld(t, brisk, one)
+	stopA()
+	type answer struct {
+		Version     int    `json:"version"`
+		Request     []byte `json:"request"`
+		Certificate []byte `json:"certificate"`
+	}
+	const key = "signed/002"
+	var good answer
+	if err := json.Unmarshal(must(shared.Store.Get(t.Context(), key)).Value, &good); err != nil {
+		t.Fatal(err)
+	}
+	put := func(v any) {
+		t.Helper()
+		bytes, ok := v.([]byte)
+		if !ok {
+			bytes = must(json.Marshal(v))
+		}
+		must(shared.Store.Commit(t.Context(), nil, []storage.Op{{Key: key, Value: bytes}}))
+	}
+	// The first call asks; the second looks at what is there by then.
+	before := b.Intermediate()
+	for name, c := range map[string]struct {
+		edit func(ans *answer)
+		says string // empty: it is not an answer, and waited for
+	}{
+		"nothing that is new":         {func(*answer) {}, ""},
+		"one of another key":          {func(ans *answer) { ans.Request = b.RequestHash(); ans.Certificate = a.Intermediate().Raw }, "key:"},
+		"the root itself":             {func(ans *answer) { ans.Request = b.RequestHash(); ans.Certificate = a.Root().Raw }, ""},
+		"no certificate":              {func(ans *answer) { ans.Request = b.RequestHash(); ans.Certificate = []byte("x") }, "what the replica with the root signed"},
+		"an answer of a later format": {func(ans *answer) { ans.Version = 2 }, "version 2"},
+		"an incomplete one":           {func(ans *answer) { ans.Request = nil }, "incomplete"},
+	} {
+		if b.RequestHash() == nil {
+			if err := b.RenewIntermediate(t.Context()); err != nil {
+				t.Fatal(name, err)
+			}
+		}
+		ans := good
+		c.edit(&ans)
+		put(ans)
+		err := b.RenewIntermediate(t.Context())
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
+		if !b.Intermediate().Equal(before) {
+			t.Fatalf("%s was taken", name)
+		}
+		if (b.RequestHash() == nil) != (c.says != "") {
+			t.Errorf("%s: the request stays: %v", name, b.RequestHash() != nil)
+		}
+	}
+	// And one that is right is taken, whatever became of what was there.
+	put([]byte("not JSON"))
+	stopA = a.run()
+	defer func() { stopA() }()
+	defer b.run()()
+	eventually(t, "b to have another", func() bool { return b.RenewIntermediate(t.Context()) == nil && !b.Intermediate().Equal(before) })
+	for _, w := range []*world{a, b} {
+		intact(t, w)
+	}
+}
+
+// TestReplicasThatMustNotHoldARoot are refused by the configuration check.
+func TestReplicasThatMustNotHoldARoot(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 }
+	a := newWorld(t, brisk, one, func(c *ca.Config) { c.Instance = 1 })
+	stopA := a.run()
+	b := newWorld(t, brisk, one)
+	stopA()
+	stray := filepath.Join(b.cfg.DataDir, ca.FolderName, "keys", "root-0123.key")
+	b.close()
+	for name, c := range map[string]struct {
+		edit func(*ca.Config)
+		says string
+	}{
+		"nobody is named":               {func(c *ca.Config) { c.RootReplica = 0 }, "authority.rootReplica"},
+		"an instance that there is not": {func(c *ca.Config) { c.RootReplica = 200 }, "must be an instance"},
+		"a root that is not its own":    {func(c *ca.Config) { c.OfflineRoot = true }, "no replica has its key"},
+		"no other replicas":             {func(c *ca.Config) { c.Shared = ca.Shared{} }, "it is for several"},
+		"a way to the root":             {newDevice().configure, "needs no way to it"},
+		"the key of a root in the folder": {func(*ca.Config) {
+			if err := os.WriteFile(stray, []byte("x"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, "must not hold it"},
+	} {
+		cfg := b.cfg
+		c.edit(&cfg)
+		if _, err := ca.Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
+		_ = os.Remove(stray)
+	}
+	// A replica that is named and has no key of the root does not make another.
+	b.cfg.RootReplica = 2
+	if _, err := ca.Open(t.Context(), b.cfg); err == nil || !strings.Contains(err.Error(), "key") {
+		t.Errorf("named, without the key: %v", err)
+	}
+}
