@@ -87,12 +87,15 @@ type Authority struct {
 	serving                 atomic.Pointer[tls.Certificate]
 	servingMu               sync.Mutex
 	servingRenew            time.Time // guarded by servingMu
-	losses                  losses
-	strangers               chan struct{} // a place for each first attestation under way
-	queue                   *limit.Queue  // of what agents ask for
-	identities              *limit.Rates  // by node and SPIFFE ID
-	clients                 *limit.Rates  // of other doors, by pod
-	streams                 *limit.Rates  // RPCs of agents, by node
+	// servingOf is the certificate that was last seen to have signed servingLeaf. Both
+	// are guarded by servingMu.
+	servingOf, servingLeaf *x509.Certificate
+	losses                 losses
+	strangers              chan struct{} // a place for each first attestation under way
+	queue                  *limit.Queue  // of what agents ask for
+	identities             *limit.Rates  // by node and SPIFFE ID
+	clients                *limit.Rates  // of other doors, by pod
+	streams                *limit.Rates  // RPCs of agents, by node
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
 	// metrics count every refusal.
@@ -680,10 +683,21 @@ func (a *Authority) renewServing(ctx context.Context) error {
 // another.
 func (a *Authority) servingDue(now time.Time) bool {
 	a.servingMu.Lock()
-	due := !now.Before(a.servingRenew)
-	a.servingMu.Unlock()
-	c := a.serving.Load()
-	return due || a.cfg.source() == sourceOwn && c != nil && c.Leaf.CheckSignatureFrom(a.intermediate.Load().cert) != nil
+	defer a.servingMu.Unlock()
+	c, of := a.serving.Load(), a.intermediate.Load().cert
+	switch {
+	case !now.Before(a.servingRenew):
+		return true
+	case a.cfg.source() != sourceOwn || c == nil:
+		return false
+	// A signature is verified once: this is asked every second.
+	case a.servingOf == of && a.servingLeaf == c.Leaf:
+		return false
+	case c.Leaf.CheckSignatureFrom(of) != nil:
+		return true
+	}
+	a.servingOf, a.servingLeaf = of, c.Leaf
+	return false
 }
 
 // warn logs a refusal, at a bounded rate: refused callers must not fill a disk.

@@ -88,7 +88,7 @@ func TestVerificationDetects(t *testing.T) {
 		}
 		return m
 	}
-	step := 7
+	step := whole(7, 97)
 	if testing.Short() {
 		step = 97
 	}

@@ -109,7 +109,7 @@ func (w *world) open() {
 // serve serves an authority that was opened.
 func (w *world) serve(a *ca.Authority) {
 	w.Authority = a
-	w.pipe = bufconn.Listen(1 << 20)
+	w.pipe = bufconn.Listen(64 << 10)
 	w.server = a.NewServer()
 	ctx, stop := context.WithCancel(context.Background())
 	w.stop, w.done = stop, make(chan struct{})

@@ -133,7 +133,7 @@ func startNode(t testing.TB, source sds.Source, opts ...grpc.DialOption) *node {
 	}
 	g := grpc.NewServer(grpc.StreamInterceptor(n.stream), grpc.UnaryInterceptor(n.unary))
 	n.server.Register(g)
-	l := bufconn.Listen(1 << 20)
+	l := bufconn.Listen(64 << 10)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
 	opts = append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()),

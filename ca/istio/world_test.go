@@ -147,7 +147,7 @@ func (w *world) open() {
 	if w.Door, err = istio.New(w.t.Context(), w.cfg); err != nil {
 		w.t.Fatal(err)
 	}
-	w.pipe, w.grpc = bufconn.Listen(1<<20), w.NewServer()
+	w.pipe, w.grpc = bufconn.Listen(64<<10), w.NewServer()
 	ctx, stop := context.WithCancel(context.Background())
 	w.stop = stop
 	pipe, server := w.pipe, w.grpc

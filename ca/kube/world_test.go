@@ -129,7 +129,7 @@ func newWorld(t *testing.T, seed uint64, covered map[string]int) *world {
 	w.stop = stop
 	w.wg.Go(func() { _ = cluster.RunFed(ctx) })
 	w.wg.Go(func() { _ = w.authority.Run(ctx) })
-	w.pipe, w.server = bufconn.Listen(1<<20), w.authority.NewServer()
+	w.pipe, w.server = bufconn.Listen(64<<10), w.authority.NewServer()
 	w.wg.Go(func() { _ = w.server.Serve(w.pipe) })
 
 	for _, n := range nodeNames {
