@@ -88,6 +88,7 @@ type journalEntry struct {
 	Leaves        time.Time `json:"leaves,omitzero"`
 	Tainted       time.Time `json:"tainted,omitzero"`
 	TaintSequence uint64    `json:"taintSequence,omitempty"`
+	Condemned     time.Time `json:"condemned,omitzero"`
 }
 
 // authorityID is the name of an authority towards operators and in package rotation:
@@ -114,7 +115,7 @@ func (j journal) rotation() (rotation.State, error) {
 		}
 		roots[string(c.SubjectKeyId)] = authorityID(c)
 		s.Roots = append(s.Roots, rotation.Root{ID: authorityID(c), Stage: rotation.Stage(e.State), Start: c.NotBefore, End: c.NotAfter,
-			Sequence: e.Sequence, Since: e.Since, Tainted: e.Tainted, TaintSequence: e.TaintSequence})
+			Sequence: e.Sequence, Since: e.Since, Tainted: e.Tainted, TaintSequence: e.TaintSequence, Condemned: e.Condemned})
 	}
 	below := func(replica uint8, entries []journalEntry) error {
 		for _, e := range entries {
@@ -174,7 +175,7 @@ func (j *journal) turn(s rotation.State) (gone []journalEntry, err error) {
 		case e.Kind == kindRoot:
 			var r rotation.Root
 			if r, stays = s.Root(authorityID(c)); stays {
-				e.State, e.Sequence, e.Since, e.Tainted, e.TaintSequence = string(r.Stage), r.Sequence, r.Since, r.Tainted, r.TaintSequence
+				e.State, e.Sequence, e.Since, e.Tainted, e.TaintSequence, e.Condemned = string(r.Stage), r.Sequence, r.Since, r.Tainted, r.TaintSequence, r.Condemned
 			}
 		default:
 			i := slices.IndexFunc(s.Intermediates, func(m rotation.Intermediate) bool { return m.ID == authorityID(c) })

@@ -387,6 +387,14 @@ func (a *Authority) watchRotation(s rotation.State, v rotation.View) {
 		without = fmt.Errorf("root %s is in use, and agents have not acknowledged it on: %s; what is issued does not verify there until they are back", active.ID, strings.Join(lacking, ", "))
 	}
 	a.alarm("active root", without)
+	var replaced error
+	for _, r := range s.Roots {
+		if !r.Condemned.IsZero() {
+			replaced = errors.Join(replaced, fmt.Errorf("root %s is being replaced in an emergency since %s, and is trusted until that is done: `signet ca authority replace-root --now %s` goes on with it",
+				r.ID, r.Condemned.Format(time.RFC3339), r.ID))
+		}
+	}
+	a.alarm("root replacement", replaced)
 	missing := 0
 	if waits != nil {
 		missing = len(waits.Nodes)

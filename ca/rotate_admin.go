@@ -20,6 +20,10 @@ import (
 // errForeignRoot is why nothing can be rotated where the root is somebody else's.
 var errForeignRoot = errors.New("the root is not this authority's own: whoever has it replaces it")
 
+// rotationGrace is how long a step goes on when whoever asked for it is gone. It signs a few
+// certificates and makes a few changes of the state, unless it waits for another replica.
+const rotationGrace = 10 * time.Second
+
 // Authorities implements signet.ca.v1.Admin.
 func (s admin) Authorities(context.Context, *capb.AuthoritiesRequest) (*capb.AuthoritiesResponse, error) {
 	resp, err := s.a.authoritiesStatus()
@@ -50,7 +54,7 @@ func (a *Authority) authoritiesStatus() (*capb.AuthoritiesResponse, error) {
 			continue
 		}
 		p := &capb.AuthorityStatus{Kind: e.Kind, State: e.State, SubjectKeyId: c.SubjectKeyId, Id: authorityID(c), Sequence: e.Sequence,
-			NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter), Since: stamp(e.Since), Tainted: stamp(e.Tainted), Leaves: stamp(e.Leaves)}
+			NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter), Since: stamp(e.Since), Tainted: stamp(e.Tainted), Leaves: stamp(e.Leaves), Condemned: stamp(e.Condemned)}
 		for _, r := range j.Authorities {
 			if root, err := r.cert(); e.Kind == kindIntermediate && r.Kind == kindRoot && err == nil && bytes.Equal(root.SubjectKeyId, c.AuthorityKeyId) {
 				p.Root = authorityID(root)
@@ -95,7 +99,11 @@ func waitToProto(id string, w *rotation.WaitingError) *capb.RotationWait {
 
 // Rotate implements signet.ca.v1.Admin.
 func (s admin) Rotate(ctx context.Context, q *capb.RotateRequest) (*capb.RotateResponse, error) {
-	id, err := s.a.rotateBy(ctx, q, operator(ctx))
+	// What was begun is not given up halfway because an operator's connection ended.
+	step, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(rotationGrace, cancel) })()
+	id, err := s.a.rotateBy(step, q, operator(ctx))
 	var waits *rotation.WaitingError
 	switch {
 	case errors.As(err, &waits):
@@ -174,26 +182,13 @@ func (a *Authority) rotateRoot(ctx context.Context, q *capb.RotateRequest, by st
 	if q.GetForce() {
 		o = rotation.Force
 	}
-	next := func() (rotation.Root, error) {
-		s, err := a.rotationState()
-		r, _ := s.Next()
-		return r, err
-	}
 	switch q.GetStep() {
 	case capb.RotateRequest_STEP_PREPARE:
-		r, err := next()
-		if err == nil && r.Stage != rotation.Prepared { // a crash came between
-			err = a.prepareRoot(ctx)
-		}
-		if err == nil {
-			err = a.publishRoot(ctx, now)
-		}
-		if err == nil {
-			r, err = next()
-		}
-		return r.ID, err
+		return a.nextRoot(ctx, now)
+	case capb.RotateRequest_STEP_REPLACE:
+		return a.replaceRoot(ctx, q.GetId(), now)
 	case capb.RotateRequest_STEP_ACTIVATE:
-		r, err := next()
+		r, err := a.rootOnTheWay()
 		if err == nil {
 			err = a.activateRoot(ctx, o, by)
 		}
@@ -213,6 +208,52 @@ func (a *Authority) rotateRoot(ctx context.Context, q *capb.RotateRequest, by st
 		return q.GetId(), a.discardRoot(ctx, q.GetId())
 	}
 	return "", fmt.Errorf("%w: a step that this authority does not know", rotation.ErrStage)
+}
+
+// rootOnTheWay is the root that is prepared or published, if there is one.
+func (a *Authority) rootOnTheWay() (rotation.Root, error) {
+	s, err := a.rotationState()
+	r, _ := s.Next()
+	return r, err
+}
+
+// nextRoot makes a root and publishes it. It returns its ID. rotationMu is held.
+func (a *Authority) nextRoot(ctx context.Context, now time.Time) (string, error) {
+	r, err := a.rootOnTheWay()
+	if err == nil && r.Stage != rotation.Prepared { // a crash came between
+		err = a.prepareRoot(ctx)
+	}
+	if err == nil {
+		err = a.publishRoot(ctx, now)
+	}
+	if err == nil {
+		r, err = a.rootOnTheWay()
+	}
+	return r.ID, err
+}
+
+// replaceRoot begins to replace a root in an emergency. That it is to go is on record
+// before anything is done, so that whoever goes on, also after the next root has become
+// active by itself, knows which of the two is which. It returns the ID of the root that
+// comes, or of the one that goes if another one signs already. rotationMu is held.
+func (a *Authority) replaceRoot(ctx context.Context, id string, now time.Time) (string, error) {
+	s, err := a.rotationState()
+	if err != nil {
+		return id, err
+	}
+	if r, ok := s.Root(id); !ok || r.Condemned.IsZero() {
+		if err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Condemn(id, now) }); err != nil {
+			return id, err
+		}
+		a.cfg.Log.Warn("a root is being replaced in an emergency", "root", id)
+	}
+	if active, _ := s.Active(); active.ID != id {
+		return id, nil
+	}
+	if r, ok := s.Next(); ok && r.Stage == rotation.Published {
+		return r.ID, nil
+	}
+	return a.nextRoot(ctx, now)
 }
 
 // taint has agents replace what is below an authority. An intermediate that signs is

@@ -128,6 +128,10 @@ const (
 	RotateRequest_STEP_DISCARD RotateRequest_Step = 5
 	// STEP_RENEW takes another intermediate below the active root.
 	RotateRequest_STEP_RENEW RotateRequest_Step = 6
+	// STEP_REPLACE begins to replace a root in an emergency. It notes that the root is
+	// to go, and makes and publishes another if that one is active and no other is on
+	// the way. It can be done again.
+	RotateRequest_STEP_REPLACE RotateRequest_Step = 7
 )
 
 // Enum value maps for RotateRequest_Step.
@@ -140,6 +144,7 @@ var (
 		4: "STEP_REVOKE",
 		5: "STEP_DISCARD",
 		6: "STEP_RENEW",
+		7: "STEP_REPLACE",
 	}
 	RotateRequest_Step_value = map[string]int32{
 		"STEP_UNSPECIFIED": 0,
@@ -149,6 +154,7 @@ var (
 		"STEP_REVOKE":      4,
 		"STEP_DISCARD":     5,
 		"STEP_RENEW":       6,
+		"STEP_REPLACE":     7,
 	}
 )
 
@@ -3817,7 +3823,9 @@ type AuthorityStatus struct {
 	Sequence uint64                 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Tainted  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=tainted,proto3" json:"tainted,omitempty"`
 	// leaves is when the last leaf below an old intermediate has ended.
-	Leaves        *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=leaves,proto3" json:"leaves,omitempty"`
+	Leaves *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=leaves,proto3" json:"leaves,omitempty"`
+	// condemned is since when a root is being replaced in an emergency.
+	Condemned     *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=condemned,proto3" json:"condemned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3925,6 +3933,13 @@ func (x *AuthorityStatus) GetTainted() *timestamppb.Timestamp {
 func (x *AuthorityStatus) GetLeaves() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Leaves
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetCondemned() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Condemned
 	}
 	return nil
 }
@@ -4144,7 +4159,7 @@ func (x *RotationWait) GetUntil() *timestamppb.Timestamp {
 type RotateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Step  RotateRequest_Step     `protobuf:"varint,1,opt,name=step,proto3,enum=signet.ca.v1.RotateRequest_Step" json:"step,omitempty"`
-	// id is of the authority to taint, revoke or discard.
+	// id is of the authority to taint, revoke, discard or replace.
 	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	// force waits for nobody. It is recorded.
 	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
@@ -4600,7 +4615,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x06unread\x18\x04 \x01(\rR\x06unread\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xb1\x03\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xeb\x03\n" +
 	"\x0fAuthorityStatus\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12$\n" +
@@ -4614,7 +4629,8 @@ const file_ca_proto_rawDesc = "" +
 	"\bsequence\x18\t \x01(\x04R\bsequence\x124\n" +
 	"\atainted\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\atainted\x122\n" +
-	"\x06leaves\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x06leaves\"\x14\n" +
+	"\x06leaves\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x06leaves\x128\n" +
+	"\tcondemned\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tcondemned\"\x14\n" +
 	"\x12AuthoritiesRequest\"\xa1\x03\n" +
 	"\x13AuthoritiesResponse\x12?\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x1d.signet.ca.v1.AuthorityStatusR\vauthorities\x12%\n" +
@@ -4631,11 +4647,11 @@ const file_ca_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05nodes\x18\x02 \x03(\tR\x05nodes\x12\x1a\n" +
 	"\breplicas\x18\x03 \x03(\rR\breplicas\x120\n" +
-	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xf2\x01\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x84\x02\n" +
 	"\rRotateRequest\x124\n" +
 	"\x04step\x18\x01 \x01(\x0e2 .signet.ca.v1.RotateRequest.StepR\x04step\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
-	"\x05force\x18\x03 \x01(\bR\x05force\"\x84\x01\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"\x96\x01\n" +
 	"\x04Step\x12\x14\n" +
 	"\x10STEP_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTEP_PREPARE\x10\x01\x12\x11\n" +
@@ -4645,7 +4661,8 @@ const file_ca_proto_rawDesc = "" +
 	"\vSTEP_REVOKE\x10\x04\x12\x10\n" +
 	"\fSTEP_DISCARD\x10\x05\x12\x0e\n" +
 	"\n" +
-	"STEP_RENEW\x10\x06\"R\n" +
+	"STEP_RENEW\x10\x06\x12\x10\n" +
+	"\fSTEP_REPLACE\x10\a\"R\n" +
 	"\x0eRotateResponse\x120\n" +
 	"\x05waits\x18\x01 \x01(\v2\x1a.signet.ca.v1.RotationWaitR\x05waits\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\"\xb4\x01\n" +
@@ -4823,56 +4840,57 @@ var file_ca_proto_depIdxs = []int32{
 	63, // 60: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
 	63, // 61: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
 	63, // 62: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
-	55, // 63: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	58, // 64: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
-	63, // 65: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
-	58, // 66: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
-	64, // 67: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
-	63, // 68: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	1,  // 69: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
-	58, // 70: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
-	63, // 71: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	2,  // 72: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	6,  // 73: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	14, // 74: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	23, // 75: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	26, // 76: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	28, // 77: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	30, // 78: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	33, // 79: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	53, // 80: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	35, // 81: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	37, // 82: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	39, // 83: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	56, // 84: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
-	59, // 85: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
-	42, // 86: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	44, // 87: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	46, // 88: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	48, // 89: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	4,  // 90: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	10, // 91: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	15, // 92: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	24, // 93: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	27, // 94: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	29, // 95: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	31, // 96: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	34, // 97: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	54, // 98: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	36, // 99: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	38, // 100: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	40, // 101: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	57, // 102: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
-	60, // 103: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
-	43, // 104: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	45, // 105: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	47, // 106: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	49, // 107: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	90, // [90:108] is the sub-list for method output_type
-	72, // [72:90] is the sub-list for method input_type
-	72, // [72:72] is the sub-list for extension type_name
-	72, // [72:72] is the sub-list for extension extendee
-	0,  // [0:72] is the sub-list for field type_name
+	63, // 63: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
+	55, // 64: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	58, // 65: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	63, // 66: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	58, // 67: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	64, // 68: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	63, // 69: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	1,  // 70: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
+	58, // 71: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	63, // 72: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 73: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	6,  // 74: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	14, // 75: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	23, // 76: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	26, // 77: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	28, // 78: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	30, // 79: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	33, // 80: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	53, // 81: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	35, // 82: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	37, // 83: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	39, // 84: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	56, // 85: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	59, // 86: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	42, // 87: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	44, // 88: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	46, // 89: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	48, // 90: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 91: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 92: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 93: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 94: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 95: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 96: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 97: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 98: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	54, // 99: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	36, // 100: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	38, // 101: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	40, // 102: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	57, // 103: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	60, // 104: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	43, // 105: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	45, // 106: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	47, // 107: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	49, // 108: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	91, // [91:109] is the sub-list for method output_type
+	73, // [73:91] is the sub-list for method input_type
+	73, // [73:73] is the sub-list for extension type_name
+	73, // [73:73] is the sub-list for extension extendee
+	0,  // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }

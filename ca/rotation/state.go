@@ -30,6 +30,10 @@ type Root struct {
 	Tainted  time.Time // since when nothing below it should be used; zero: it is not
 	// TaintSequence is that of the trust which says that it is tainted.
 	TaintSequence uint64
+	// Condemned is since when it is being replaced in an emergency; zero: it is not. No
+	// transition hangs on it. Whoever goes on after an interruption finds by it which root
+	// is to go, and which one has come in its place.
+	Condemned time.Time
 }
 
 // Intermediate is an issuing authority of one replica.

@@ -19,7 +19,7 @@ func (s State) Prepare(r Root, now time.Time) (State, error) {
 		return s, fmt.Errorf("preparing root %s: it ended at %s", r.ID, r.End.Format(time.RFC3339))
 	}
 	s = s.clone()
-	r.Stage, r.Since, r.Sequence, r.Tainted, r.TaintSequence = Prepared, now, 0, time.Time{}, 0
+	r.Stage, r.Since, r.Sequence, r.Tainted, r.TaintSequence, r.Condemned = Prepared, now, 0, time.Time{}, 0, time.Time{}
 	if len(s.Roots) == 0 {
 		s.Sequence++
 		r.Stage, r.Sequence = Active, s.Sequence
@@ -261,6 +261,23 @@ func (s State) Taint(id string, now time.Time) (State, error) {
 		}
 	}
 	return s, fmt.Errorf("tainting %s: %w, or it is tainted already", id, ErrUnknown)
+}
+
+// Condemn notes that a root that signs or has signed is being replaced in an emergency.
+// One that was noted before stays as it is.
+func (s State) Condemn(id string, now time.Time) (State, error) {
+	i := slices.IndexFunc(s.Roots, func(r Root) bool { return r.ID == id })
+	if i < 0 {
+		return s, fmt.Errorf("replacing root %s: %w", id, ErrUnknown)
+	}
+	if r := s.Roots[i]; r.Stage != Active && r.Stage != Old {
+		return s, fmt.Errorf("replacing root %s: %w: it is %s and was not used; discard it instead", id, ErrStage, r.Stage)
+	}
+	if s.Roots[i].Condemned.IsZero() {
+		s = s.clone()
+		s.Roots[i].Condemned = now
+	}
+	return s, nil
 }
 
 // Tainted are the IDs of authorities whose leaves are to be replaced now.

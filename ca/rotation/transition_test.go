@@ -395,3 +395,41 @@ func TestDue(t *testing.T) {
 		t.Errorf("after the root's end %q is due", got)
 	}
 }
+
+func TestCondemn(t *testing.T) {
+	t.Parallel()
+	s := first(t)
+	now := t0.Add(day)
+	after, err := s.Condemn("b", now)
+	refused(t, rotation.ErrUnknown, "replacing root b", s, after, err)
+	b := root("b", now)
+	b.Condemned = now // what a caller says of it does not count
+	p := mustBe(t)(s.Prepare(b, now))
+	if r, _ := p.Root("b"); !r.Condemned.IsZero() {
+		t.Error("a root is condemned from the beginning")
+	}
+	after, err = p.Condemn("b", now)
+	refused(t, rotation.ErrStage, "it is prepared and was not used; discard it", p, after, err)
+	p = mustBe(t)(p.Publish(now))
+	after, err = p.Condemn("b", now)
+	refused(t, rotation.ErrStage, "it is published", p, after, err)
+
+	c := mustBe(t)(p.Condemn("a", now))
+	if p.Roots[0].Condemned.Equal(now) || c.Sequence != p.Sequence || !slices.Equal(c.Trusted(), p.Trusted()) {
+		t.Errorf("it changed %+v, or trust: %+v", p, c)
+	}
+	again := mustBe(t)(c.Condemn("a", now.Add(day)))
+	if r, _ := again.Root("a"); !r.Condemned.Equal(now) || !same(c, again) {
+		t.Errorf("condemned again: %+v", again)
+	}
+	c = mustBe(t)(c.Activate(when(now.Add(time.Hour)), rotation.Force))
+	if r, _ := c.Root("a"); r.Stage != rotation.Old || !r.Condemned.Equal(now) {
+		t.Errorf("after another one is active: %+v", r)
+	}
+	// An old one can be, and what was noted goes with it.
+	old := mustBe(t)(mustBe(t)(p.Activate(when(now.Add(time.Hour)), rotation.Force)).Condemn("a", now))
+	old = mustBe(t)(mustBe(t)(old.Taint("a", now.Add(time.Hour))).Revoke("a", when(now.Add(time.Hour)), rotation.Force))
+	if _, ok := old.Root("a"); ok {
+		t.Errorf("it is revoked: %+v", old)
+	}
+}

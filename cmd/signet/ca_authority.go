@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -33,7 +32,7 @@ has acknowledged it, and those who cannot acknowledge had authority.propagation.
 		c := &cobra.Command{Use: use, Short: short, Long: long, Args: args,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				if len(args) > 0 {
-					req.Id = strings.ToLower(strings.ReplaceAll(args[0], ":", ""))
+					req.Id = parseAuthorityID(args[0])
 				}
 				return withAuthority(*socket, func(a *authority) error {
 					id, err := a.rotate(cmd.Context(), req)
@@ -68,6 +67,9 @@ revoked: peers trust whatever is below a root, so replace the root.`, cobra.Exac
 		newReplaceRootCommand(socket))
 	return group
 }
+
+// parseAuthorityID takes an ID as list, or openssl, prints it.
+func parseAuthorityID(s string) string { return strings.ToLower(strings.ReplaceAll(s, ":", "")) }
 
 func withAuthority(socket string, f func(*authority) error) error {
 	a, err := dialAuthority(socket)
@@ -173,189 +175,10 @@ func printAuthorities(w io.Writer, resp *capb.AuthoritiesResponse, output string
 	for _, r := range resp.GetRevocations() {
 		say("root %s is not ready to be revoked: %s", r.GetId(), waitsFor(r))
 	}
-	return err
-}
-
-func newReplaceRootCommand(socket *string) *cobra.Command {
-	var now bool
-	var patience time.Duration
-	c := &cobra.Command{Use: "replace-root", Short: "Replace the root in an emergency, with whatever is below it",
-		Long: `Says what would be done and what would break. With --now it is done: another root is
-published and used, the former one is tainted and then leaves the trust bundle. Agents
-that are connected are waited for, so that nothing breaks on their nodes; others are not
-after --patience. If it is interrupted, it goes on where it was when it is run again.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withAuthority(*socket, func(a *authority) error {
-				r := replacement{a: a, out: cmd.OutOrStdout(), patience: patience}
-				if !now {
-					return r.preview(cmd.Context())
-				}
-				return r.run(cmd.Context())
-			})
-		}}
-	c.Flags().BoolVar(&now, "now", false, "do it")
-	c.Flags().DurationVar(&patience, "patience", 30*time.Second, "how long agents that are connected are waited for in each step")
-	return c
-}
-
-// replacement is a replacement of the root.
-type replacement struct {
-	a        *authority
-	out      io.Writer
-	patience time.Duration
-}
-
-// nodes are those with an agent that is connected, and those without.
-func (r replacement) nodes(ctx context.Context) (connected, away []string, err error) {
-	st, err := r.a.Status(ctx, &capb.StatusRequest{})
-	if err != nil {
-		return nil, nil, r.a.failed(err)
-	}
-	for _, g := range st.GetAgents() {
-		if g.GetConnected() && !slices.Contains(connected, g.GetNode()) {
-			connected = append(connected, g.GetNode())
+	for _, a := range resp.GetAuthorities() {
+		if a.GetCondemned() != nil {
+			say("root %s is being replaced since %s: `signet ca authority replace-root --now %s` goes on with it", a.GetId(), when(a.GetCondemned()), a.GetId())
 		}
-	}
-	for _, g := range st.GetAgents() {
-		if n := g.GetNode(); !slices.Contains(connected, n) && !slices.Contains(away, n) {
-			away = append(away, n)
-		}
-	}
-	return connected, away, nil
-}
-
-func (r replacement) state(ctx context.Context) (resp *capb.AuthoritiesResponse, active, former, next *capb.AuthorityStatus, err error) {
-	if resp, err = r.a.Authorities(ctx, &capb.AuthoritiesRequest{}); err != nil {
-		return nil, nil, nil, nil, r.a.failed(err)
-	}
-	if resp.GetForeign() {
-		return nil, nil, nil, nil, errors.New("the root is not this authority's own: whoever has it replaces it")
-	}
-	for _, x := range resp.GetAuthorities() {
-		switch {
-		case x.GetKind() != "root":
-		case x.GetState() == "active":
-			active = x
-		case x.GetState() == "old" && x.GetTainted() != nil:
-			former = x
-		case x.GetState() == "prepared" || x.GetState() == "published":
-			next = x
-		}
-	}
-	if active == nil {
-		return nil, nil, nil, nil, errors.New("the authority has no active root")
-	}
-	return resp, active, former, next, nil
-}
-
-func (r replacement) preview(ctx context.Context) error {
-	resp, active, former, next, err := r.state(ctx)
-	if err != nil {
-		return err
-	}
-	connected, away, err := r.nodes(ctx)
-	if err != nil {
-		return err
-	}
-	if former != nil {
-		_, err := fmt.Fprintf(r.out, "root %s is tainted and not revoked yet; --now goes on with it\n", former.GetId())
-		return err
-	}
-	begin := "another root is made and published"
-	if next != nil {
-		begin = fmt.Sprintf("root %s is on the way already", next.GetId())
-	}
-	if _, err := fmt.Fprintf(r.out, `root %s would be replaced:
-  1 %s
-  2 it is used as soon as the agents that are connected have it: %d nodes, waited for at most %v
-  3 root %s is tainted: agents replace every certificate below it within %v
-  4 it leaves the trust bundle when they have: waited for at most %v more
-what breaks:
-`, active.GetId(), begin, len(connected), r.patience, active.GetId(), resp.GetTaintSpread().AsDuration(), r.patience); err != nil {
-		return err
-	}
-	breaks := []string{
-		"clients of Istio's door and others that get no trust from an agent: from step 2 on they do not trust new certificates, from step 4 on theirs are not trusted, until they ask again",
-		"agents and clients that pin the root by its hash: until the new hash is configured",
-	}
-	for _, n := range away {
-		breaks = append([]string{"node " + n + ", whose agent is not connected: from step 2 on in part, from step 4 on all connections of its proxies, until the agent is back"}, breaks...)
-	}
-	for _, b := range breaks {
-		if _, err := fmt.Fprintf(r.out, "  %s\n", b); err != nil {
-			return err
-		}
-	}
-	_, err = fmt.Fprintln(r.out, "nothing was changed; --now does it")
-	return err
-}
-
-func (r replacement) run(ctx context.Context) error {
-	_, active, former, next, err := r.state(ctx)
-	if err != nil {
-		return err
-	}
-	if former == nil {
-		if next == nil || next.GetState() == "prepared" {
-			if err := r.step(ctx, capb.RotateRequest_STEP_PREPARE, "", "root %s is published"); err != nil {
-				return err
-			}
-		}
-		if err := r.wait(ctx, capb.RotateRequest_STEP_ACTIVATE, "", "root %s is active", 0); err != nil {
-			return err
-		}
-		if err := r.step(ctx, capb.RotateRequest_STEP_TAINT, active.GetId(), "root %s is tainted; agents replace what is below it"); err != nil {
-			return err
-		}
-		former = active
-	}
-	resp, _, _, _, err := r.state(ctx)
-	if err != nil {
-		return err
-	}
-	return r.wait(ctx, capb.RotateRequest_STEP_REVOKE, former.GetId(), "root %s left the trust bundle", resp.GetTaintSpread().AsDuration())
-}
-
-func (r replacement) step(ctx context.Context, s capb.RotateRequest_Step, id, done string) error {
-	id, err := r.a.rotate(ctx, &capb.RotateRequest{Step: s, Id: id})
-	if err == nil {
-		_, err = fmt.Fprintf(r.out, done+"\n", id)
 	}
 	return err
-}
-
-// wait does a step when the agents that are connected are ready for it, and by force
-// when the patience is over or nobody else is waited for.
-func (r replacement) wait(ctx context.Context, s capb.RotateRequest_Step, id, done string, more time.Duration) error {
-	req := &capb.RotateRequest{Step: s, Id: id}
-	end := time.Now().Add(r.patience + more)
-	for {
-		resp, err := r.a.Rotate(ctx, req)
-		if err != nil {
-			return r.a.failed(err)
-		}
-		w := resp.GetWaits()
-		if w == nil {
-			_, err := fmt.Fprintf(r.out, done+"\n", resp.GetId())
-			return err
-		}
-		connected, _, err := r.nodes(ctx)
-		if err != nil {
-			return err
-		}
-		here := slices.ContainsFunc(w.GetNodes(), func(n string) bool { return slices.Contains(connected, n) })
-		if !here && len(w.GetReplicas()) == 0 || time.Now().After(end) {
-			if _, err := fmt.Fprintf(r.out, "not waited for: %s\n", waitsFor(w)); err != nil {
-				return err
-			}
-			req.Force = true
-			continue
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
 }
