@@ -48,7 +48,7 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; millions of states of a rotation; fuzz targets for ten minutes each
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; authorities replaced under traffic for ten minutes; millions of states of a rotation; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race ./integration -run TestDemoHolds -demo-within 1m
@@ -56,6 +56,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 20m ./integration -run TestAuthorityKilledUnderIssuance -kill-ca 1m -v
 	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
+	go test -race -timeout 20m ./integration -run TestNoHandshakeFailsWhileAuthoritiesAreReplaced -rotate 10m -v
 	go test -timeout 60m ./ca/rotation -states 1000000 -walks 10000 -v
 	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
 	go test -timeout 20m ./ca/caclient -run TestStorm -storm 10000 -v
