@@ -69,8 +69,8 @@ func (c *Credential) valid(now time.Time) bool {
 
 // Config is what a Client is made of.
 type Config struct {
-	// Addresses are HOST:PORT of the authority's replicas. At least one; they are
-	// tried in order.
+	// Addresses are HOST:PORT of the authority's replicas. At least one. Each agent
+	// tries them in an order of its own.
 	Addresses []string
 	// TrustDomain and Node are the agent's own. Required.
 	TrustDomain spiffeid.TrustDomain
@@ -118,6 +118,7 @@ type Config struct {
 type Client struct {
 	cfg     Config
 	pin     pin
+	order   *order
 	trust   identity.Watched[*identity.Trust]
 	cred    identity.Watched[*Credential]
 	keys    identity.Watched[identity.TokenKeys]
@@ -159,7 +160,7 @@ func New(cfg Config) (*Client, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("configuring the authority's client: %w", err)
 	}
-	c := &Client{cfg: cfg, pin: p, metrics: newMetrics(cfg.Metrics)}
+	c := &Client{cfg: cfg, pin: p, order: newOrder(cfg.Node, cfg.Addresses), metrics: newMetrics(cfg.Metrics)}
 	if cfg.SavedTrust != nil && cfg.SavedTrust.TrustDomain() == cfg.TrustDomain {
 		c.trust.Store(cfg.SavedTrust)
 	}
@@ -239,8 +240,12 @@ func (c *Client) Run(ctx context.Context) error {
 			}
 			old = next
 			err = c.hold(ctx, next)
-			if err == nil || next.heard.Load() {
+			// Who leaves one replica after the other waits longer each time.
+			if err == nil || next.served.Load() || next.heard.Load() && !errors.Is(err, errLeft) {
 				attempt = 0
+			}
+			if errors.Is(err, errLeft) {
+				c.order.last(next.at.value())
 			}
 		}
 		if ctx.Err() != nil {
@@ -305,6 +310,8 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 			// or its store was restored. A token is the way back.
 			c.cred.Store(nil)
 			return err
+		case <-s.left:
+			return errLeft
 		case <-silent.C:
 			if s.heard.Load() {
 				continue
@@ -366,7 +373,8 @@ func (c *Client) attest(ctx context.Context) (*Credential, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
-	conn, err := c.dial(nil)
+	var at reached
+	conn, err := c.dial(nil, &at)
 	if err != nil {
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
@@ -383,6 +391,9 @@ func (c *Client) attest(ctx context.Context) (*Credential, error) {
 		cred, err = c.exchange(ctx, conn, &capb.AttestRequest{Evidence: &capb.AttestRequest_Token{Token: token}})
 	}
 	if err != nil {
+		if status.Code(err) == codes.Unavailable {
+			c.order.last(at.value()) // it answers, and cannot record or does not know the pod yet
+		}
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
 	c.cred.Store(cred)
@@ -458,20 +469,17 @@ func (c *Client) believe(p *capb.Trust) error {
 	return nil
 }
 
-func (c *Client) dial(client *tls.Certificate) (*grpc.ClientConn, error) {
+func (c *Client) dial(client *tls.Certificate, at *reached) (*grpc.ClientConn, error) {
 	cfg := tlsConfig(c.cfg.TrustDomain, c.pin, c.trust.Value, client)
-	var options []grpc.DialOption
-	if c.cfg.Dial != nil {
-		options = append(options, grpc.WithContextDialer(c.cfg.Dial))
-	}
-	return grpc.NewClient("signet:///authority", append(options,
-		grpc.WithResolvers(replicas(c.cfg.Addresses)),
+	return grpc.NewClient("signet:///authority",
+		grpc.WithContextDialer(at.dialer(c.cfg.Dial)),
+		grpc.WithResolvers(replicas(c.order.now())),
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
-			Backoff: backoff.Config{BaseDelay: minBackoff, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 3 * time.Second}}))...)
+			Backoff: backoff.Config{BaseDelay: minBackoff, Multiplier: 1.6, Jitter: 0.5, MaxDelay: 3 * time.Second}}))
 }
 
 func readToken(path string) (string, error) {

@@ -7,7 +7,9 @@
 // with the agent's service-account token. With one it holds a session: one mutual
 // TLS connection with an Issue, a WatchTrust and a WatchNode stream, each reopened
 // with backoff when it breaks, until the SVID is renewed and the next session
-// takes over.
+// takes over. Of several replicas each agent has its own order: it stays with the first
+// that it reaches, goes on with the next when that is gone, and leaves one that answers
+// and cannot do its work.
 //
 // # Trust
 //

@@ -19,32 +19,21 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/resolver"
-	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
-
-// replicas resolves to the fixed list of addresses; grpc's pick_first stays with
-// one and moves on when it is gone.
-func replicas(addresses []string) resolver.Builder {
-	r := manual.NewBuilderWithScheme("signet")
-	var s resolver.State
-	for _, a := range addresses {
-		s.Addresses = append(s.Addresses, resolver.Address{Addr: a})
-	}
-	r.InitialState(s)
-	return r
-}
 
 // session is everything that goes over connections with one agent SVID.
 type session struct {
 	c       *Client
 	cred    *Credential
 	conn    *grpc.ClientConn
-	refused chan error  // one element: the authority refuses this SVID
-	heard   atomic.Bool // the authority has answered on this session
-	hurried bool        // the SVID is renewed because it is tainted; owned by hold
+	at      reached
+	refused chan error    // one element: the authority refuses this SVID
+	left    chan struct{} // one element: the replica cannot do its work
+	served  atomic.Bool   // something was issued on this session
+	heard   atomic.Bool   // the authority has answered on this session
+	hurried bool          // the SVID is renewed because it is tainted; owned by hold
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 
@@ -56,12 +45,12 @@ type session struct {
 // open starts a session. Its goroutines end with end.
 func (c *Client) open(ctx context.Context, cred *Credential) *session {
 	ctx, cancel := context.WithCancel(ctx)
-	s := &session{c: c, cred: cred, refused: make(chan error, 1), cancel: cancel}
+	s := &session{c: c, cred: cred, refused: make(chan error, 1), left: make(chan struct{}, 1), cancel: cancel}
 	cert := &tls.Certificate{PrivateKey: cred.SVID.PrivateKey, Leaf: cred.SVID.Certificates[0]}
 	for _, x := range cred.SVID.Certificates {
 		cert.Certificate = append(cert.Certificate, x.Raw)
 	}
-	conn, err := c.dial(cert)
+	conn, err := c.dial(cert, &s.at)
 	if err != nil {
 		// grpc.NewClient fails only on options that cannot be combined.
 		s.refused <- err
@@ -98,6 +87,9 @@ func (s *session) follow(ctx context.Context, method string, watch func(context.
 			attempt = 0
 		}
 		s.c.failed(fmt.Errorf("%s: %w", method, err))
+		if attempt >= leaveAfter {
+			s.leave()
+		}
 		if cd := status.Code(err); cd == codes.PermissionDenied || cd == codes.Unauthenticated {
 			select {
 			case s.refused <- err:
@@ -321,7 +313,8 @@ func (c *Client) Issue(ctx context.Context, reqs []identity.Request) ([]identity
 	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
 	defer cancel()
 	var resp *capb.IssueResponse
-	for s := c.session.Value(); ; {
+	s := c.session.Value()
+	for {
 		if s == nil || s.conn == nil {
 			return nil, fmt.Errorf("issuing: %w: %w", ErrUnavailable, c.Ready())
 		}
@@ -344,7 +337,23 @@ func (c *Client) Issue(ctx context.Context, reqs []identity.Request) ([]identity
 	for i, r := range resp.GetResults() {
 		out[i] = toResult(r)
 	}
+	s.judge(resp.GetResults())
 	return out, nil
+}
+
+// judge leaves the replica if it can record nothing or sign nothing.
+func (s *session) judge(results []*capb.IssueResult) {
+	for _, r := range results {
+		if r.GetX509() != nil {
+			s.served.Store(true)
+		}
+		if r.GetRefusal().GetCode() != capb.Refusal_CODE_UNAVAILABLE {
+			return
+		}
+	}
+	if len(results) > 0 {
+		s.leave()
+	}
 }
 
 func toItems(reqs []identity.Request) []*capb.IssueItem {
