@@ -33,7 +33,7 @@ example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in 
 	@PATH="$(CURDIR)/bin:$$PATH" exec bash examples/istio-ca/run.sh
 
 # These compare a great many things one after the other, or cannot be run with the race detector.
-SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate
+SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate|TestRotationCrashMatrix
 
 test: tools ## run all tests, with the race detector
 	@# Package integration takes longest, of which most is waiting: it goes first, and the
@@ -48,7 +48,7 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; authorities replaced under traffic for ten minutes; millions of states of a rotation; fuzz targets for ten minutes each
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; authorities replaced under traffic for ten minutes; each write of a rotation going wrong in every way; millions of states of a rotation; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race ./integration -run TestDemoHolds -demo-within 1m
@@ -57,6 +57,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 20m ./integration -run TestNoWrongDecisionUnderChurn -churn 1m -v
 	go test -timeout 60m ./authz/extauthz -run TestScanAgreesWithTheGeneratedDecoder -messages 10000000 -v
 	go test -race -timeout 20m ./integration -run TestNoHandshakeFailsWhileAuthoritiesAreReplaced -rotate 10m -v
+	go test -timeout 20m ./ca -run TestRotationCrashMatrix -every-fault -v
 	go test -timeout 60m ./ca/rotation -states 1000000 -walks 10000 -v
 	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
 	go test -timeout 20m ./ca/caclient -run TestStorm -storm 10000 -v

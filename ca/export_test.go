@@ -102,6 +102,19 @@ func (a *Authority) Rotate(ctx context.Context, step capb.RotateRequest_Step, id
 	return err
 }
 
+// RotateDue does what is due by the schedule.
+func (a *Authority) RotateDue(ctx context.Context) error { return a.rotateDue(ctx) }
+
+// Stages are where its own roots stand, by ID.
+func (a *Authority) Stages() (map[string]string, error) {
+	s, err := a.rotationState()
+	stages := map[string]string{}
+	for _, r := range s.Roots {
+		stages[r.ID] = string(r.Stage)
+	}
+	return stages, err
+}
+
 // RewriteJournal reads a journal and writes it in the present format, indented.
 func RewriteJournal(b []byte) ([]byte, error) {
 	j, err := parseJournal(b)

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -212,4 +214,114 @@ func rotateWithFault(t *testing.T, n int, landed bool) (commits int) {
 	}
 	w.close()
 	return commits
+}
+
+// TestAnOverrideIsRecordedBeforeItHappens: when the journal is about to change, the issuance
+// log says durably who was not waited for; and when it cannot, nothing happens.
+func TestAnOverrideIsRecordedBeforeItHappens(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		// before is what comes before; it returns what the record will say.
+		before func(w *world) (says string)
+		do     func(w *world) error
+	}{
+		"activated by force": {
+			func(w *world) string { return nextOf(w) + " is activated" },
+			func(w *world) error { return w.Rotate(w.t.Context(), capb.RotateRequest_STEP_ACTIVATE, "", true) },
+		},
+		"activated at the deadline": {
+			func(w *world) string {
+				next := nextOf(w)
+				time.Sleep(time.Until(w.Root().NotAfter.Add(-30 * time.Minute)))
+				if err := errors.Join(w.RenewIntermediate(w.t.Context()), w.RenewServing(w.t.Context())); err != nil {
+					w.t.Fatal(err)
+				}
+				w.attest(agentA) // which counts
+				return next + " is activated"
+			},
+			func(w *world) error { return errors.Join(w.RotateDue(w.t.Context()), w.Alarms()) },
+		},
+		"revoked by force": {
+			func(w *world) string {
+				first := idOf(w.Root())
+				nextOf(w)
+				for _, s := range []capb.RotateRequest_Step{capb.RotateRequest_STEP_ACTIVATE, capb.RotateRequest_STEP_TAINT} {
+					if err := w.Rotate(w.t.Context(), s, first, true); err != nil {
+						w.t.Fatal(err)
+					}
+				}
+				return first + " is revoked"
+			},
+			func(w *world) error {
+				for id, stage := range must(w.Stages()) {
+					if stage == "old" {
+						return w.Rotate(w.t.Context(), capb.RotateRequest_STEP_REVOKE, id, true)
+					}
+				}
+				return errors.New("no root is old")
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				fs, says, changes := storagetest.NewCrashFS(), "", 0
+				w := newWorld(t, hours, func(c *ca.Config) {
+					c.LogOptions.FS = crashable{fs}
+					c.StoreOptions.Hook = func(landed bool) error {
+						if says != "" && !landed {
+							if changes++; changes == 1 && !fs.Durable([]byte(says)) {
+								t.Errorf("the journal changes before it is recorded that root %s", says)
+							}
+						}
+						return nil
+					}
+				})
+				w.attest(agentA)
+				says = c.before(w)
+				was := must(w.Stages())
+				if err := c.do(w); err != nil && name != "activated at the deadline" { // which raises an alarm
+					t.Fatal(err)
+				}
+				if maps.Equal(was, must(w.Stages())) || changes == 0 {
+					t.Fatalf("nothing changed: %v", was)
+				}
+				w.close()
+
+				// Again, with a log that takes nothing.
+				says, changes = "", 0
+				w = newWorld(t, hours, func(c *ca.Config) {
+					c.LogOptions.FS = crashable{storagetest.NewCrashFS()}
+					fs = c.LogOptions.FS.(crashable).CrashFS
+				})
+				w.attest(agentA)
+				c.before(w)
+				was = must(w.Stages())
+				fs.Fail(func(storagetest.Op) storagetest.Fault { return storagetest.NotPersisted })
+				if err := c.do(w); err == nil || !maps.Equal(was, must(w.Stages())) {
+					t.Errorf("with a log that takes nothing: %v; the roots were %v and are %v", err, was, must(w.Stages()))
+				}
+				fs.Fail(nil)
+				w.reopen()
+				if now := must(w.Stages()); !maps.Equal(was, now) {
+					t.Errorf("opened again: the roots were %v and are %v", was, now)
+				}
+				w.close()
+			})
+		})
+	}
+}
+
+// nextOf publishes another root.
+func nextOf(w *world) string {
+	w.t.Helper()
+	if err := w.Rotate(w.t.Context(), capb.RotateRequest_STEP_PREPARE, "", false); err != nil {
+		w.t.Fatal(err)
+	}
+	for id, stage := range must(w.Stages()) {
+		if stage == "published" {
+			return id
+		}
+	}
+	w.t.Fatal("no root is published")
+	return ""
 }
