@@ -62,7 +62,7 @@ func newDemo(t *testing.T, args ...string) *demo {
 	d.mark = "SIGNET_DEMO_TEST=" + filepath.Base(d.tmp)
 	d.cmd.Env = append(os.Environ(), "TMPDIR="+d.tmp, "ENVOY="+envoytest.Path(t), d.mark,
 		// A race ends the program, which the demo then says.
-		"GORACE=halt_on_error=1")
+		"GORACE="+os.Getenv("GORACE")+" halt_on_error=1")
 	d.cmd.Stdout, d.cmd.Stderr = &d.stdout, &d.stderr
 	return d
 }

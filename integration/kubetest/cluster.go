@@ -221,9 +221,15 @@ func (c *Cluster) run(etcd, apiServer string) (err error) {
 		return err
 	}
 	c.APIServer = &Process{
-		Name:    "kube-apiserver",
-		Command: func() *exec.Cmd { return exec.Command(apiServer, args...) },
-		Ready:   func() error { return ask(transport, c.URL+"/readyz") },
+		Name: "kube-apiserver",
+		Command: func() *exec.Cmd {
+			cmd := exec.Command(apiServer, args...)
+			// It is small, and begins with much that is thrown away: it may take memory
+			// for time.
+			cmd.Env = append(os.Environ(), "GOGC=400")
+			return cmd
+		},
+		Ready: func() error { return ask(transport, c.URL+"/readyz") },
 	}
 	if c.Kube, err = kubernetes.NewForConfig(c.admin); err != nil {
 		return err
