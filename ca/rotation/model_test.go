@@ -18,8 +18,8 @@ import (
 
 var (
 	depth = flag.Int("depth", 0, "explore so many events deep instead of what make test does")
-	walks = flag.Int("walks", 300, "random walks through whole rotations")
-	limit = flag.Int("states", 20_000, "explore at most so many states of each start; 0: all")
+	walks = flag.Int("walks", whole(300, 20), "random walks through whole rotations")
+	limit = flag.Int("states", whole(20_000, 1_000), "explore at most so many states of each start; 0: all")
 )
 
 // The world of the model. A tick is a second. Everything that a transition decides is
