@@ -33,7 +33,7 @@ example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in 
 	@PATH="$(CURDIR)/bin:$$PATH" exec bash examples/istio-ca/run.sh
 
 # These compare a great many things one after the other, or cannot be run with the race detector.
-SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate|TestRotationCrashMatrix|TestModel|TestModelRandom|TestReplicasReplaceTheirRoot|TestTheRootsReplicaIsAway
+SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate|TestRotationCrashMatrix|TestModel|TestModelRandom|TestReplicasReplaceTheirRoot|TestTheRootsReplicaIsAway|TestReplicasUnderLostAnswers
 
 test: tools ## run all tests, with the race detector
 	@# Package integration takes longest, of which most is waiting: it goes first, and the

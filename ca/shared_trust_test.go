@@ -73,9 +73,10 @@ type watching struct {
 	stream capb.Authority_WatchTrustClient
 	mu     sync.Mutex
 	seq    uint64 // guarded by mu
+	auto   bool   // it acknowledges everything at once
 }
 
-func watchTrust(t *testing.T, agent capb.AuthorityClient) *watching {
+func watchTrust(t *testing.T, agent capb.AuthorityClient, auto ...bool) *watching {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
@@ -83,7 +84,7 @@ func watchTrust(t *testing.T, agent capb.AuthorityClient) *watching {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &watching{t: t, stream: s}
+	w := &watching{t: t, stream: s, auto: len(auto) > 0}
 	go func() {
 		for {
 			m, err := s.Recv()
@@ -93,6 +94,9 @@ func watchTrust(t *testing.T, agent capb.AuthorityClient) *watching {
 			w.mu.Lock()
 			w.seq = m.GetTrust().GetSequence()
 			w.mu.Unlock()
+			if w.auto {
+				_ = s.Send(&capb.WatchTrustRequest{Acknowledged: m.GetTrust().GetSequence(), Renewed: m.GetTrust().GetSequence()})
+			}
 		}
 	}()
 	eventually(t, "the stream to begin", func() bool { return w.sequence() > 0 })
