@@ -29,7 +29,7 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-var rotateFor = flag.Duration("rotate", 0, "how long authorities are replaced under traffic, half of it by hand and half by schedule; 0: once by hand")
+var rotateFor = flag.Duration("rotate", 0, "how long authorities are replaced under traffic, by hand, by hand with CRLs, and by schedule; 0: once by hand")
 
 // nodes is a standalone installation with an agent on node-a and one on node-b, and an
 // Envoy with each: w0's on node-a asks w1's on node-b. Each request has a connection, and
@@ -56,6 +56,9 @@ func newNodes(t *testing.T, yaml string) *nodes {
 	t.Cleanup(func() { _ = os.RemoveAll(state) })
 	n := &nodes{standalone: newStandalone(t, programs(t), 1, "", func(s *standalone) {
 		s.caYAML = yaml
+		if strings.Contains(yaml, "crl: ") {
+			s.agent = "sds: {crl: true}\n"
+		}
 		s.http["signet-agent@b"] = freeAddr(t)
 		s.before = func() {
 			list := "- {namespace: signet-system, serviceAccount: signet-agent, pod: uid-agent-b, podUID: uid-agent-b, node: node-b}\n" +
@@ -220,10 +223,14 @@ func (n *nodes) settles(t *testing.T) {
 	})
 }
 
-// another waits until another root than that is active.
-func (n *nodes) another(t *testing.T, first string) {
+// another does something until another authority of a kind is active, and returns the ID
+// of the former one.
+func (n *nodes) another(t *testing.T, kind string, do func()) (former string) {
 	t.Helper()
-	until(t, "the next root is active", func() bool { a := n.list(t).of("root", "active"); return len(a) == 1 && a[0] != first })
+	former = n.list(t).of(kind, "active")[0]
+	do()
+	until(t, "another "+kind+" is active", func() bool { a := n.list(t).of(kind, "active"); return len(a) == 1 && a[0] != former })
+	return former
 }
 
 // revoke revokes a tainted root when nobody is waited for.
@@ -298,21 +305,27 @@ func (n *nodes) follow(t *testing.T) {
 func TestNoHandshakeFailsWhileAuthoritiesAreReplaced(t *testing.T) {
 	t.Parallel()
 	const svids = "svid: {ttl: 15s, agentTTL: 15s, minTTL: 5s, maxTTL: 15s, backdate: 1s}\n"
-	t.Run("by hand", func(t *testing.T) {
-		n := newNodes(t, "authority: {propagation: 1s, taintSpread: 1s}\n"+svids)
-		for began := time.Now(); ; {
-			n.replaceByHand(t)
-			if t.Failed() || time.Since(began) > *rotateFor/2 {
-				break
+	hands := map[string]string{"by hand": ""}
+	if *rotateFor > 0 {
+		hands["by hand and with CRLs"] = "crl: {enabled: true}, "
+	}
+	for name, crl := range hands {
+		t.Run(name, func(t *testing.T) {
+			n := newNodes(t, "authority: {"+crl+"propagation: 1s, taintSpread: 1s}\n"+svids)
+			for began := time.Now(); ; {
+				n.replaceByHand(t)
+				if t.Failed() || time.Since(began) > *rotateFor/time.Duration(len(hands)+1) {
+					break
+				}
 			}
-		}
-	})
+		})
+	}
 	if *rotateFor > 0 {
 		t.Run("by schedule", func(t *testing.T) {
 			n := newNodes(t, "authority: {propagation: 1s, taintSpread: 1s, intermediateTTL: 30s, rootTTL: 1m}\n"+svids)
-			n.phase(t, fmt.Sprintf("by schedule, for %v", *rotateFor/2), func() {
+			n.phase(t, fmt.Sprintf("by schedule, for %v", *rotateFor/3), func() {
 				seen := map[string]map[string]bool{"root": {}, "intermediate": {}}
-				for began := time.Now(); time.Since(began) < *rotateFor/2; time.Sleep(200 * time.Millisecond) {
+				for began := time.Now(); time.Since(began) < *rotateFor/3; time.Sleep(200 * time.Millisecond) {
 					a := n.list(t)
 					for kind, ids := range seen {
 						for _, id := range a.of(kind, "active") {
@@ -321,7 +334,7 @@ func TestNoHandshakeFailsWhileAuthoritiesAreReplaced(t *testing.T) {
 					}
 				}
 				t.Logf("note: %d roots and %d intermediates were active one after the other", len(seen["root"]), len(seen["intermediate"]))
-				if *rotateFor > 2*time.Minute && len(seen["root"]) < 2 {
+				if *rotateFor > 3*time.Minute && len(seen["root"]) < 2 {
 					t.Error("the root was not replaced")
 				}
 			})
@@ -331,21 +344,25 @@ func TestNoHandshakeFailsWhileAuthoritiesAreReplaced(t *testing.T) {
 
 func (n *nodes) replaceByHand(t *testing.T) {
 	t.Helper()
-	root := func() string { return n.list(t).of("root", "active")[0] }
-	n.phase(t, "another intermediate", func() { n.operate("renew"); n.follow(t) })
-	n.phase(t, "the intermediate is tainted", func() { n.operate("taint", n.list(t).of("intermediate", "active")[0]); n.follow(t) })
-	first := root()
-	n.phase(t, "another root", func() { n.operate("prepare"); n.another(t, first); n.follow(t) })
-	n.phase(t, "the former root leaves when nothing below it is left", func() { n.settles(t) })
-	first = root()
-	n.phase(t, "another root, the former one is tainted and revoked", func() {
-		n.operate("prepare")
-		n.another(t, first)
-		n.operate("taint", first)
-		n.revoke(t, first)
+	prepare := func() { n.operate("prepare") }
+	n.phase(t, "another intermediate", func() { n.another(t, "intermediate", func() { n.operate("renew") }); n.follow(t) })
+	n.phase(t, "the intermediate is tainted", func() {
+		n.another(t, "intermediate", func() { n.operate("taint", n.list(t).of("intermediate", "active")[0]) })
 		n.follow(t)
 	})
-	n.phase(t, "replace-root --now", func() { n.operate("replace-root", "--now"); n.follow(t); n.settles(t) })
+	n.phase(t, "another root", func() { n.another(t, "root", prepare); n.follow(t) })
+	n.phase(t, "the former root leaves when nothing below it is left", func() { n.settles(t) })
+	n.phase(t, "another root, the former one is tainted and revoked", func() {
+		former := n.another(t, "root", prepare)
+		n.operate("taint", former)
+		n.revoke(t, former)
+		n.follow(t)
+	})
+	n.phase(t, "replace-root --now", func() {
+		n.another(t, "root", func() { n.operate("replace-root", "--now") })
+		n.follow(t)
+		n.settles(t)
+	})
 }
 
 // TestARotationNamesTheAgentThatIsStopped, waits for it, and is forced; what the list then
