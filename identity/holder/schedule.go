@@ -54,9 +54,10 @@ func renewAt(now, notAfter, chosen time.Time, r float64) time.Time {
 // or less if there is none. advice is what the authority said: zero for nothing,
 // negative if the evidence cannot succeed. r is in [0, 1).
 //
-// The wait is between half and all of an exponential step, never more than an
-// eighth of left, so that retries become denser towards the end. Positive advice
-// is obeyed, up to five minutes and up to half of left.
+// Positive advice is obeyed as it is, up to five minutes and up to half of left, with a
+// tenth more at random: who gives it knows when there is room, and to wait longer leaves
+// that room empty. Otherwise the wait is between half and all of an exponential step,
+// never more than an eighth of left, so that retries become denser towards the end.
 func backoff(failures int, left, advice time.Duration, r float64) time.Duration {
 	step, floor := lastRetry, minRetry
 	if advice < 0 {
@@ -67,15 +68,14 @@ func backoff(failures int, left, advice time.Duration, r float64) time.Duration 
 	if left > 0 {
 		step = min(step, max(left/8, floor))
 	}
-	d := step/2 + time.Duration(r*float64(step/2))
 	if advice > 0 {
 		advice = min(advice, maxAdvice)
 		if left > 0 {
 			advice = min(advice, left/2)
 		}
-		d = max(d, advice+time.Duration(r*float64(advice)/10))
+		return max(minRetry, advice+time.Duration(r*float64(advice)/10))
 	}
-	return d
+	return step/2 + time.Duration(r*float64(step/2))
 }
 
 // attemptTimeout is how long one attempt may take, where left is the shortest
