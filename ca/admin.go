@@ -262,6 +262,19 @@ func (o operators) Clone() credentials.TransportCredentials {
 	return operators{o.TransportCredentials.Clone()}
 }
 
+// AcceptClock implements signet.ca.v1.Admin.
+func (s admin) AcceptClock(ctx context.Context, q *capb.AcceptClockRequest) (*capb.AcceptClockResponse, error) {
+	err := s.a.acceptClock(ctx, q.GetRecord(), q.GetReason(), operator(ctx))
+	switch {
+	case errors.Is(err, errClockStands):
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	case err != nil:
+		s.a.cfg.Log.Error("accepting the clock failed", "err", err)
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &capb.AcceptClockResponse{}, nil
+}
+
 // Backup implements signet.ca.v1.Admin.
 func (s admin) Backup(_ *capb.BackupRequest, stream grpc.ServerStreamingServer[capb.BackupChunk]) error {
 	w := bufio.NewWriterSize(chunks{stream}, backupChunk)

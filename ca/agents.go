@@ -165,7 +165,7 @@ func (as *agents) lookup(serial []byte) (*agent, bool) {
 // there, on the same node, under an account that agents may have. The node's UID is
 // compared where both sides know it.
 func (a *Authority) alive(r *agent) error {
-	if !time.Now().Before(r.NotAfter) {
+	if !a.clock.latest().Before(r.NotAfter) {
 		return fmt.Errorf("agent SVID %x expired at %s", r.serial, r.NotAfter.Format(time.RFC3339))
 	}
 	w, ok := a.cfg.Pods.Lookup(r.PodUID)
@@ -214,12 +214,8 @@ func (as *agents) forget(ctx context.Context, ttl time.Duration, now time.Time) 
 }
 
 func (a *Authority) forgetAgents(ctx context.Context) error {
-	now, err := a.clock.now()
-	if err != nil {
-		return errors.Join(errors.New("forgetting expired agents"), err)
-	}
 	// A while later than rotation counts them, so that clocks may differ.
-	return a.agents.forget(ctx, a.cfg.SVID.TTL+a.cfg.SVID.Backdate, now)
+	return a.agents.forget(ctx, a.cfg.SVID.TTL+a.cfg.SVID.Backdate, a.clock.past())
 }
 
 // watching notes that a WatchTrust stream of node opened (+1) or closed (-1).

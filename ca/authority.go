@@ -50,9 +50,10 @@ type Authority struct {
 	keys     *keys.Ring
 	logKey   crypto.Signer
 	clock    *clock
-	agents   *agents
-	keyUses  *keyUses
-	metrics  *metrics
+	keptClock
+	agents  *agents
+	keyUses *keyUses
+	metrics *metrics
 
 	journalMu       sync.Mutex // held while the journal is changed
 	journal         journal    // written by Open, and then by edit alone; guarded by journalMu
@@ -113,8 +114,7 @@ type Authority struct {
 // Open opens the authority in cfg.DataDir, or makes a new one if the folder holds
 // none. It refuses to start, with an error that says what to do, when a store is
 // there without its keys or log or the other way round, when the folder is open
-// to others, when another process has it, and when the clock is more than five
-// minutes before the newest record. It never makes new keys for an authority that
+// to others, and when another process has it. It never makes new keys for an authority that
 // exists.
 func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	cfg = cfg.withDefaults()
@@ -290,6 +290,8 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		storeOpt.Metrics, logOpt.Metrics, logOpt.Log = cfg.Metrics, cfg.Metrics, cfg.Log
 	}
 	logOpt.Instance = uint32(cfg.Instance)
+	clk := newClock(cfg.wall)
+	logOpt.Now, clk.earliest = clk.stamp, cfg.Built
 	openStorage := openFiles
 	if cfg.shared() {
 		openStorage = func(_ string, _ storage.BoltOptions, opt storage.LogOptions) (State, *storage.FileLog, error) {
@@ -305,10 +307,11 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		reg = cfg.Metrics
 	}
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
-		clock: &clock{wall: time.Now, newest: log.Head().Time}, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
+		clock: clk, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.began = time.Now()
 	a.lookUps = rate.NewLimiter(10, 20)
 	a.takenBack, a.heard, a.asked = make(poke, 1), make(poke, 1), make(poke, 1)
+	clk.begin(log.Head().Time, log.Head().Time)
 	l := cfg.Limits
 	a.queue = limit.NewQueue(limit.QueueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
 	a.identities, a.clients, a.streams = limit.NewRates(l.IdentityRate, l.IdentityBurst), limit.NewRates(l.ClientRate, l.ClientBurst), limit.NewRates(streamRate, streamBurst)
@@ -393,19 +396,26 @@ func (a *Authority) opened(ctx context.Context) (*Authority, error) {
 
 // start loads what the storage holds and makes the serving certificate.
 func (a *Authority) start(ctx context.Context) error {
-	if _, err := a.clock.now(); err != nil {
-		return err
-	}
 	if err := a.loadLosses(ctx); err != nil {
 		return err
 	}
 	if err := a.loadRevocations(ctx); err != nil {
 		return err
 	}
+	if err := a.loadJournal(ctx); err != nil {
+		return err
+	}
+	// What has ended is asked from here on.
+	if err := a.loadClock(ctx); err != nil {
+		return err
+	}
+	if err := a.acceptClockAtStart(ctx); err != nil {
+		return err
+	}
 	if err := a.loadBans(ctx); err != nil {
 		return err
 	}
-	if err := a.load(ctx); err != nil {
+	if err := a.loadAuthorities(ctx); err != nil {
 		return err
 	}
 	var err error
@@ -443,15 +453,10 @@ func (a *Authority) start(ctx context.Context) error {
 		a.cfg.Log.Error("nothing is signed until an operator decides", "err", err)
 		return nil
 	}
-	return a.renewServing(ctx)
-}
-
-// load reads the journal and the keys that it names.
-func (a *Authority) load(ctx context.Context) error {
-	if err := a.loadJournal(ctx); err != nil {
-		return err
+	if a.believed() != nil {
+		return nil // Run makes a serving certificate when the clock is right
 	}
-	return a.loadAuthorities(ctx)
+	return a.renewServing(ctx)
 }
 
 // loadJournal reads the journal and checks that it is of this configuration.
@@ -491,7 +496,7 @@ func (a *Authority) ID() spiffeid.ID { return a.id }
 
 // Ready is nil when the authority can issue, else the reason why not.
 func (a *Authority) Ready() error {
-	if _, err := a.clock.now(); err != nil {
+	if err := a.believed(); err != nil {
 		return err
 	}
 	if err := a.failing(); err != nil {
@@ -500,9 +505,11 @@ func (a *Authority) Ready() error {
 	if err := a.signing(); err != nil {
 		return err
 	}
-	now := time.Now()
-	if c := a.intermediate.Load().cert; !now.Before(c.NotAfter) {
+	switch c, now := a.intermediate.Load().cert, a.clock.latest(); {
+	case !now.Before(c.NotAfter):
 		return fmt.Errorf("the intermediate expired at %s", c.NotAfter.Format(time.RFC3339))
+	case now.Before(c.NotBefore):
+		return fmt.Errorf("the intermediate is not valid before %s: it was made by another clock", c.NotBefore.Format(time.RFC3339))
 	}
 	return errors.Join(a.log.Err(), a.store.Err(), a.keys.Err())
 }
@@ -531,8 +538,9 @@ func (a *Authority) Run(ctx context.Context) error {
 		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
 	})
 	g.Go(func() error {
-		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(time.Now()); return nil })
+		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(a.clock.past()); return nil })
 	})
+	g.Go(func() error { return a.every(ctx, "clock", time.Minute, a.tendClock) })
 	return g.Wait()
 }
 
@@ -628,16 +636,27 @@ func (a *Authority) failing() error {
 }
 
 func (a *Authority) renew(ctx context.Context) error {
-	now := time.Now().Round(0)
-	c := a.intermediate.Load().cert
-	errs := []error{a.settle(ctx, now), a.dropRoots(ctx, now), a.watchExternal(ctx, now), a.rotateDue(ctx)}
-	// Half life, where life is what the certificate was made for; the root's end
-	// may have cut it.
-	if a.cfg.source() != sourceOwn && a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
-		errs = append(errs, a.renewIntermediate(ctx))
+	now, err := a.clock.now()
+	if err != nil {
+		return nil // Ready says so, and until then nothing begins and nothing ends
 	}
-	// Also when the intermediate cannot be renewed: it is good for days yet.
-	errs = append(errs, a.tendLists(ctx, now))
+	c := a.intermediate.Load().cert
+	errs := []error{a.watchExternal(ctx, now)}
+	// By a clock in doubt nothing is replaced that is still good.
+	if !a.clock.read().doubted || !now.Before(c.NotAfter) {
+		errs = append(errs, a.settle(ctx, now), a.dropRoots(ctx, a.clock.past()), a.rotateDue(ctx))
+		// Half life, where life is what the certificate was made for; the root's end
+		// may have cut it.
+		if a.cfg.source() != sourceOwn && a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
+			errs = append(errs, a.renewIntermediate(ctx))
+		}
+		// One that a clock made which was ahead, before an operator accepted the right one.
+		if a.cfg.source() == sourceOwn && a.staged.Load() == nil && now.Before(c.NotBefore) {
+			errs = append(errs, a.renewIntermediate(ctx))
+		}
+		// Also when the intermediate cannot be renewed: it is good for days yet.
+		errs = append(errs, a.tendLists(ctx, now))
+	}
 	if a.servingDue(now) {
 		errs = append(errs, a.renewServing(ctx))
 	}
@@ -686,9 +705,9 @@ func (a *Authority) servingDue(now time.Time) bool {
 	defer a.servingMu.Unlock()
 	c, of := a.serving.Load(), a.intermediate.Load().cert
 	switch {
-	case !now.Before(a.servingRenew):
+	case !now.Before(a.servingRenew) || c == nil || now.Before(c.Leaf.NotBefore):
 		return true
-	case a.cfg.source() != sourceOwn || c == nil:
+	case a.cfg.source() != sourceOwn:
 		return false
 	// A signature is verified once: this is asked every second.
 	case a.servingOf == of && a.servingLeaf == c.Leaf:
@@ -738,10 +757,7 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 	if a.cfg.LogRetention == 0 {
 		return nil
 	}
-	now, err := a.clock.now()
-	if err != nil {
-		return errors.Join(errors.New("pruning the issuance log"), err)
-	}
+	now := a.clock.past()
 	n, err := a.log.Prune(ctx, now.Add(-a.cfg.LogRetention), func(c storage.Checkpoint) ([]byte, error) { return a.signStatement(c.SignedBytes()) })
 	if err != nil {
 		return err

@@ -506,6 +506,11 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 		return err
 	}
 	ops := []storage.Op{{Key: retiredKey(j.Instance), Value: r}, {Key: lossKey, Delete: true}}
+	clock, err := renewClock(entries)
+	if err != nil {
+		return err
+	}
+	ops = append(ops, clock...)
 	for _, e := range entries {
 		// Their numbers may have been used for others since; the next ones are far above.
 		if strings.HasPrefix(e.Key, revocation.ListPrefix) {

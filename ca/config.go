@@ -113,6 +113,13 @@ type Config struct {
 	// AcceptLogLoss is the record at which a signed head was lost that the operator
 	// accepts the loss of; 0 for none. Another loss than that stays open.
 	AcceptLogLoss uint64
+	// AcceptClock is the newest record where the operator accepts the system's clock,
+	// although it is far from that record's time; 0 for none. It has no effect once
+	// anything was recorded after that.
+	AcceptClock uint64
+	// Built is when this program was made, before which no clock can be right; zero if
+	// that is not known.
+	Built time.Time
 	// Version goes into Status.
 	Version string
 	// Log receives what operators should read; nil discards it.
@@ -125,6 +132,8 @@ type Config struct {
 	// tests. The zero values are right for use.
 	LogOptions   storage.LogOptions
 	StoreOptions storage.BoltOptions
+	// wall is the system's clock; nil means time.Now.
+	wall func() time.Time
 }
 
 // LimitsConfig bounds what callers can make the authority do. A rate of 0 is no limit; of

@@ -252,10 +252,7 @@ func (a *Authority) revoke(ctx context.Context, serial []byte, reason revocation
 	case len(set) >= maxRevoked:
 		return e, false, fmt.Errorf("%w: %d certificates are revoked already, which is the most; replace the intermediate instead", errNotRevoked, len(set))
 	}
-	now, err := a.clock.now()
-	if err != nil {
-		return e, false, err
-	}
+	now := a.clock.past() // also by a clock that cannot be believed
 	r, err := a.issuedRecord(ctx, serial)
 	if err != nil {
 		return e, false, err
@@ -293,7 +290,7 @@ func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.Issu
 			continue
 		}
 		// A serial carries its time, and its record is of about then.
-		from, to := profile.SerialTime(serial).Add(-serialSlack), profile.SerialTime(serial).Add(serialSlack)
+		from, to := profile.SerialTime(serial).Add(-serialSlack), a.recordedBy(profile.SerialTime(serial))
 		for rec, err := range l.Scan(ctx, l.Since(from)) {
 			if err != nil {
 				return nil, err
@@ -366,6 +363,7 @@ type signedLists struct {
 // be signed the former one stays, and the error says so. shared: other replicas
 // have theirs in the same state.
 func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err error) {
+	past := a.clock.past()
 	now, err := a.clock.now()
 	if err != nil {
 		return signedLists{}, fmt.Errorf("signing CRLs: %w", err)
@@ -393,7 +391,8 @@ func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err erro
 			continue
 		}
 		c, err := revocation.Sign(revocation.Order{Issuer: iss.cert, Key: iss.key, Number: j.Sequence,
-			From: now.Add(-a.cfg.SVID.Backdate), Until: now.Add(a.cfg.CRL.Lifetime), Revoked: set})
+			// By a clock in doubt a list must not begin in what others have for the future.
+			From: earlier(now, past).Add(-a.cfg.SVID.Backdate), Until: now.Add(a.cfg.CRL.Lifetime), Revoked: set})
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -474,7 +473,7 @@ const listAfter = 50 * time.Millisecond
 
 // tendTakenBack puts on this replica's lists what others have revoked.
 func (a *Authority) tendTakenBack(ctx context.Context) error {
-	if !a.cfg.CRL.Enabled || !a.listsDue(time.Now().Round(0)) {
+	if !a.cfg.CRL.Enabled || !a.listsDue(a.clock.past()) {
 		return nil
 	}
 	return a.relist(ctx)
@@ -482,7 +481,7 @@ func (a *Authority) tendTakenBack(ctx context.Context) error {
 
 // tendLists signs the lists anew when it is time, and forgets what expired.
 func (a *Authority) tendLists(ctx context.Context, now time.Time) error {
-	if err := a.forgetRevoked(ctx, now); err != nil {
+	if err := a.forgetRevoked(ctx, a.clock.past()); err != nil {
 		return err
 	}
 	if !a.cfg.CRL.Enabled || !a.listsDue(now) {
@@ -511,7 +510,7 @@ func (a *Authority) listsDue(now time.Time) bool {
 	half := a.cfg.CRL.Lifetime / 2
 	// Of an authority without a key the list ends; the SVIDs under it ended before.
 	return slices.ContainsFunc(a.lists.all(), func(c *x509.RevocationList) bool {
-		return a.hasKey(c.AuthorityKeyId) && (c.NextUpdate.Sub(now) < half || !revocation.Holds(c, set))
+		return a.hasKey(c.AuthorityKeyId) && (c.NextUpdate.Sub(now) < half || now.Before(c.ThisUpdate) || !revocation.Holds(c, set))
 	})
 }
 
@@ -554,7 +553,7 @@ func (a *Authority) forgetRevoked(ctx context.Context, now time.Time) error {
 // list: proxies that check lists refuse what an authority without one issued.
 func (a *Authority) listFirst() bool {
 	iss := a.intermediate.Load()
-	return a.cfg.CRL.Enabled && iss != nil && time.Now().Before(iss.cert.NotAfter)
+	return a.cfg.CRL.Enabled && iss != nil && a.clock.past().Before(iss.cert.NotAfter)
 }
 
 // listed is the sequence that agents must have acknowledged for an intermediate to be

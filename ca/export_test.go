@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -44,7 +45,36 @@ func (a *Authority) SetClock(now func() time.Time, newest time.Time) {
 	a.clock.mu.Lock()
 	defer a.clock.mu.Unlock()
 	a.clock.wall, a.clock.newest = now, newest
+	a.clock.known, a.clock.knownAt = newest, a.clock.mono()
 }
+
+// WithWall gives an authority that will be opened another system clock.
+func WithWall(c *Config, wall func() time.Time) { c.wall = wall }
+
+// Tick does once what Run does again and again.
+func (a *Authority) Tick(ctx context.Context) error {
+	a.keyUses.expire(a.clock.past())
+	return errors.Join(a.tendClock(ctx), a.renew(ctx), a.forgetAgents(ctx), a.tendBans(ctx), a.pruneLog(ctx), a.signHead(ctx))
+}
+
+// Revoke takes a certificate back.
+func (a *Authority) Revoke(ctx context.Context, serial []byte) error {
+	_, _, err := a.revoke(ctx, serial, 4, "a test", "a test")
+	return err
+}
+
+// Revoked is how many certificates are known to be revoked.
+func (a *Authority) Revoked() int { return len(a.revoked.Value()) }
+
+// Records is how many agents' records are kept, those that have ended, too.
+func (a *Authority) Records() int {
+	a.agents.mu.RLock()
+	defer a.agents.mu.RUnlock()
+	return len(a.agents.bySerial)
+}
+
+// Past is the latest moment that is certainly over.
+func (a *Authority) Past() time.Time { return a.clock.past() }
 
 // Agents is the number of agent SVIDs on record.
 func (a *Authority) Agents() int { return len(a.agents.status()) }

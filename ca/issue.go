@@ -164,7 +164,7 @@ func (a *Authority) prepare(now time.Time, iss *issuer, c certificate) (prepared
 	if p.algorithm, err = want.Lint(p.tbs); err != nil {
 		return prepared{}, err
 	}
-	return p, a.keyUses.claim(p.keyHash[:], p.owner(), p.notAfter, now)
+	return p, a.keyUses.claim(p.keyHash[:], p.owner(), p.notAfter, a.clock.past())
 }
 
 // owner is the identity that a key belongs to: all authorities are one.

@@ -125,6 +125,7 @@ func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 func (a *Authority) setJournal(j journal, revision uint64) {
 	a.journal, a.journalRevision = j, revision
 	a.journalReads++
+	a.clock.ends(j.end())
 }
 
 // happened is nil if the journal that was read again is the one that was to be written.
@@ -224,8 +225,14 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	if j.Source == sourceFolder {
 		return a.loadFolder(ctx)
 	}
-	now := time.Now().Round(0)
+	now, clockErr := a.clock.now()
+	if clockErr != nil {
+		now = a.clock.past() // nothing is replaced; it waits for the clock, or for an operator
+	}
 	if a.intermediate.Load() == nil && j.Source == sourceOffline {
+		if clockErr != nil {
+			return a.believed()
+		}
 		return a.advance(ctx, now)
 	}
 	if err := a.restage(now); err != nil {
@@ -241,6 +248,9 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 		if err := a.findRoot(a.intermediate.Load(), roots); err != nil {
 			return err
 		}
+	}
+	if clockErr != nil {
+		return nil
 	}
 	if j.Source == sourceOwn && !now.Before(a.root.Load().cert.NotAfter) {
 		return a.replaceExpiredRoot(ctx)
@@ -334,7 +344,7 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 		return a.succeed(ctx, iss, entry)
 	}
 	var gone []string
-	now := time.Now().Round(0)
+	now := a.clock.past() // a key that is removed does not come back
 	err := a.edit(ctx, func(j *journal) error {
 		var next []journalEntry
 		for _, e := range j.Authorities {

@@ -164,7 +164,7 @@ func (u *keyUses) len() (n int) {
 // and with what the log has of the time in which a leaf that is still valid can
 // have been issued.
 func (a *Authority) loadKeyUses(ctx context.Context) error {
-	now := time.Now().Round(0)
+	now := a.clock.past()
 	for _, e := range a.journal.Authorities {
 		c, err := e.cert()
 		if err != nil {

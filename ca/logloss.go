@@ -288,7 +288,7 @@ func (a *Authority) acceptLoss(ctx context.Context, sequence uint64, reason stri
 		return fmt.Errorf("accepting a loss: %w", err)
 	}
 	accepted := *lost
-	accepted.AcceptedAt, accepted.Reason = now.UTC(), reason
+	accepted.AcceptedAt, accepted.Reason = later(now, lost.Time).UTC(), reason
 	next := logLoss{Accepted: append(slices.Clone(l.state.Accepted), accepted)}
 	if n := len(next.Accepted) - maxAccepted; n > 0 {
 		next.Accepted = next.Accepted[n:]

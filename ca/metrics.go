@@ -98,6 +98,15 @@ func (a *Authority) registerGauges(r prometheus.Registerer) {
 		}
 		return 0
 	})
+	gauge("signet_ca_clock", "What is thought of the system's clock: 0 believed, 1 in doubt, 2 refused, and nothing is signed.", func() float64 {
+		switch r := a.clock.read(); {
+		case r.refused:
+			return 2
+		case r.doubted:
+			return 1
+		}
+		return 0
+	})
 	gauge("signet_ca_bans", "Bans in force.", func() float64 { return float64(a.banned().set.Len()) })
 	gauge("signet_ca_pods", "Pods in the authority's view.", func() float64 { return float64(a.cfg.Pods.Len()) })
 }

@@ -274,7 +274,7 @@ func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, j
 func (a *Authority) awaitIntermediate(ctx context.Context) error {
 	valid := func() bool {
 		iss := a.intermediate.Load()
-		return iss != nil && time.Now().Before(iss.cert.NotAfter)
+		return iss != nil && a.clock.past().Before(iss.cert.NotAfter)
 	}
 	for told := false; !valid(); {
 		err := a.followJournal(ctx)

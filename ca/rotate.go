@@ -364,7 +364,7 @@ func (a *Authority) replaceExpiredRoot(ctx context.Context) error {
 		if err := a.rotateDue(ctx); err != nil {
 			return err
 		}
-		if now := time.Now(); now.Before(a.root.Load().cert.NotAfter) && now.Before(a.intermediate.Load().cert.NotAfter) {
+		if now := a.clock.latest(); now.Before(a.root.Load().cert.NotAfter) && now.Before(a.intermediate.Load().cert.NotAfter) {
 			return nil
 		}
 	}

@@ -128,7 +128,8 @@ func (a *Authority) verifyClient(chain []*x509.Certificate) error {
 	for _, c := range chain[1:] {
 		intermediates.AddCert(c)
 	}
-	_, err := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	_, err := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		CurrentTime: a.clock.latest()})
 	return err
 }
 
@@ -169,6 +170,7 @@ func (a *Authority) caller(ctx context.Context) (*agent, error) {
 	if err := a.alive(r); err != nil {
 		return refuse(err)
 	}
+	a.clock.witness(c.NotAfter)
 	return r, nil
 }
 
@@ -310,11 +312,12 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	var requester []byte
 	switch e := req.GetEvidence().(type) {
 	case *capb.AttestRequest_Token:
-		w, err := a.attestToken(ctx, a.cfg.Agents, e.Token)
+		w, until, err := a.attestToken(ctx, a.cfg.Agents, e.Token)
 		if err != nil {
 			a.warn("agent attestation refused", "err", err)
 			return nil, code(err)
 		}
+		a.clock.witness(until)
 		r = agent{Node: w.Node, NodeUID: w.NodeUID, PodUID: w.PodUID, TokenAt: now}
 	case *capb.AttestRequest_Renewal:
 		old, err := a.caller(ctx)
@@ -367,12 +370,11 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	}, nil
 }
 
-func (a *Authority) attestToken(ctx context.Context, at Attestor, token string) (identity.Workload, error) {
+func (a *Authority) attestToken(ctx context.Context, at Attestor, token string) (w identity.Workload, until time.Time, err error) {
 	if len(token) > maxToken {
-		return identity.Workload{}, fmt.Errorf("%w: the token has %d bytes; at most %d are allowed", attest.ErrRefused, len(token), maxToken)
+		return w, until, fmt.Errorf("%w: the token has %d bytes; at most %d are allowed", attest.ErrRefused, len(token), maxToken)
 	}
-	w, _, err := at.Attest(ctx, attest.Evidence{Token: token})
-	return w, err
+	return at.Attest(ctx, attest.Evidence{Token: token})
 }
 
 func (s service) Issue(stream grpc.BidiStreamingServer[capb.IssueRequest, capb.IssueResponse]) error {
@@ -580,7 +582,7 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 	switch e := item.GetEvidence().(type) {
 	case *capb.IssueItem_Token:
 		c.evidence = capb.IssuanceRecord_EVIDENCE_TOKEN
-		if w, err = a.attestToken(ctx, a.cfg.Workloads, e.Token); err != nil {
+		if w, _, err = a.attestToken(ctx, a.cfg.Workloads, e.Token); err != nil {
 			f := &refusal{code: capb.Refusal_CODE_EVIDENCE, public: attest.Public(err), err: err}
 			switch {
 			case errors.Is(err, attest.ErrUnknownPod):

@@ -208,18 +208,36 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 }
 
-// TestAnOldClockRefusesToStart opens an authority of today in a bubble whose clock
-// says the year 2000.
-func TestAnOldClockRefusesToStart(t *testing.T) {
+// TestAnOldClockSignsNothing opens an authority of today in a bubble whose clock says the
+// year 2000: it starts, for its operator, and says why it is not ready. A new one is not
+// made by a clock that is older than the program.
+func TestAnOldClockSignsNothing(t *testing.T) {
 	w := newWorld(t)
 	w.close()
 	synctest.Test(t, func(t *testing.T) {
 		a, err := ca.Open(t.Context(), w.cfg)
-		if err == nil {
-			_ = a.Close()
+		if err != nil {
+			t.Fatal(err)
 		}
-		if !errors.Is(err, ca.ErrClock) || !strings.Contains(err.Error(), "set the clock right") {
+		if err := a.Ready(); !errors.Is(err, ca.ErrClock) || !strings.Contains(err.Error(), "set the clock right") {
 			t.Errorf("got %v, want ErrClock", err)
+		}
+		if err := a.RenewServing(t.Context()); !errors.Is(err, ca.ErrClock) {
+			t.Errorf("it signs: %v", err)
+		}
+		if err := a.Close(); err != nil {
+			t.Error(err)
+		}
+		cfg := w.cfg
+		cfg.DataDir, cfg.Built = t.TempDir(), time.Now().Add(time.Hour)
+		if err := os.Chmod(cfg.DataDir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if a, err := ca.Open(t.Context(), cfg); !errors.Is(err, ca.ErrClock) {
+			t.Errorf("a new authority: got %v, want ErrClock", err)
+			if err == nil {
+				_ = a.Close()
+			}
 		}
 	})
 }

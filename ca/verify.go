@@ -153,6 +153,10 @@ type recordChecker struct {
 	keys     *keyUses
 	serials  map[int64]map[[profile.SerialLength]byte]bool // by minute
 	n        int
+	// accepted is the clock that an operator accepted last, if it was before the time of
+	// its record, held: that records have until it has caught up.
+	accepted, held time.Time
+	made           time.Time // of the newest certificate, by its serial
 }
 
 // record reports whether the record is of a certificate.
@@ -166,13 +170,16 @@ func (c *recordChecker) record(rec storage.Record) bool {
 		if err := c.v.decision(r); err != nil {
 			c.bad("record %d: %v", rec.Sequence, err)
 		}
+		if at := time.Unix(r.GetDecision().GetClock().GetClock(), 0); r.GetDecision().GetWhat() == capb.Decision_WHAT_CLOCK_ACCEPTED && at.Before(rec.Time) {
+			c.accepted, c.held = at, rec.Time
+		}
 		return false
 	}
 	if err := c.certificate(r, rec.Time); err != nil {
 		c.bad("record %d (serial %x): %v", rec.Sequence, r.GetSerial(), err)
 	}
 	if c.n++; c.n%100_000 == 0 {
-		c.keys.expire(rec.Time)
+		c.keys.expire(c.made)
 	}
 	if w := c.v.wanted[string(r.GetSerial())]; w != nil {
 		w.found = true
@@ -203,7 +210,7 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 		return errors.New("the authority is missing")
 	}
 	serial, made := [profile.SerialLength]byte(r.GetSerial()), profile.SerialTime(r.GetSerial())
-	if d := at.Sub(made); d > serialSlack || d < -serialSlack {
+	if d := at.Sub(made); (d > serialSlack || d < -serialSlack) && !c.behind(made, at) {
 		return fmt.Errorf("the serial is of %s, the record of %s", made.Format(time.RFC3339), at.Format(time.RFC3339))
 	}
 	minute := made.Unix() / 60
@@ -230,7 +237,14 @@ func (c *recordChecker) certificate(r *capb.IssuanceRecord, at time.Time) error 
 	} else if r.GetSpiffeId() != "" {
 		return errors.New("an authority with the name of a leaf")
 	}
-	return c.keys.claim(r.GetKeyHash(), r.GetSpiffeId(), time.Unix(r.GetNotAfter(), 0), at)
+	c.made = made
+	return c.keys.claim(r.GetKeyHash(), r.GetSpiffeId(), time.Unix(r.GetNotAfter(), 0), made)
+}
+
+// behind reports whether a serial's time may be that much before its record's, because an
+// operator accepted a clock that had gone back.
+func (c *recordChecker) behind(made, at time.Time) bool {
+	return at.Equal(c.held) && !made.Before(c.accepted.Add(-serialSlack)) && !made.After(at)
 }
 
 // ownSerial reports whether a serial is one that an instance of this authority makes.
@@ -308,6 +322,10 @@ func (v *verifier) state() {
 			v.revocation(e)
 		case strings.HasPrefix(e.Key, revocation.ListPrefix):
 			v.list(e)
+		case e.Key == clockKey:
+			if _, err := parseClock(e); err != nil {
+				v.bad("state: %v", err)
+			}
 		case e.Key == lossKey:
 			if _, err := parseLoss(e); err != nil {
 				v.bad("state: %v", err)
@@ -359,6 +377,8 @@ func (v *verifier) decision(r *capb.IssuanceRecord) error {
 			return errors.New("a decision about a ban that does not say which, when or why")
 		}
 		return nil
+	case d.GetWhat() == capb.Decision_WHAT_CLOCK_ACCEPTED && (d.GetClock().GetClock() == 0 || d.GetReason() == ""):
+		return errors.New("a decision about a clock that does not say which, or why")
 	case d.GetWhat() != capb.Decision_WHAT_REVOKED:
 		return nil
 	}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/identity"
@@ -51,7 +50,7 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 			m.TokenKeys = tokenKeysToProto(keys)
 		}
 		if sent == nil || bans.said != sent.said {
-			m.Bans = bans.toProto(time.Now())
+			m.Bans = bans.toProto(a.clock.past())
 		}
 		if err := stream.Send(m); err != nil {
 			return err

@@ -60,6 +60,7 @@ type world struct {
 	pods   *identity.Pods
 	cfg    ca.Config
 	pipe   *bufconn.Listener
+	time   func() time.Time // of clients; nil: time.Now
 	server *grpc.Server
 	stop   context.CancelFunc
 	done   chan struct{}
@@ -221,7 +222,7 @@ func (w *world) conn(cert *tls.Certificate) *grpc.ClientConn {
 	for _, c := range trustOf(w).Roots() {
 		roots.AddCert(c)
 	}
-	cfg := &tls.Config{RootCAs: roots, ServerName: "localhost", MinVersion: tls.VersionTLS13}
+	cfg := &tls.Config{RootCAs: roots, ServerName: "localhost", MinVersion: tls.VersionTLS13, Time: w.time}
 	if cert != nil {
 		cfg.Certificates = []tls.Certificate{*cert}
 	}

@@ -33,3 +33,22 @@ type Result struct {
 	// the same evidence cannot help.
 	RetryAfter time.Duration
 }
+
+// maxLag is how far a machine's clock may be behind that of who issued to it.
+const maxLag = 5 * time.Minute
+
+// VerifiedAt is the moment at which a chain is to be verified on a machine whose clock says
+// now: where a certificate begins less than five minutes later than that, the clock lags,
+// and it is that beginning. It is never before now, so what has ended has ended.
+func VerifiedAt(chain []*x509.Certificate, now time.Time) time.Time {
+	at := now
+	for _, c := range chain {
+		if c.NotBefore.After(at) {
+			at = c.NotBefore
+		}
+	}
+	if at.Sub(now) > maxLag {
+		return now // a clock that is wrong
+	}
+	return at
+}

@@ -40,6 +40,7 @@ func OpenLog(dir string, opt LogOptions) (*FileLog, error) {
 		instance:    opt.Instance,
 		segmentSize: opt.SegmentSize,
 		fs:          opt.FS,
+		now:         opt.Now,
 		log:         opt.Log,
 		readOnly:    opt.ReadOnly,
 		remote:      opt.Remote,

@@ -68,7 +68,7 @@ func (l *FileLog) reopenOnce() error {
 	}
 	l.leading = true
 	l.mu.Unlock()
-	n := &FileLog{dir: l.dir, instance: l.instance, segmentSize: l.segmentSize, fs: l.fs, log: l.log, remote: true}
+	n := &FileLog{dir: l.dir, instance: l.instance, segmentSize: l.segmentSize, fs: l.fs, now: l.now, log: l.log, remote: true}
 	err := errors.Join(l.closeFile(), l.unlock())
 	if err == nil {
 		err = n.reread(l)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -77,15 +78,23 @@ func (c *Client) heed(p *capb.Bans) {
 			b.Until = timestamppb.New(b.GetUntil().AsTime().Add(ahead))
 		}
 	}
-	c.holdBans(ours, next)
+	c.holdBans(ours, next, now)
 	if next.unread > 0 {
 		c.cfg.Log.Error("the authority bans somebody in a way that this version cannot read; what it says to do then is done, or everybody is denied: update this agent", "bans", next.unread)
 	}
 }
 
-// holdBans puts bans in force whose times are by this clock.
-func (c *Client) holdBans(p *capb.Bans, next *heldBans) {
+// holdBans puts bans in force whose times are by this clock, which says now. They end when
+// so much time has elapsed, by the monotonic clock: a step of the other ends no ban.
+func (c *Client) holdBans(p *capb.Bans, next *heldBans, now time.Time) {
 	next.set, next.unread = parseBans(p)
+	list := slices.Clone(next.set.All())
+	for i := range list {
+		if u := list[i].Until; !u.IsZero() {
+			list[i].Until = now.Add(u.Sub(now))
+		}
+	}
+	next.set = identity.NewBans(list)
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(p)
 	if err != nil { // never, for what came off a wire
 		c.cfg.Log.Error("bans cannot be saved", "err", err)
@@ -119,7 +128,15 @@ func (c *Client) loadBans(b []byte) error {
 		p, next.sequence = &capb.Bans{Bans: []*capb.Ban{{Reason: "the saved bans cannot be read"}}}, 0
 	}
 	next.revision = p.GetRevision()
-	c.holdBans(p, next)
+	now := time.Now()
+	for _, b := range p.GetBans() {
+		// This clock may be wrong, and nobody has said that the ban is over: it stays until
+		// the authority is heard.
+		if u := b.GetUntil(); u.CheckValid() == nil && !now.Before(u.AsTime()) {
+			b.Until = nil
+		}
+	}
+	c.holdBans(p, next, now)
 	if err != nil {
 		return fmt.Errorf("the saved bans cannot be read, so everybody is denied until the authority is reached: %w", err)
 	}

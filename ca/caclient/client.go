@@ -437,7 +437,7 @@ func (c *Client) exchange(ctx context.Context, conn *grpc.ClientConn, req *capb.
 	if pub, ok := chain[0].PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(key.Public()) {
 		return nil, errors.New("the authority certified another key")
 	}
-	if _, _, err := x509svid.Verify(chain, c.trust.Value()); err != nil {
+	if _, _, err := x509svid.Verify(chain, c.trust.Value(), x509svid.WithTime(identity.VerifiedAt(chain, time.Now()))); err != nil {
 		return nil, fmt.Errorf("the agent's new SVID: %w", err)
 	}
 	c.metrics.notAfter.Set(float64(chain[0].NotAfter.Unix()))

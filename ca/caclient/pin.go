@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/signet-mesh/signet/identity"
 
@@ -121,7 +122,8 @@ func verifyAuthority(td spiffeid.TrustDomain, p pin, trust *identity.Trust, chai
 	if !identity.IsAuthority(td, id) {
 		return fmt.Errorf("its certificate names %s", id)
 	}
-	opt := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	opt := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		CurrentTime: identity.VerifiedAt(chain, time.Now())}
 	if trust != nil {
 		for _, c := range trust.Roots() {
 			opt.Roots.AddCert(c)

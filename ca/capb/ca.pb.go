@@ -182,7 +182,7 @@ func (x RotateRequest_Step) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RotateRequest_Step.Descriptor instead.
 func (RotateRequest_Step) EnumDescriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{57, 0}
+	return file_ca_proto_rawDescGZIP(), []int{59, 0}
 }
 
 type AttestRequest struct {
@@ -2598,6 +2598,95 @@ func (*AcceptLogLossResponse) Descriptor() ([]byte, []int) {
 	return file_ca_proto_rawDescGZIP(), []int{32}
 }
 
+type AcceptClockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// record is the newest one, as the alarm names it.
+	Record        uint64 `protobuf:"varint,1,opt,name=record,proto3" json:"record,omitempty"`
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptClockRequest) Reset() {
+	*x = AcceptClockRequest{}
+	mi := &file_ca_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptClockRequest) ProtoMessage() {}
+
+func (x *AcceptClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptClockRequest.ProtoReflect.Descriptor instead.
+func (*AcceptClockRequest) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *AcceptClockRequest) GetRecord() uint64 {
+	if x != nil {
+		return x.Record
+	}
+	return 0
+}
+
+func (x *AcceptClockRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type AcceptClockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptClockResponse) Reset() {
+	*x = AcceptClockResponse{}
+	mi := &file_ca_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptClockResponse) ProtoMessage() {}
+
+func (x *AcceptClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptClockResponse.ProtoReflect.Descriptor instead.
+func (*AcceptClockResponse) Descriptor() ([]byte, []int) {
+	return file_ca_proto_rawDescGZIP(), []int{34}
+}
+
 type CreateRequestsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// count is how many there should be with those that wait; 0 makes none.
@@ -2608,7 +2697,7 @@ type CreateRequestsRequest struct {
 
 func (x *CreateRequestsRequest) Reset() {
 	*x = CreateRequestsRequest{}
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2620,7 +2709,7 @@ func (x *CreateRequestsRequest) String() string {
 func (*CreateRequestsRequest) ProtoMessage() {}
 
 func (x *CreateRequestsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[33]
+	mi := &file_ca_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2633,7 +2722,7 @@ func (x *CreateRequestsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequestsRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequestsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{33}
+	return file_ca_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateRequestsRequest) GetCount() uint32 {
@@ -2653,7 +2742,7 @@ type CreateRequestsResponse struct {
 
 func (x *CreateRequestsResponse) Reset() {
 	*x = CreateRequestsResponse{}
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2665,7 +2754,7 @@ func (x *CreateRequestsResponse) String() string {
 func (*CreateRequestsResponse) ProtoMessage() {}
 
 func (x *CreateRequestsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[34]
+	mi := &file_ca_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2678,7 +2767,7 @@ func (x *CreateRequestsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequestsResponse.ProtoReflect.Descriptor instead.
 func (*CreateRequestsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{34}
+	return file_ca_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateRequestsResponse) GetRequests() [][]byte {
@@ -2698,7 +2787,7 @@ type ImportChainsRequest struct {
 
 func (x *ImportChainsRequest) Reset() {
 	*x = ImportChainsRequest{}
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2710,7 +2799,7 @@ func (x *ImportChainsRequest) String() string {
 func (*ImportChainsRequest) ProtoMessage() {}
 
 func (x *ImportChainsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[35]
+	mi := &file_ca_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2723,7 +2812,7 @@ func (x *ImportChainsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainsRequest.ProtoReflect.Descriptor instead.
 func (*ImportChainsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{35}
+	return file_ca_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ImportChainsRequest) GetChains() [][]byte {
@@ -2747,7 +2836,7 @@ type ImportChainsResponse struct {
 
 func (x *ImportChainsResponse) Reset() {
 	*x = ImportChainsResponse{}
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +2848,7 @@ func (x *ImportChainsResponse) String() string {
 func (*ImportChainsResponse) ProtoMessage() {}
 
 func (x *ImportChainsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[36]
+	mi := &file_ca_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +2861,7 @@ func (x *ImportChainsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainsResponse.ProtoReflect.Descriptor instead.
 func (*ImportChainsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{36}
+	return file_ca_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ImportChainsResponse) GetIntermediates() [][]byte {
@@ -2809,7 +2898,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2821,7 +2910,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[37]
+	mi := &file_ca_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2834,7 +2923,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{37}
+	return file_ca_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RevokeRequest) GetSerial() []byte {
@@ -2872,7 +2961,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2884,7 +2973,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[38]
+	mi := &file_ca_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2897,7 +2986,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{38}
+	return file_ca_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -2948,7 +3037,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2960,7 +3049,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[39]
+	mi := &file_ca_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2973,7 +3062,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{39}
+	return file_ca_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Revocation) GetSerial() []byte {
@@ -3040,7 +3129,7 @@ type RevocationsRequest struct {
 
 func (x *RevocationsRequest) Reset() {
 	*x = RevocationsRequest{}
-	mi := &file_ca_proto_msgTypes[40]
+	mi := &file_ca_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3141,7 @@ func (x *RevocationsRequest) String() string {
 func (*RevocationsRequest) ProtoMessage() {}
 
 func (x *RevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[40]
+	mi := &file_ca_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3154,7 @@ func (x *RevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationsRequest.ProtoReflect.Descriptor instead.
 func (*RevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{40}
+	return file_ca_proto_rawDescGZIP(), []int{42}
 }
 
 type RevocationsResponse struct {
@@ -3081,7 +3170,7 @@ type RevocationsResponse struct {
 
 func (x *RevocationsResponse) Reset() {
 	*x = RevocationsResponse{}
-	mi := &file_ca_proto_msgTypes[41]
+	mi := &file_ca_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3182,7 @@ func (x *RevocationsResponse) String() string {
 func (*RevocationsResponse) ProtoMessage() {}
 
 func (x *RevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[41]
+	mi := &file_ca_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3195,7 @@ func (x *RevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationsResponse.ProtoReflect.Descriptor instead.
 func (*RevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{41}
+	return file_ca_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevocationsResponse) GetRevocations() []*Revocation {
@@ -3145,7 +3234,7 @@ type AddBanRequest struct {
 
 func (x *AddBanRequest) Reset() {
 	*x = AddBanRequest{}
-	mi := &file_ca_proto_msgTypes[42]
+	mi := &file_ca_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3157,7 +3246,7 @@ func (x *AddBanRequest) String() string {
 func (*AddBanRequest) ProtoMessage() {}
 
 func (x *AddBanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[42]
+	mi := &file_ca_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3170,7 +3259,7 @@ func (x *AddBanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddBanRequest.ProtoReflect.Descriptor instead.
 func (*AddBanRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{42}
+	return file_ca_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AddBanRequest) GetSubject() string {
@@ -3211,7 +3300,7 @@ type AddBanResponse struct {
 
 func (x *AddBanResponse) Reset() {
 	*x = AddBanResponse{}
-	mi := &file_ca_proto_msgTypes[43]
+	mi := &file_ca_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3223,7 +3312,7 @@ func (x *AddBanResponse) String() string {
 func (*AddBanResponse) ProtoMessage() {}
 
 func (x *AddBanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[43]
+	mi := &file_ca_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3236,7 +3325,7 @@ func (x *AddBanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddBanResponse.ProtoReflect.Descriptor instead.
 func (*AddBanResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{43}
+	return file_ca_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AddBanResponse) GetBan() *BanRecord {
@@ -3285,7 +3374,7 @@ type RemoveBanRequest struct {
 
 func (x *RemoveBanRequest) Reset() {
 	*x = RemoveBanRequest{}
-	mi := &file_ca_proto_msgTypes[44]
+	mi := &file_ca_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3297,7 +3386,7 @@ func (x *RemoveBanRequest) String() string {
 func (*RemoveBanRequest) ProtoMessage() {}
 
 func (x *RemoveBanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[44]
+	mi := &file_ca_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3310,7 +3399,7 @@ func (x *RemoveBanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBanRequest.ProtoReflect.Descriptor instead.
 func (*RemoveBanRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{44}
+	return file_ca_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveBanRequest) GetSubject() string {
@@ -3338,7 +3427,7 @@ type RemoveBanResponse struct {
 
 func (x *RemoveBanResponse) Reset() {
 	*x = RemoveBanResponse{}
-	mi := &file_ca_proto_msgTypes[45]
+	mi := &file_ca_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3350,7 +3439,7 @@ func (x *RemoveBanResponse) String() string {
 func (*RemoveBanResponse) ProtoMessage() {}
 
 func (x *RemoveBanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[45]
+	mi := &file_ca_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3363,7 +3452,7 @@ func (x *RemoveBanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveBanResponse.ProtoReflect.Descriptor instead.
 func (*RemoveBanResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{45}
+	return file_ca_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveBanResponse) GetBan() *BanRecord {
@@ -3390,7 +3479,7 @@ type ListBansRequest struct {
 
 func (x *ListBansRequest) Reset() {
 	*x = ListBansRequest{}
-	mi := &file_ca_proto_msgTypes[46]
+	mi := &file_ca_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3402,7 +3491,7 @@ func (x *ListBansRequest) String() string {
 func (*ListBansRequest) ProtoMessage() {}
 
 func (x *ListBansRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[46]
+	mi := &file_ca_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3415,7 +3504,7 @@ func (x *ListBansRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBansRequest.ProtoReflect.Descriptor instead.
 func (*ListBansRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{46}
+	return file_ca_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListBansRequest) GetAll() bool {
@@ -3436,7 +3525,7 @@ type ListBansResponse struct {
 
 func (x *ListBansResponse) Reset() {
 	*x = ListBansResponse{}
-	mi := &file_ca_proto_msgTypes[47]
+	mi := &file_ca_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3448,7 +3537,7 @@ func (x *ListBansResponse) String() string {
 func (*ListBansResponse) ProtoMessage() {}
 
 func (x *ListBansResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[47]
+	mi := &file_ca_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3461,7 +3550,7 @@ func (x *ListBansResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBansResponse.ProtoReflect.Descriptor instead.
 func (*ListBansResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{47}
+	return file_ca_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListBansResponse) GetBans() []*BanRecord {
@@ -3507,7 +3596,7 @@ type BanRecord struct {
 
 func (x *BanRecord) Reset() {
 	*x = BanRecord{}
-	mi := &file_ca_proto_msgTypes[48]
+	mi := &file_ca_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3519,7 +3608,7 @@ func (x *BanRecord) String() string {
 func (*BanRecord) ProtoMessage() {}
 
 func (x *BanRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[48]
+	mi := &file_ca_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3532,7 +3621,7 @@ func (x *BanRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanRecord.ProtoReflect.Descriptor instead.
 func (*BanRecord) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{48}
+	return file_ca_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BanRecord) GetSubject() string {
@@ -3603,7 +3692,7 @@ type BanEnd struct {
 
 func (x *BanEnd) Reset() {
 	*x = BanEnd{}
-	mi := &file_ca_proto_msgTypes[49]
+	mi := &file_ca_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3615,7 +3704,7 @@ func (x *BanEnd) String() string {
 func (*BanEnd) ProtoMessage() {}
 
 func (x *BanEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[49]
+	mi := &file_ca_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3628,7 +3717,7 @@ func (x *BanEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanEnd.ProtoReflect.Descriptor instead.
 func (*BanEnd) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{49}
+	return file_ca_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BanEnd) GetReason() string {
@@ -3667,7 +3756,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_ca_proto_msgTypes[50]
+	mi := &file_ca_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3679,7 +3768,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[50]
+	mi := &file_ca_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3692,7 +3781,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{50}
+	return file_ca_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BanAgent) GetNode() string {
@@ -3731,7 +3820,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_ca_proto_msgTypes[51]
+	mi := &file_ca_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3743,7 +3832,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[51]
+	mi := &file_ca_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3756,7 +3845,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{51}
+	return file_ca_proto_rawDescGZIP(), []int{53}
 }
 
 type BackupChunk struct {
@@ -3768,7 +3857,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_ca_proto_msgTypes[52]
+	mi := &file_ca_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3780,7 +3869,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[52]
+	mi := &file_ca_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3793,7 +3882,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{52}
+	return file_ca_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -3832,7 +3921,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_ca_proto_msgTypes[53]
+	mi := &file_ca_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3844,7 +3933,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[53]
+	mi := &file_ca_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3857,7 +3946,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{53}
+	return file_ca_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *AuthorityStatus) GetKind() string {
@@ -3952,7 +4041,7 @@ type AuthoritiesRequest struct {
 
 func (x *AuthoritiesRequest) Reset() {
 	*x = AuthoritiesRequest{}
-	mi := &file_ca_proto_msgTypes[54]
+	mi := &file_ca_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3964,7 +4053,7 @@ func (x *AuthoritiesRequest) String() string {
 func (*AuthoritiesRequest) ProtoMessage() {}
 
 func (x *AuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[54]
+	mi := &file_ca_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3977,7 +4066,7 @@ func (x *AuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*AuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{54}
+	return file_ca_proto_rawDescGZIP(), []int{56}
 }
 
 type AuthoritiesResponse struct {
@@ -4001,7 +4090,7 @@ type AuthoritiesResponse struct {
 
 func (x *AuthoritiesResponse) Reset() {
 	*x = AuthoritiesResponse{}
-	mi := &file_ca_proto_msgTypes[55]
+	mi := &file_ca_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4013,7 +4102,7 @@ func (x *AuthoritiesResponse) String() string {
 func (*AuthoritiesResponse) ProtoMessage() {}
 
 func (x *AuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[55]
+	mi := &file_ca_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4026,7 +4115,7 @@ func (x *AuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*AuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{55}
+	return file_ca_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *AuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4100,7 +4189,7 @@ type RotationWait struct {
 
 func (x *RotationWait) Reset() {
 	*x = RotationWait{}
-	mi := &file_ca_proto_msgTypes[56]
+	mi := &file_ca_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4112,7 +4201,7 @@ func (x *RotationWait) String() string {
 func (*RotationWait) ProtoMessage() {}
 
 func (x *RotationWait) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[56]
+	mi := &file_ca_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4125,7 +4214,7 @@ func (x *RotationWait) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationWait.ProtoReflect.Descriptor instead.
 func (*RotationWait) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{56}
+	return file_ca_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RotationWait) GetId() string {
@@ -4169,7 +4258,7 @@ type RotateRequest struct {
 
 func (x *RotateRequest) Reset() {
 	*x = RotateRequest{}
-	mi := &file_ca_proto_msgTypes[57]
+	mi := &file_ca_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4181,7 +4270,7 @@ func (x *RotateRequest) String() string {
 func (*RotateRequest) ProtoMessage() {}
 
 func (x *RotateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[57]
+	mi := &file_ca_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4194,7 +4283,7 @@ func (x *RotateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateRequest.ProtoReflect.Descriptor instead.
 func (*RotateRequest) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{57}
+	return file_ca_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RotateRequest) GetStep() RotateRequest_Step {
@@ -4230,7 +4319,7 @@ type RotateResponse struct {
 
 func (x *RotateResponse) Reset() {
 	*x = RotateResponse{}
-	mi := &file_ca_proto_msgTypes[58]
+	mi := &file_ca_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4242,7 +4331,7 @@ func (x *RotateResponse) String() string {
 func (*RotateResponse) ProtoMessage() {}
 
 func (x *RotateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[58]
+	mi := &file_ca_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4255,7 +4344,7 @@ func (x *RotateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateResponse.ProtoReflect.Descriptor instead.
 func (*RotateResponse) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{58}
+	return file_ca_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RotateResponse) GetWaits() *RotationWait {
@@ -4285,7 +4374,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_ca_proto_msgTypes[59]
+	mi := &file_ca_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4297,7 +4386,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_proto_msgTypes[59]
+	mi := &file_ca_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4310,7 +4399,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_ca_proto_rawDescGZIP(), []int{59}
+	return file_ca_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *AgentStatus) GetNode() string {
@@ -4534,7 +4623,11 @@ const file_ca_proto_rawDesc = "" +
 	"\x14AcceptLogLossRequest\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AcceptLogLossResponse\"-\n" +
+	"\x15AcceptLogLossResponse\"D\n" +
+	"\x12AcceptClockRequest\x12\x16\n" +
+	"\x06record\x18\x01 \x01(\x04R\x06record\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x15\n" +
+	"\x13AcceptClockResponse\"-\n" +
 	"\x15CreateRequestsRequest\x12\x14\n" +
 	"\x05count\x18\x01 \x01(\rR\x05count\"4\n" +
 	"\x16CreateRequestsResponse\x12\x1a\n" +
@@ -4677,12 +4770,13 @@ const file_ca_proto_rawDesc = "" +
 	"\x05Issue\x12\x1a.signet.ca.v1.IssueRequest\x1a\x1b.signet.ca.v1.IssueResponse(\x010\x01\x12S\n" +
 	"\n" +
 	"WatchTrust\x12\x1f.signet.ca.v1.WatchTrustRequest\x1a .signet.ca.v1.WatchTrustResponse(\x010\x01\x12N\n" +
-	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\xbc\b\n" +
+	"\tWatchNode\x12\x1e.signet.ca.v1.WatchNodeRequest\x1a\x1f.signet.ca.v1.WatchNodeResponse0\x012\x90\t\n" +
 	"\x05Admin\x12C\n" +
 	"\x06Status\x12\x1b.signet.ca.v1.StatusRequest\x1a\x1c.signet.ca.v1.StatusResponse\x12A\n" +
 	"\aListLog\x12\x1c.signet.ca.v1.ListLogRequest\x1a\x16.signet.ca.v1.LogEntry0\x01\x12I\n" +
 	"\tVerifyLog\x12\x1e.signet.ca.v1.VerifyLogRequest\x1a\x1c.signet.ca.v1.VerifyResponse\x12X\n" +
-	"\rAcceptLogLoss\x12\".signet.ca.v1.AcceptLogLossRequest\x1a#.signet.ca.v1.AcceptLogLossResponse\x12B\n" +
+	"\rAcceptLogLoss\x12\".signet.ca.v1.AcceptLogLossRequest\x1a#.signet.ca.v1.AcceptLogLossResponse\x12R\n" +
+	"\vAcceptClock\x12 .signet.ca.v1.AcceptClockRequest\x1a!.signet.ca.v1.AcceptClockResponse\x12B\n" +
 	"\x06Backup\x12\x1b.signet.ca.v1.BackupRequest\x1a\x19.signet.ca.v1.BackupChunk0\x01\x12[\n" +
 	"\x0eCreateRequests\x12#.signet.ca.v1.CreateRequestsRequest\x1a$.signet.ca.v1.CreateRequestsResponse\x12U\n" +
 	"\fImportChains\x12!.signet.ca.v1.ImportChainsRequest\x1a\".signet.ca.v1.ImportChainsResponse\x12C\n" +
@@ -4707,7 +4801,7 @@ func file_ca_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_ca_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_ca_proto_goTypes = []any{
 	(Refusal_Code)(0),              // 0: signet.ca.v1.Refusal.Code
 	(RotateRequest_Step)(0),        // 1: signet.ca.v1.RotateRequest.Step
@@ -4744,112 +4838,114 @@ var file_ca_proto_goTypes = []any{
 	(*LogReport)(nil),              // 32: signet.ca.v1.LogReport
 	(*AcceptLogLossRequest)(nil),   // 33: signet.ca.v1.AcceptLogLossRequest
 	(*AcceptLogLossResponse)(nil),  // 34: signet.ca.v1.AcceptLogLossResponse
-	(*CreateRequestsRequest)(nil),  // 35: signet.ca.v1.CreateRequestsRequest
-	(*CreateRequestsResponse)(nil), // 36: signet.ca.v1.CreateRequestsResponse
-	(*ImportChainsRequest)(nil),    // 37: signet.ca.v1.ImportChainsRequest
-	(*ImportChainsResponse)(nil),   // 38: signet.ca.v1.ImportChainsResponse
-	(*RevokeRequest)(nil),          // 39: signet.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),         // 40: signet.ca.v1.RevokeResponse
-	(*Revocation)(nil),             // 41: signet.ca.v1.Revocation
-	(*RevocationsRequest)(nil),     // 42: signet.ca.v1.RevocationsRequest
-	(*RevocationsResponse)(nil),    // 43: signet.ca.v1.RevocationsResponse
-	(*AddBanRequest)(nil),          // 44: signet.ca.v1.AddBanRequest
-	(*AddBanResponse)(nil),         // 45: signet.ca.v1.AddBanResponse
-	(*RemoveBanRequest)(nil),       // 46: signet.ca.v1.RemoveBanRequest
-	(*RemoveBanResponse)(nil),      // 47: signet.ca.v1.RemoveBanResponse
-	(*ListBansRequest)(nil),        // 48: signet.ca.v1.ListBansRequest
-	(*ListBansResponse)(nil),       // 49: signet.ca.v1.ListBansResponse
-	(*BanRecord)(nil),              // 50: signet.ca.v1.BanRecord
-	(*BanEnd)(nil),                 // 51: signet.ca.v1.BanEnd
-	(*BanAgent)(nil),               // 52: signet.ca.v1.BanAgent
-	(*BackupRequest)(nil),          // 53: signet.ca.v1.BackupRequest
-	(*BackupChunk)(nil),            // 54: signet.ca.v1.BackupChunk
-	(*AuthorityStatus)(nil),        // 55: signet.ca.v1.AuthorityStatus
-	(*AuthoritiesRequest)(nil),     // 56: signet.ca.v1.AuthoritiesRequest
-	(*AuthoritiesResponse)(nil),    // 57: signet.ca.v1.AuthoritiesResponse
-	(*RotationWait)(nil),           // 58: signet.ca.v1.RotationWait
-	(*RotateRequest)(nil),          // 59: signet.ca.v1.RotateRequest
-	(*RotateResponse)(nil),         // 60: signet.ca.v1.RotateResponse
-	(*AgentStatus)(nil),            // 61: signet.ca.v1.AgentStatus
-	nil,                            // 62: signet.ca.v1.Pod.LabelsEntry
-	(*timestamppb.Timestamp)(nil),  // 63: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 64: google.protobuf.Duration
-	(*IssuanceRecord)(nil),         // 65: signet.ca.v1.IssuanceRecord
+	(*AcceptClockRequest)(nil),     // 35: signet.ca.v1.AcceptClockRequest
+	(*AcceptClockResponse)(nil),    // 36: signet.ca.v1.AcceptClockResponse
+	(*CreateRequestsRequest)(nil),  // 37: signet.ca.v1.CreateRequestsRequest
+	(*CreateRequestsResponse)(nil), // 38: signet.ca.v1.CreateRequestsResponse
+	(*ImportChainsRequest)(nil),    // 39: signet.ca.v1.ImportChainsRequest
+	(*ImportChainsResponse)(nil),   // 40: signet.ca.v1.ImportChainsResponse
+	(*RevokeRequest)(nil),          // 41: signet.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),         // 42: signet.ca.v1.RevokeResponse
+	(*Revocation)(nil),             // 43: signet.ca.v1.Revocation
+	(*RevocationsRequest)(nil),     // 44: signet.ca.v1.RevocationsRequest
+	(*RevocationsResponse)(nil),    // 45: signet.ca.v1.RevocationsResponse
+	(*AddBanRequest)(nil),          // 46: signet.ca.v1.AddBanRequest
+	(*AddBanResponse)(nil),         // 47: signet.ca.v1.AddBanResponse
+	(*RemoveBanRequest)(nil),       // 48: signet.ca.v1.RemoveBanRequest
+	(*RemoveBanResponse)(nil),      // 49: signet.ca.v1.RemoveBanResponse
+	(*ListBansRequest)(nil),        // 50: signet.ca.v1.ListBansRequest
+	(*ListBansResponse)(nil),       // 51: signet.ca.v1.ListBansResponse
+	(*BanRecord)(nil),              // 52: signet.ca.v1.BanRecord
+	(*BanEnd)(nil),                 // 53: signet.ca.v1.BanEnd
+	(*BanAgent)(nil),               // 54: signet.ca.v1.BanAgent
+	(*BackupRequest)(nil),          // 55: signet.ca.v1.BackupRequest
+	(*BackupChunk)(nil),            // 56: signet.ca.v1.BackupChunk
+	(*AuthorityStatus)(nil),        // 57: signet.ca.v1.AuthorityStatus
+	(*AuthoritiesRequest)(nil),     // 58: signet.ca.v1.AuthoritiesRequest
+	(*AuthoritiesResponse)(nil),    // 59: signet.ca.v1.AuthoritiesResponse
+	(*RotationWait)(nil),           // 60: signet.ca.v1.RotationWait
+	(*RotateRequest)(nil),          // 61: signet.ca.v1.RotateRequest
+	(*RotateResponse)(nil),         // 62: signet.ca.v1.RotateResponse
+	(*AgentStatus)(nil),            // 63: signet.ca.v1.AgentStatus
+	nil,                            // 64: signet.ca.v1.Pod.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 65: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 66: google.protobuf.Duration
+	(*IssuanceRecord)(nil),         // 67: signet.ca.v1.IssuanceRecord
 }
 var file_ca_proto_depIdxs = []int32{
 	3,  // 0: signet.ca.v1.AttestRequest.renewal:type_name -> signet.ca.v1.Renewal
 	5,  // 1: signet.ca.v1.AttestResponse.svid:type_name -> signet.ca.v1.X509SVID
 	18, // 2: signet.ca.v1.AttestResponse.trust:type_name -> signet.ca.v1.Trust
-	63, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
-	63, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	65, // 3: signet.ca.v1.AttestResponse.token_by:type_name -> google.protobuf.Timestamp
+	65, // 4: signet.ca.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
 	7,  // 5: signet.ca.v1.IssueRequest.items:type_name -> signet.ca.v1.IssueItem
 	8,  // 6: signet.ca.v1.IssueItem.x509:type_name -> signet.ca.v1.X509Kind
 	9,  // 7: signet.ca.v1.IssueItem.jwt:type_name -> signet.ca.v1.JWTKind
-	63, // 8: signet.ca.v1.IssueItem.held_until:type_name -> google.protobuf.Timestamp
+	65, // 8: signet.ca.v1.IssueItem.held_until:type_name -> google.protobuf.Timestamp
 	11, // 9: signet.ca.v1.IssueResponse.results:type_name -> signet.ca.v1.IssueResult
 	5,  // 10: signet.ca.v1.IssueResult.x509:type_name -> signet.ca.v1.X509SVID
 	12, // 11: signet.ca.v1.IssueResult.jwt:type_name -> signet.ca.v1.JWTSVID
 	13, // 12: signet.ca.v1.IssueResult.refusal:type_name -> signet.ca.v1.Refusal
-	63, // 13: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
+	65, // 13: signet.ca.v1.JWTSVID.renew_at:type_name -> google.protobuf.Timestamp
 	0,  // 14: signet.ca.v1.Refusal.code:type_name -> signet.ca.v1.Refusal.Code
-	64, // 15: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	66, // 15: signet.ca.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
 	22, // 16: signet.ca.v1.WatchTrustRequest.log_heads:type_name -> signet.ca.v1.LogHead
 	18, // 17: signet.ca.v1.WatchTrustResponse.trust:type_name -> signet.ca.v1.Trust
 	22, // 18: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
 	17, // 19: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
 	16, // 20: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
 	21, // 21: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
-	63, // 22: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
+	65, // 22: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
 	20, // 23: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
 	19, // 24: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
 	21, // 25: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	64, // 26: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
+	66, // 26: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
 	20, // 27: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	63, // 28: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	63, // 29: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	65, // 28: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	65, // 29: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
 	25, // 30: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	62, // 31: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	55, // 32: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	64, // 31: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	57, // 32: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
 	22, // 33: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	61, // 34: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	63, // 34: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
 	22, // 35: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	63, // 36: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	63, // 37: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	63, // 38: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	65, // 39: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	65, // 36: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	65, // 37: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	65, // 38: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	67, // 39: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
 	22, // 40: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
 	32, // 41: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
 	22, // 42: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	63, // 43: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	63, // 44: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	41, // 45: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	63, // 46: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	63, // 47: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	41, // 48: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	63, // 49: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
-	50, // 50: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	50, // 51: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	50, // 52: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
-	52, // 53: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
-	63, // 54: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
-	63, // 55: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
-	51, // 56: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
-	63, // 57: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
-	63, // 58: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	63, // 59: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	63, // 60: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
-	63, // 61: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
-	63, // 62: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
-	63, // 63: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
-	55, // 64: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	58, // 65: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
-	63, // 66: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
-	58, // 67: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
-	64, // 68: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
-	63, // 69: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	65, // 43: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	65, // 44: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	43, // 45: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	65, // 46: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	65, // 47: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	43, // 48: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	65, // 49: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	52, // 50: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 51: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 52: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	54, // 53: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	65, // 54: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	65, // 55: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	53, // 56: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	65, // 57: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	65, // 58: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	65, // 59: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	65, // 60: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
+	65, // 61: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
+	65, // 62: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
+	65, // 63: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
+	57, // 64: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	60, // 65: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	65, // 66: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	60, // 67: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	66, // 68: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	65, // 69: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
 	1,  // 70: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
-	58, // 71: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
-	63, // 72: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	60, // 71: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	65, // 72: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
 	2,  // 73: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
 	6,  // 74: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
 	14, // 75: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
@@ -4858,36 +4954,38 @@ var file_ca_proto_depIdxs = []int32{
 	28, // 78: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
 	30, // 79: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
 	33, // 80: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	53, // 81: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	35, // 82: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	37, // 83: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	39, // 84: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	56, // 85: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
-	59, // 86: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
-	42, // 87: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	44, // 88: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	46, // 89: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	48, // 90: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	4,  // 91: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	10, // 92: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	15, // 93: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	24, // 94: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	27, // 95: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	29, // 96: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	31, // 97: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	34, // 98: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	54, // 99: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	36, // 100: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	38, // 101: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	40, // 102: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	57, // 103: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
-	60, // 104: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
-	43, // 105: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	45, // 106: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	47, // 107: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	49, // 108: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	91, // [91:109] is the sub-list for method output_type
-	73, // [73:91] is the sub-list for method input_type
+	35, // 81: signet.ca.v1.Admin.AcceptClock:input_type -> signet.ca.v1.AcceptClockRequest
+	55, // 82: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	37, // 83: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	39, // 84: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	41, // 85: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	58, // 86: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	61, // 87: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	44, // 88: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	46, // 89: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	48, // 90: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	50, // 91: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 92: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 93: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 94: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 95: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 96: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 97: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 98: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 99: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	36, // 100: signet.ca.v1.Admin.AcceptClock:output_type -> signet.ca.v1.AcceptClockResponse
+	56, // 101: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	38, // 102: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	40, // 103: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	42, // 104: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	59, // 105: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	62, // 106: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	45, // 107: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	47, // 108: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	49, // 109: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	51, // 110: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	92, // [92:111] is the sub-list for method output_type
+	73, // [73:92] is the sub-list for method input_type
 	73, // [73:73] is the sub-list for extension type_name
 	73, // [73:73] is the sub-list for extension extendee
 	0,  // [0:73] is the sub-list for field type_name
@@ -4927,7 +5025,7 @@ func file_ca_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_proto_rawDesc), len(file_ca_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   61,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -274,6 +274,7 @@ const (
 	Admin_ListLog_FullMethodName        = "/signet.ca.v1.Admin/ListLog"
 	Admin_VerifyLog_FullMethodName      = "/signet.ca.v1.Admin/VerifyLog"
 	Admin_AcceptLogLoss_FullMethodName  = "/signet.ca.v1.Admin/AcceptLogLoss"
+	Admin_AcceptClock_FullMethodName    = "/signet.ca.v1.Admin/AcceptClock"
 	Admin_Backup_FullMethodName         = "/signet.ca.v1.Admin/Backup"
 	Admin_CreateRequests_FullMethodName = "/signet.ca.v1.Admin/CreateRequests"
 	Admin_ImportChains_FullMethodName   = "/signet.ca.v1.Admin/ImportChains"
@@ -304,6 +305,10 @@ type AdminClient interface {
 	// records. The decision is recorded. Codes: FAILED_PRECONDITION if that loss is
 	// not what it stopped for.
 	AcceptLogLoss(ctx context.Context, in *AcceptLogLossRequest, opts ...grpc.CallOption) (*AcceptLogLossResponse, error)
+	// AcceptClock lets an authority go on whose clock is far from what was known of the
+	// time. The decision is recorded. Codes: FAILED_PRECONDITION if the clock is believed,
+	// if something was recorded since, or if that clock cannot be right.
+	AcceptClock(ctx context.Context, in *AcceptClockRequest, opts ...grpc.CallOption) (*AcceptClockResponse, error)
 	// Backup streams a backup of state and log, without keys.
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
 	// CreateRequests makes certificate requests for intermediates that an offline root
@@ -387,6 +392,16 @@ func (c *adminClient) AcceptLogLoss(ctx context.Context, in *AcceptLogLossReques
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(AcceptLogLossResponse)
 	err := c.cc.Invoke(ctx, Admin_AcceptLogLoss_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) AcceptClock(ctx context.Context, in *AcceptClockRequest, opts ...grpc.CallOption) (*AcceptClockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AcceptClockResponse)
+	err := c.cc.Invoke(ctx, Admin_AcceptClock_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -520,6 +535,10 @@ type AdminServer interface {
 	// records. The decision is recorded. Codes: FAILED_PRECONDITION if that loss is
 	// not what it stopped for.
 	AcceptLogLoss(context.Context, *AcceptLogLossRequest) (*AcceptLogLossResponse, error)
+	// AcceptClock lets an authority go on whose clock is far from what was known of the
+	// time. The decision is recorded. Codes: FAILED_PRECONDITION if the clock is believed,
+	// if something was recorded since, or if that clock cannot be right.
+	AcceptClock(context.Context, *AcceptClockRequest) (*AcceptClockResponse, error)
 	// Backup streams a backup of state and log, without keys.
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
 	// CreateRequests makes certificate requests for intermediates that an offline root
@@ -571,6 +590,9 @@ func (UnimplementedAdminServer) VerifyLog(context.Context, *VerifyLogRequest) (*
 }
 func (UnimplementedAdminServer) AcceptLogLoss(context.Context, *AcceptLogLossRequest) (*AcceptLogLossResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AcceptLogLoss not implemented")
+}
+func (UnimplementedAdminServer) AcceptClock(context.Context, *AcceptClockRequest) (*AcceptClockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptClock not implemented")
 }
 func (UnimplementedAdminServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
 	return status.Error(codes.Unimplemented, "method Backup not implemented")
@@ -684,6 +706,24 @@ func _Admin_AcceptLogLoss_Handler(srv interface{}, ctx context.Context, dec func
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).AcceptLogLoss(ctx, req.(*AcceptLogLossRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_AcceptClock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptClockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AcceptClock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AcceptClock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AcceptClock(ctx, req.(*AcceptClockRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -879,6 +919,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AcceptLogLoss",
 			Handler:    _Admin_AcceptLogLoss_Handler,
+		},
+		{
+			MethodName: "AcceptClock",
+			Handler:    _Admin_AcceptClock_Handler,
 		},
 		{
 			MethodName: "CreateRequests",

@@ -172,6 +172,9 @@ const (
 	Decision_WHAT_BANNED Decision_What = 20
 	// WHAT_BAN_ENDED: a ban was removed, or its time was over.
 	Decision_WHAT_BAN_ENDED Decision_What = 21
+	// WHAT_CLOCK_ACCEPTED: the authority goes on by a clock that is far from what was
+	// known of the time. Sequence is the newest record before.
+	Decision_WHAT_CLOCK_ACCEPTED Decision_What = 30
 )
 
 // Enum value maps for Decision_What.
@@ -184,6 +187,7 @@ var (
 		4:  "WHAT_ROTATION_OVERRIDDEN",
 		20: "WHAT_BANNED",
 		21: "WHAT_BAN_ENDED",
+		30: "WHAT_CLOCK_ACCEPTED",
 	}
 	Decision_What_value = map[string]int32{
 		"WHAT_UNSPECIFIED":         0,
@@ -193,6 +197,7 @@ var (
 		"WHAT_ROTATION_OVERRIDDEN": 4,
 		"WHAT_BANNED":              20,
 		"WHAT_BAN_ENDED":           21,
+		"WHAT_CLOCK_ACCEPTED":      30,
 	}
 )
 
@@ -397,7 +402,9 @@ type Decision struct {
 	// revoked is what WHAT_REVOKED took back.
 	Revoked *RevokedCertificate `protobuf:"bytes,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	// ban is what WHAT_BANNED and WHAT_BAN_ENDED are about.
-	Ban           *BannedSubject `protobuf:"bytes,20,opt,name=ban,proto3" json:"ban,omitempty"`
+	Ban *BannedSubject `protobuf:"bytes,20,opt,name=ban,proto3" json:"ban,omitempty"`
+	// clock is what WHAT_CLOCK_ACCEPTED is about.
+	Clock         *AcceptedClock `protobuf:"bytes,30,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -488,6 +495,68 @@ func (x *Decision) GetBan() *BannedSubject {
 	return nil
 }
 
+func (x *Decision) GetClock() *AcceptedClock {
+	if x != nil {
+		return x.Clock
+	}
+	return nil
+}
+
+// AcceptedClock is what an operator accepted. Where clock is before the time of this
+// record, records that follow have that time until the clock has caught up with it.
+type AcceptedClock struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// clock is what it said, known what was known of the time; Unix seconds.
+	Clock         int64 `protobuf:"varint,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	Known         int64 `protobuf:"varint,2,opt,name=known,proto3" json:"known,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptedClock) Reset() {
+	*x = AcceptedClock{}
+	mi := &file_record_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptedClock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptedClock) ProtoMessage() {}
+
+func (x *AcceptedClock) ProtoReflect() protoreflect.Message {
+	mi := &file_record_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptedClock.ProtoReflect.Descriptor instead.
+func (*AcceptedClock) Descriptor() ([]byte, []int) {
+	return file_record_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *AcceptedClock) GetClock() int64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
+}
+
+func (x *AcceptedClock) GetKnown() int64 {
+	if x != nil {
+		return x.Known
+	}
+	return 0
+}
+
 // BannedSubject is whom a decision about a ban means.
 type BannedSubject struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -503,7 +572,7 @@ type BannedSubject struct {
 
 func (x *BannedSubject) Reset() {
 	*x = BannedSubject{}
-	mi := &file_record_proto_msgTypes[2]
+	mi := &file_record_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -515,7 +584,7 @@ func (x *BannedSubject) String() string {
 func (*BannedSubject) ProtoMessage() {}
 
 func (x *BannedSubject) ProtoReflect() protoreflect.Message {
-	mi := &file_record_proto_msgTypes[2]
+	mi := &file_record_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -528,7 +597,7 @@ func (x *BannedSubject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BannedSubject.ProtoReflect.Descriptor instead.
 func (*BannedSubject) Descriptor() ([]byte, []int) {
-	return file_record_proto_rawDescGZIP(), []int{2}
+	return file_record_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *BannedSubject) GetSubject() string {
@@ -570,7 +639,7 @@ type RevokedCertificate struct {
 
 func (x *RevokedCertificate) Reset() {
 	*x = RevokedCertificate{}
-	mi := &file_record_proto_msgTypes[3]
+	mi := &file_record_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +651,7 @@ func (x *RevokedCertificate) String() string {
 func (*RevokedCertificate) ProtoMessage() {}
 
 func (x *RevokedCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_record_proto_msgTypes[3]
+	mi := &file_record_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +664,7 @@ func (x *RevokedCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokedCertificate.ProtoReflect.Descriptor instead.
 func (*RevokedCertificate) Descriptor() ([]byte, []int) {
-	return file_record_proto_rawDescGZIP(), []int{3}
+	return file_record_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RevokedCertificate) GetSerial() []byte {
@@ -677,7 +746,7 @@ const file_record_proto_rawDesc = "" +
 	"\x0eEVIDENCE_TOKEN\x10\x02\x12\x14\n" +
 	"\x10EVIDENCE_POD_UID\x10\x03\x12\x14\n" +
 	"\x10EVIDENCE_RENEWAL\x10\x04\x12\x1a\n" +
-	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\xbd\x03\n" +
+	"\x16EVIDENCE_IMPERSONATION\x10\x05\"\x89\x04\n" +
 	"\bDecision\x12/\n" +
 	"\x04what\x18\x01 \x01(\x0e2\x1b.signet.ca.v1.Decision.WhatR\x04what\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\rR\binstance\x12\x1a\n" +
@@ -686,7 +755,8 @@ const file_record_proto_rawDesc = "" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x0e\n" +
 	"\x02by\x18\x06 \x01(\tR\x02by\x12:\n" +
 	"\arevoked\x18\a \x01(\v2 .signet.ca.v1.RevokedCertificateR\arevoked\x12-\n" +
-	"\x03ban\x18\x14 \x01(\v2\x1b.signet.ca.v1.BannedSubjectR\x03ban\"\xa0\x01\n" +
+	"\x03ban\x18\x14 \x01(\v2\x1b.signet.ca.v1.BannedSubjectR\x03ban\x121\n" +
+	"\x05clock\x18\x1e \x01(\v2\x1b.signet.ca.v1.AcceptedClockR\x05clock\"\xb9\x01\n" +
 	"\x04What\x12\x14\n" +
 	"\x10WHAT_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16WHAT_LOG_LOSS_ACCEPTED\x10\x01\x12\x11\n" +
@@ -694,7 +764,11 @@ const file_record_proto_rawDesc = "" +
 	"\fWHAT_REVOKED\x10\x03\x12\x1c\n" +
 	"\x18WHAT_ROTATION_OVERRIDDEN\x10\x04\x12\x0f\n" +
 	"\vWHAT_BANNED\x10\x14\x12\x12\n" +
-	"\x0eWHAT_BAN_ENDED\x10\x15\"O\n" +
+	"\x0eWHAT_BAN_ENDED\x10\x15\x12\x17\n" +
+	"\x13WHAT_CLOCK_ACCEPTED\x10\x1e\";\n" +
+	"\rAcceptedClock\x12\x14\n" +
+	"\x05clock\x18\x01 \x01(\x03R\x05clock\x12\x14\n" +
+	"\x05known\x18\x02 \x01(\x03R\x05known\"O\n" +
 	"\rBannedSubject\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x0e\n" +
 	"\x02at\x18\x02 \x01(\x03R\x02at\x12\x14\n" +
@@ -720,28 +794,30 @@ func file_record_proto_rawDescGZIP() []byte {
 }
 
 var file_record_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_record_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_record_proto_goTypes = []any{
 	(IssuanceRecord_Kind)(0),     // 0: signet.ca.v1.IssuanceRecord.Kind
 	(IssuanceRecord_Evidence)(0), // 1: signet.ca.v1.IssuanceRecord.Evidence
 	(Decision_What)(0),           // 2: signet.ca.v1.Decision.What
 	(*IssuanceRecord)(nil),       // 3: signet.ca.v1.IssuanceRecord
 	(*Decision)(nil),             // 4: signet.ca.v1.Decision
-	(*BannedSubject)(nil),        // 5: signet.ca.v1.BannedSubject
-	(*RevokedCertificate)(nil),   // 6: signet.ca.v1.RevokedCertificate
+	(*AcceptedClock)(nil),        // 5: signet.ca.v1.AcceptedClock
+	(*BannedSubject)(nil),        // 6: signet.ca.v1.BannedSubject
+	(*RevokedCertificate)(nil),   // 7: signet.ca.v1.RevokedCertificate
 }
 var file_record_proto_depIdxs = []int32{
 	0, // 0: signet.ca.v1.IssuanceRecord.kind:type_name -> signet.ca.v1.IssuanceRecord.Kind
 	1, // 1: signet.ca.v1.IssuanceRecord.evidence:type_name -> signet.ca.v1.IssuanceRecord.Evidence
 	4, // 2: signet.ca.v1.IssuanceRecord.decision:type_name -> signet.ca.v1.Decision
 	2, // 3: signet.ca.v1.Decision.what:type_name -> signet.ca.v1.Decision.What
-	6, // 4: signet.ca.v1.Decision.revoked:type_name -> signet.ca.v1.RevokedCertificate
-	5, // 5: signet.ca.v1.Decision.ban:type_name -> signet.ca.v1.BannedSubject
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7, // 4: signet.ca.v1.Decision.revoked:type_name -> signet.ca.v1.RevokedCertificate
+	6, // 5: signet.ca.v1.Decision.ban:type_name -> signet.ca.v1.BannedSubject
+	5, // 6: signet.ca.v1.Decision.clock:type_name -> signet.ca.v1.AcceptedClock
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_record_proto_init() }
@@ -755,7 +831,7 @@ func file_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_record_proto_rawDesc), len(file_record_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

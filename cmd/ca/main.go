@@ -50,9 +50,9 @@ func main() {
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root := &cobra.Command{Use: "signet-ca", Short: "The certificate authority of Signet", Version: version.Current().String(), SilenceUsage: true, SilenceErrors: true}
 	var path string
-	var acceptLoss uint64
+	var accept accepted
 	serve := &cobra.Command{Use: "serve", Short: "Serve node agents until interrupted", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, acceptLoss, stderr) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path, accept, stderr) }}
 	config := &cobra.Command{Use: "config", Short: "Look at the configuration"}
 	show := &cobra.Command{Use: "print", Short: "Print the effective configuration, defaults included", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
@@ -65,7 +65,8 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	for _, c := range []*cobra.Command{serve, show} {
 		c.Flags().StringVar(&path, "config", "/etc/signet/ca.yaml", "configuration `FILE`")
 	}
-	serve.Flags().Uint64Var(&acceptLoss, "accept-log-loss", 0, "accept that the issuance log lost the signed head at this `RECORD`, which the alarm names; it is recorded, and has no effect on any other loss")
+	serve.Flags().Uint64Var(&accept.clock, "accept-clock", 0, "accept the system's clock although it is far from the time of the newest `RECORD`, which the error names; it is recorded, and has no effect once anything was recorded after that")
+	serve.Flags().Uint64Var(&accept.loss, "accept-log-loss", 0, "accept that the issuance log lost the signed head at this `RECORD`, which the alarm names; it is recorded, and has no effect on any other loss")
 	config.AddCommand(show)
 	root.AddCommand(serve, config, authorityCommand(stdout))
 	root.AddCommand(newStoreCommands()...)
@@ -75,7 +76,10 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	return root.ExecuteContext(ctx)
 }
 
-func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer) (err error) {
+// accepted is what an operator accepts at a start, by the number of a record.
+type accepted struct{ loss, clock uint64 }
+
+func serve(ctx context.Context, path string, accept accepted, stderr io.Writer) (err error) {
 	c, err := loadConfig(path)
 	if err != nil {
 		return err
@@ -98,7 +102,7 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 	}
 	cfg.Pods, cfg.Agents, cfg.Workloads, cfg.TokenKeys = world.pods, world.agents, world.workloads, world.tokenKeys
 
-	cfg.AcceptLogLoss = acceptLoss
+	cfg.AcceptLogLoss, cfg.AcceptClock, cfg.Built = accept.loss, accept.clock, built()
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg
 	closeState, err := c.Storage.open(ctx, &cfg)
 	if err != nil {
@@ -144,6 +148,21 @@ func serve(ctx context.Context, path string, acceptLoss uint64, stderr io.Writer
 				return run.ServeHTTP(ctx, c.HTTP, reg, health, log, crlRoute(authority))
 			},
 		})
+}
+
+// built is the time of the commit that this program was made from, where the go command
+// recorded it.
+func built() (t time.Time) {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return t
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.time" {
+			t, _ = time.Parse(time.RFC3339, s.Value) // zero: not known
+		}
+	}
+	return t
 }
 
 // serveClients listens as soon as the world is known: before that a refused

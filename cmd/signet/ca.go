@@ -26,7 +26,7 @@ func newCACommand() *cobra.Command {
 	log := &cobra.Command{Use: "log", Short: "Read the issuance log, and decide about it", Args: cobra.NoArgs}
 	log.AddCommand(issuancelog.Commands(func(context.Context) (issuancelog.Source, error) { return dialAuthority(socket) })...)
 	log.AddCommand(newAcceptLossCommand(&socket))
-	cmd.AddCommand(log, newRevokeCommand(&socket), newCRLCommand(&socket), newBanCommand(&socket), newAuthorityCommand(&socket))
+	cmd.AddCommand(log, newRevokeCommand(&socket), newCRLCommand(&socket), newBanCommand(&socket), newAuthorityCommand(&socket), newAcceptClockCommand(&socket))
 	return cmd
 }
 
@@ -112,6 +112,35 @@ is recorded, and only the loss that is named is accepted.`,
 	c.Flags().Uint64Var(&req.Sequence, "sequence", 0, "the record of the head that was lost, as the alarm names it")
 	c.Flags().StringVar(&req.Reason, "reason", "", "why, for those who read the log later")
 	for _, f := range []string{"sequence", "reason"} {
+		_ = c.MarkFlagRequired(f) // fails only for a flag that is not there
+	}
+	return c
+}
+
+func newAcceptClockCommand(socket *string) *cobra.Command {
+	req := &capb.AcceptClockRequest{}
+	c := &cobra.Command{Use: "accept-clock --record N --reason TEXT", Short: "Let an authority sign again whose clock is far from what it knew of the time",
+		Long: `An authority stops signing while its system clock is more than five minutes before
+the newest record of its log, or so far after what it last knew of the time that all
+that issues has ended. Set the clock right if it is wrong: signing goes on by itself.
+If the clock is right, because the authority was off for long or an earlier time was
+wrong, this accepts it; the decision is recorded in the log.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			a, err := dialAuthority(*socket)
+			if err != nil {
+				return err
+			}
+			defer a.Close()
+			if _, err := a.AcceptClock(cmd.Context(), req); err != nil {
+				return a.failed(err)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "accepted; the authority signs again\n")
+			return err
+		}}
+	c.Flags().Uint64Var(&req.Record, "record", 0, "the newest record, as the alarm names it")
+	c.Flags().StringVar(&req.Reason, "reason", "", "why, for those who read the log later")
+	for _, f := range []string{"record", "reason"} {
 		_ = c.MarkFlagRequired(f) // fails only for a flag that is not there
 	}
 	return c

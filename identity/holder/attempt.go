@@ -83,7 +83,7 @@ func (h *Holder) attempt(ctx context.Context, b *batch) {
 		b.err = fmt.Errorf("asking for %d SVIDs: the authority sent %d answers", len(requests), len(results))
 		return
 	}
-	trust, now := h.trust(), time.Now()
+	trust, now := h.trust(), h.now()
 	for i, it := range b.items {
 		it.outcome = judge(results[i], keys[i], it.id, trust, now)
 	}
@@ -182,7 +182,7 @@ func verify(chain []*x509.Certificate, pub crypto.PublicKey, id spiffeid.ID, tru
 			return time.Time{}, fmt.Errorf("certificate %d of the chain did not sign certificate %d: %w", i+1, i, err)
 		}
 	}
-	if _, _, err := x509svid.Verify(chain, trust, x509svid.WithTime(now)); err != nil {
+	if _, _, err := x509svid.Verify(chain, trust, x509svid.WithTime(identity.VerifiedAt(chain, now))); err != nil {
 		return time.Time{}, err
 	}
 	if !now.Before(expires) {
@@ -193,7 +193,7 @@ func verify(chain []*x509.Certificate, pub crypto.PublicKey, id spiffeid.ID, tru
 
 // finish takes up what an attempt brought.
 func (h *Holder) finish(ctx context.Context, b *batch) {
-	now := time.Now()
+	now := h.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.refresh()
@@ -236,6 +236,7 @@ func (h *Holder) finish(ctx context.Context, b *batch) {
 func (h *Holder) take(it *item, now time.Time) {
 	e := it.e
 	e.svid, e.expires, e.missed, e.hurried = it.svid, it.expires, false, false
+	e.over, e.dark = h.elapsed()+it.expires.Sub(now), false
 	e.renewAt = renewAt(now, it.expires, it.renewAt, random())
 	e.next, e.failures, e.failure, e.outage = e.renewAt, 0, nil, false
 	e.turn, e.stuck, e.refused = 0, false, nil

@@ -77,6 +77,8 @@ type Config struct {
 	Log *slog.Logger
 	// Metrics registers the holder's metrics; nil registers none.
 	Metrics prometheus.Registerer
+	// now is the system's clock; nil means time.Now.
+	now func() time.Time
 }
 
 // Holder keeps the SVIDs of one node. Make one with [New] and keep [Holder.Run]
@@ -91,6 +93,8 @@ type Holder struct {
 	log     *slog.Logger
 	metrics *metrics
 
+	now     func() time.Time     // the system's clock
+	elapsed func() time.Duration // monotonic
 	running atomic.Bool
 	wake    chan struct{} // capacity 1: the loop has something new to look at
 
@@ -111,6 +115,8 @@ type entry struct {
 	svid    *x509svid.SVID // nil while there is none, or none that is valid
 	expires time.Time      // of svid: the earliest NotAfter of its chain
 	renewAt time.Time      // of svid
+	over    time.Duration  // of elapsed, when svid expires
+	dark    bool           // svid is over by the clock, and that much time cannot have elapsed
 	missed  bool           // an SVID expired before it could be renewed
 	hurried bool           // svid is to be replaced before renewAt
 
@@ -155,6 +161,7 @@ func New(cfg Config) (*Holder, error) {
 		trust:   cfg.Trust,
 		limit:   cfg.MaxIdentities,
 		log:     cfg.Log,
+		now:     cfg.now,
 		wake:    make(chan struct{}, 1),
 		entries: map[spiffeid.ID]*entry{},
 		changed: make(chan struct{}),
@@ -162,13 +169,18 @@ func New(cfg Config) (*Holder, error) {
 	if h.limit == 0 {
 		h.limit = 4096
 	}
+	if h.now == nil {
+		h.now = time.Now
+	}
+	began := time.Now()
+	h.elapsed = func() time.Duration { return time.Since(began) }
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
 	}
 	h.mu.Lock()
 	h.refresh()
 	for _, saved := range cfg.Saved {
-		if err := h.seed(saved, time.Now()); err != nil {
+		if err := h.seed(saved, h.now()); err != nil {
 			h.log.Warn("saved svid left out", "svid", saved, "err", err)
 		}
 	}
@@ -205,7 +217,7 @@ func (h *Holder) seed(saved Held, now time.Time) error {
 	if e.renewAt.IsZero() || !e.renewAt.Before(expires) {
 		e.renewAt = renewAt(now, expires, time.Time{}, random())
 	}
-	e.next = e.renewAt
+	e.next, e.over = e.renewAt, h.elapsed()+expires.Sub(now)
 	h.entries[e.id] = e
 	return nil
 }
@@ -224,7 +236,7 @@ func (h *Holder) SVID(caller identity.Caller) (svid *x509svid.SVID, changed <-ch
 	if err != nil {
 		return nil, nil, fmt.Errorf("looking up the SVID of pod %s: %w", w.PodUID, err)
 	}
-	now := time.Now()
+	now := h.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	// The view decides, not the caller's proof, which may be older: after the
@@ -277,14 +289,14 @@ func (h *Holder) poke() {
 func (h *Holder) Retry() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.hurry(time.Now())
+	h.hurry(h.now())
 	h.poke()
 }
 
 // Replace has every identity whose SVID matches renewed at a random moment of spread, or
 // before if it was due earlier. Asking again changes nothing for an SVID.
 func (h *Holder) Replace(matches func(leaf *x509.Certificate) bool, spread time.Duration) {
-	now := time.Now()
+	now := h.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, e := range h.entries {
@@ -325,7 +337,7 @@ func (h *Holder) hurry(now time.Time) {
 // Export is every SVID that is held and valid, ordered by SPIFFE ID, for the
 // state file.
 func (h *Holder) Export() []Held {
-	now := time.Now()
+	now := h.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	held := make([]Held, 0, len(h.entries))
@@ -351,7 +363,7 @@ func (h *Holder) Changed() <-chan struct{} {
 // pod that never had an SVID does not count, its evidence may be at fault; the
 // metric signet_holder_waiting shows it.
 func (h *Holder) Health() error {
-	now := time.Now()
+	now := h.now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var worst *entry

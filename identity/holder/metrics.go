@@ -38,7 +38,7 @@ func newMetrics(r prometheus.Registerer, h *Holder) (*metrics, error) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			return f(time.Now())
+			return f(h.now())
 		})
 	}
 	var done []prometheus.Collector

@@ -37,6 +37,8 @@ const (
 	// clock, timers go by the monotonic one, and the two part when the clock is
 	// set or the machine is suspended.
 	maxSleep = time.Minute
+	// clockSlack is by how much elapsed time and the clock part where nothing is wrong.
+	clockSlack = 5 * time.Minute
 )
 
 // random is a number in [0, 1) for jitter; nothing secret depends on it.
@@ -64,7 +66,7 @@ func (h *Holder) Run(ctx context.Context) error {
 	defer timer.Stop()
 	inFlight, retries := 0, 0
 	for {
-		p := h.plan(time.Now(), inFlight, retries)
+		p := h.plan(h.now(), inFlight, retries)
 		for _, b := range p.batches {
 			inFlight++
 			if b.retry {
@@ -143,16 +145,25 @@ func (h *Holder) plan(now time.Time, inFlight, retries int) plan {
 	var fresh, again []*entry
 	retryDue := false
 	for _, e := range h.entries {
-		if e.svid != nil && !now.Before(e.expires) {
+		switch {
+		case e.svid == nil:
+		case !now.Before(e.expires):
 			h.expire(e)
+		case e.dark:
+			e.dark, e.missed = false, false // the clock was ahead
+			e.signal()
+			h.signal()
 		}
-		if e.svid != nil {
+		if e.svid != nil && !e.dark {
 			at(e.expires)
 		}
 		if e.inFlight {
 			continue
 		}
 		h.unstick(e, now)
+		if e.next.After(e.lastNext(now)) {
+			e.next = now // the clock was ahead when that was chosen
+		}
 		switch {
 		case e.failures == 0 && !now.Before(e.next):
 			fresh = append(fresh, e)
@@ -200,6 +211,16 @@ func (e *entry) earliest() time.Time {
 		return e.next
 	}
 	return e.next.Add(-e.next.Sub(e.tried) / 8)
+}
+
+// lastNext is the latest moment for which an attempt can have been planned by a clock that
+// was right: the longest advice from now, or when the SVID ends that there is.
+func (e *entry) lastNext(now time.Time) time.Time {
+	last := now.Add(maxAdvice + maxAdvice/10)
+	if e.svid != nil && e.expires.After(last) {
+		return e.expires
+	}
+	return last
 }
 
 // urgency puts first who has nothing, then who loses it first.
@@ -334,8 +355,20 @@ func (h *Holder) refresh() {
 	}
 }
 
-// expire takes an SVID away whose time is over. The caller holds mu.
+// expire takes an SVID away whose time is over. Where that much time cannot have elapsed,
+// because the clock went ahead, it is kept and not shown: if the clock was wrong the SVID
+// is good again when it is right. The caller holds mu.
 func (h *Holder) expire(e *entry) {
+	if h.elapsed() < e.over-clockSlack {
+		if !e.dark {
+			h.log.Error("svid expired by a clock that went ahead; it is kept until so much time has elapsed", "spiffe_id", e.id, "not_after", e.expires)
+			e.dark, e.missed = true, true
+			e.signal()
+			h.signal()
+		}
+		return
+	}
+	e.dark = false
 	h.log.Error("svid expired before it could be renewed", "spiffe_id", e.id, "not_after", e.expires, "err", e.failure)
 	e.svid, e.missed = nil, true
 	e.signal()
