@@ -10,12 +10,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/rotation"
 	"github.com/signet-mesh/signet/storage"
 	"github.com/signet-mesh/signet/storage/storagetest"
 
@@ -324,4 +326,52 @@ func nextOf(w *world) string {
 	}
 	w.t.Fatal("no root is published")
 	return ""
+}
+
+// TestAReplacementIsAnAlarmUntilItIsDone: which root is to go is durable before anything
+// else is done, beginning again does nothing, and an alarm names it until it is gone.
+func TestAReplacementIsAnAlarmUntilItIsDone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	first := idOf(w.Root())
+	rotate := func(step capb.RotateRequest_Step, id string) error { return w.Rotate(t.Context(), step, id, true) }
+	alarm := func() string {
+		t.Helper()
+		if err := w.RotateDue(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(w.Alarms())
+	}
+	if err := rotate(capb.RotateRequest_STEP_REPLACE, "0100"); !errors.Is(err, rotation.ErrUnknown) || len(must(w.Stages())) != 1 {
+		t.Errorf("a root that is not there: %v, %v", err, must(w.Stages()))
+	}
+	if got := alarm(); strings.Contains(got, "replaced") {
+		t.Errorf("before: %s", got)
+	}
+	for range 2 {
+		if err := rotate(capb.RotateRequest_STEP_REPLACE, first); err != nil || len(must(w.Stages())) != 2 || must(w.Stages())[first] != "active" {
+			t.Fatalf("begun: %v, %v", err, must(w.Stages()))
+		}
+	}
+	for id, stage := range must(w.Stages()) {
+		if err := rotate(capb.RotateRequest_STEP_REPLACE, id); id != first && (stage != "published" || !errors.Is(err, rotation.ErrStage)) {
+			t.Errorf("the root that is %s: %v", stage, err)
+		}
+	}
+	w.close()
+	w.open()
+	for _, step := range []capb.RotateRequest_Step{capb.RotateRequest_STEP_ACTIVATE, capb.RotateRequest_STEP_REPLACE, capb.RotateRequest_STEP_TAINT} {
+		if err := rotate(step, first); err != nil || len(must(w.Stages())) != 2 {
+			t.Fatalf("%v: %v, %v", step, err, must(w.Stages()))
+		}
+		if got := alarm(); !strings.Contains(got, "signet ca authority replace-root --now "+first) {
+			t.Errorf("after %v: %s", step, got)
+		}
+	}
+	if err := rotate(capb.RotateRequest_STEP_REVOKE, first); err != nil {
+		t.Fatal(err)
+	}
+	if got := alarm(); strings.Contains(got, "replaced") || len(must(w.Stages())) != 1 {
+		t.Errorf("when it is done: %s, %v", got, must(w.Stages()))
+	}
 }

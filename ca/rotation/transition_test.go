@@ -396,7 +396,7 @@ func TestDue(t *testing.T) {
 	}
 }
 
-func TestCondemn(t *testing.T) {
+func TestTransitionsOfACondemnedRoot(t *testing.T) {
 	t.Parallel()
 	s := first(t)
 	now := t0.Add(day)
