@@ -51,7 +51,7 @@ test: tools ## run all tests, with the race detector
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
 
-soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; authorities replaced under traffic for ten minutes; each write of a rotation going wrong in every way; millions of states of a rotation; fuzz targets for ten minutes each
+soak: tools ## run what takes long: the property test on many clusters, and on this code with a check removed; an agent killed for a minute; a minute of checks under churn; ten million CheckRequests; authorities replaced under traffic for ten minutes, and killed meanwhile; each write of a rotation going wrong in every way; millions of states of a rotation; fuzz targets for ten minutes each
 	go test -race -timeout 60m ./ca/kube -run TestAnAgentObtainsExactlyTheLivePodsOfItsNode -worlds 1000
 	go run ./integration/mutants
 	go test -race ./integration -run TestDemoHolds -demo-within 1m

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -158,6 +159,11 @@ func TestAReplacementGoesOnWhereItWas(t *testing.T) {
 				}
 				if who == "the authority" {
 					n.start("signet-ca")
+				}
+				if step == capb.RotateRequest_STEP_TAINT {
+					if text := n.operate("list"); !strings.Contains(text, "signet ca authority replace-root --now "+first) {
+						t.Errorf("%s: the list does not say what is to be done:\n%s", what, text)
+					}
 				}
 				again := []string{"replace-root", "--now"}
 				if was := n.list(t); len(was.of("root", "old")) == 0 && was.of("root", "active")[0] != first {

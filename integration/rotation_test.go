@@ -325,7 +325,14 @@ func TestNoHandshakeFailsWhileAuthoritiesAreReplaced(t *testing.T) {
 			n := newNodes(t, "authority: {propagation: 1s, taintSpread: 1s, intermediateTTL: 30s, rootTTL: 1m}\n"+svids)
 			n.phase(t, fmt.Sprintf("by schedule, for %v", *rotateFor/3), func() {
 				seen := map[string]map[string]bool{"root": {}, "intermediate": {}}
-				for began := time.Now(); time.Since(began) < *rotateFor/3; time.Sleep(200 * time.Millisecond) {
+				began, kills, victims := time.Now(), 0, []string{"signet-ca", "signet-agent"}
+				for killed := began; time.Since(began) < *rotateFor/3; time.Sleep(200 * time.Millisecond) {
+					if time.Since(killed) > 7*time.Second { // a moment of a rotation that nothing chose
+						n.stop(victims[0], syscall.SIGKILL)
+						n.start(victims[0])
+						killed, victims[0], victims[1] = time.Now(), victims[1], victims[0]
+						kills++
+					}
 					a := n.list(t)
 					for kind, ids := range seen {
 						for _, id := range a.of(kind, "active") {
@@ -333,7 +340,7 @@ func TestNoHandshakeFailsWhileAuthoritiesAreReplaced(t *testing.T) {
 						}
 					}
 				}
-				t.Logf("note: %d roots and %d intermediates were active one after the other", len(seen["root"]), len(seen["intermediate"]))
+				t.Logf("note: %d roots and %d intermediates were active one after the other; the authority and node-a's agent were killed %d times", len(seen["root"]), len(seen["intermediate"]), kills)
 				if *rotateFor > 3*time.Minute && len(seen["root"]) < 2 {
 					t.Error("the root was not replaced")
 				}
