@@ -116,7 +116,11 @@ func (s admin) Revoke(ctx context.Context, q *capb.RevokeRequest) (*capb.RevokeR
 	if q.GetReason() > 255 {
 		return nil, status.Errorf(codes.FailedPrecondition, "%v: reason %d", errNotRevoked, q.GetReason())
 	}
-	e, again, err := a.revoke(ctx, q.GetSerial(), revocation.Reason(q.GetReason()), q.GetComment(), operator(ctx))
+	revoke := a.revoke
+	if a.elsewhere(q.GetSerial()) {
+		revoke = a.askRevoke
+	}
+	e, again, err := revoke(ctx, q.GetSerial(), revocation.Reason(q.GetReason()), q.GetComment(), operator(ctx))
 	switch {
 	case errors.Is(err, errNotIssued):
 		return nil, status.Error(codes.NotFound, err.Error())
@@ -132,7 +136,11 @@ func (s admin) Revoke(ctx context.Context, q *capb.RevokeRequest) (*capb.RevokeR
 		return resp, nil
 	}
 	if !a.listHas(e) {
-		if err := a.relist(ctx); err != nil {
+		publish := a.relist
+		if a.elsewhere(e.Serial) {
+			publish = func(ctx context.Context) error { return a.awaitList(ctx, e) }
+		}
+		if err := publish(ctx); err != nil {
 			resp.Pending = err.Error()
 			return resp, nil
 		}

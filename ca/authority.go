@@ -77,17 +77,17 @@ type Authority struct {
 	parsed     atomic.Pointer[parsedRotation]
 	lists      lists // changed together with journal where replicas share it
 	// What Run does when other replicas or their agents did something.
-	takenBack, heard, asked poke
-	revoked                 identity.Watched[revocation.Set]
-	revokeMu                sync.Mutex         // held while something is revoked
-	recalled                []revocation.Entry // revoked in the log and not in the state; owned by Open
-	folderHash              [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
-	intermediate            atomic.Pointer[issuer]
-	trust                   identity.Watched[*identity.Trust]
-	head                    identity.Watched[storage.Head] // newest signed head; zero before the first
-	serving                 atomic.Pointer[tls.Certificate]
-	servingMu               sync.Mutex
-	servingRenew            time.Time // guarded by servingMu
+	takenBack, heard, asked, askedToRevoke poke
+	revoked                                identity.Watched[revocation.Set]
+	revokeMu                               sync.Mutex         // held while something is revoked
+	recalled                               []revocation.Entry // revoked in the log and not in the state; owned by Open
+	folderHash                             [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
+	intermediate                           atomic.Pointer[issuer]
+	trust                                  identity.Watched[*identity.Trust]
+	head                                   identity.Watched[storage.Head] // newest signed head; zero before the first
+	serving                                atomic.Pointer[tls.Certificate]
+	servingMu                              sync.Mutex
+	servingRenew                           time.Time // guarded by servingMu
 	// servingOf is the certificate that was last seen to have signed servingLeaf. Both
 	// are guarded by servingMu.
 	servingOf, servingLeaf *x509.Certificate
@@ -310,7 +310,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		clock: clk, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
 	a.began = time.Now()
 	a.lookUps = rate.NewLimiter(10, 20)
-	a.takenBack, a.heard, a.asked = make(poke, 1), make(poke, 1), make(poke, 1)
+	a.takenBack, a.heard, a.asked, a.askedToRevoke = make(poke, 1), make(poke, 1), make(poke, 1), make(poke, 1)
 	clk.begin(log.Head().Time, log.Head().Time)
 	l := cfg.Limits
 	a.queue = limit.NewQueue(limit.QueueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
@@ -530,6 +530,7 @@ func (a *Authority) Run(ctx context.Context) error {
 		g.Go(func() error { return a.follow(ctx) })
 		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
 		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
+		g.Go(func() error { return a.when(ctx, "revocations", a.askedToRevoke, listAfter, a.answerRevocations) })
 		if a.cfg.RootReplica == a.instance {
 			g.Go(func() error { return a.when(ctx, "requests", a.asked, answerAfter, a.answerRequests) })
 		}

@@ -287,6 +287,15 @@ func (a *Authority) addBan(ctx context.Context, text, reason string, until time.
 			wait("not all certificates of the node are revoked", err)
 		}
 	case identity.BanSerial:
+		if serial := subject.Serial(); a.cfg.CRL.Enabled && a.elsewhere(serial) {
+			e, _, err := a.askRevoke(ctx, serial, bannedReason, reason, by)
+			if err == nil {
+				resp.Revoked, err = 1, a.awaitList(ctx, e)
+			}
+			if !errors.Is(err, errNotIssued) {
+				wait("it is on no CRL", err)
+			}
+		}
 		if a.cfg.CRL.Enabled && inLog {
 			_, _, err := a.revoke(ctx, subject.Serial(), bannedReason, reason, by)
 			if err == nil {

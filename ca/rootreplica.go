@@ -232,7 +232,7 @@ func (a *Authority) askRoot(ctx context.Context) error {
 func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, journalEntry, error) {
 	got, err := a.store.Get(ctx, signedKey(a.instance))
 	if err != nil {
-		return nil, e, nil //nolint:nilerr // none, or it cannot be read now: it is looked for again
+		return nil, e, nil // none, or it cannot be read now: it is looked for again
 	}
 	s, err := parseSigned(got)
 	if err != nil {
@@ -253,7 +253,10 @@ func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, j
 	if err != nil {
 		return nil, e, err
 	}
-	now := time.Now()
+	now, err := a.clock.now()
+	if err != nil {
+		return nil, e, nil // it is looked for again when the clock is right
+	}
 	_, err = external.Check([]*x509.Certificate{c}, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Key: pub, Roots: []*x509.Certificate{root}}, now)
 	if err == nil && c.NotAfter.Sub(now) < 2*max(a.cfg.SVID.TTL, a.cfg.SVID.AgentTTL) && c.NotAfter.Before(root.NotAfter) {
 		err = fmt.Errorf("validity: it ends at %s; it must last twice as long as an SVID", c.NotAfter.Format(time.RFC3339))
@@ -340,7 +343,7 @@ func (a *Authority) signFor(ctx context.Context, instance uint8, e journalEntry)
 		}
 		if err == nil && bytes.Equal(s.Request, sum[:]) {
 			c, err := x509.ParseCertificate(s.Certificate)
-			if err == nil && bytes.Equal(c.AuthorityKeyId, root.cert.SubjectKeyId) && time.Now().Before(c.NotAfter) {
+			if err == nil && bytes.Equal(c.AuthorityKeyId, root.cert.SubjectKeyId) && a.clock.past().Before(c.NotAfter) {
 				return nil
 			}
 		}

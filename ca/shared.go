@@ -379,6 +379,7 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 	a.takenBack.now()
 	err = a.followJournal(ctx)
 	a.asked.now()
+	a.askedToRevoke.now()
 	return revision, err
 }
 
@@ -402,6 +403,8 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 		} else {
 			a.agents.put(r)
 		}
+	case strings.HasPrefix(e.Key, askedPrefix):
+		a.askedToRevoke.now()
 	case strings.HasPrefix(e.Key, revocation.Prefix):
 		a.revokeMu.Lock()
 		defer a.revokeMu.Unlock()

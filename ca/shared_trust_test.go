@@ -16,6 +16,9 @@ import (
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/external/externaltest"
 	"github.com/signet-mesh/signet/storage"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // sharedStore counts commits that change agents' records, and can have them fail.
@@ -312,10 +315,50 @@ func TestReplicasRevokeTogether(t *testing.T) {
 	eventually(t, "both to have it on the list", func() bool { return a.revoked(leafA) && b.revoked(leafA) })
 	t.Logf("note: on the lists of both after %v", time.Since(start).Round(time.Millisecond))
 	eventually(t, "one state of trust", same)
-	// Whose issuer is another replica is revoked there.
-	if _, err := adminOf(t, a).Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(certB.Leaf)}); err == nil || !strings.Contains(err.Error(), "of instance 2") {
-		t.Errorf("another's certificate: %v", err)
+	// Any replica can be told. The issuer does it, and says why not.
+	chainOfAgent := parseChain(t, certB.Certificate)
+	opA := adminOf(t, a)
+	resp, err := opA.Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(certB.Leaf), Reason: 1, Comment: "elsewhere"})
+	if err != nil || resp.GetPending() != "" || resp.GetAlready() || resp.GetRevocation().GetComment() != "elsewhere" {
+		t.Errorf("another's certificate: %v, %v", resp, err)
 	}
+	eventually(t, "it to be on the list of both", func() bool { return a.revoked(chainOfAgent) && b.revoked(chainOfAgent) })
+	if resp, err := opA.Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(certB.Leaf), Reason: 1}); err != nil || !resp.GetAlready() {
+		t.Errorf("again: %v, %v", resp, err)
+	}
+	for name, c := range map[string]struct {
+		serial []byte
+		reason uint32
+		want   codes.Code
+	}{
+		"one that it never issued":    {append([]byte{2}, make([]byte, 16)...), 1, codes.NotFound},
+		"one of nobody":               {append([]byte{9}, make([]byte, 16)...), 1, codes.NotFound},
+		"a reason that there is not":  {ca.Serial(chainOfAgent[0]), 8, codes.FailedPrecondition},
+		"an intermediate of somebody": {ca.Serial(chainOfAgent[1]), 1, codes.NotFound},
+	} {
+		if name == "a reason that there is not" {
+			c.serial = append([]byte{2}, make([]byte, 16)...)
+		}
+		if _, err := opA.Revoke(t.Context(), &capb.RevokeRequest{Serial: c.serial, Reason: c.reason}); status.Code(err) != c.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if left, _, err := shared.Store.List(t.Context(), "revoke-asked/"); err != nil || len(left) != 0 {
+		t.Errorf("%d requests are left, %v", len(left), err)
+	}
+	// An issuer that is away does it when it is back.
+	stopB()
+	agentOfB2, _ := b.attest(agentB)
+	rs2, err := issue(t, agentOfB2, item(t, byUID(onNodeB.PodUID)))
+	if err != nil || rs2[0].GetX509() == nil {
+		t.Fatal(rs2, err)
+	}
+	later := parseChain(t, rs2[0].GetX509().GetChain())
+	if _, err := opA.Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(later[0]), Reason: 1}); status.Code(err) != codes.Unavailable {
+		t.Errorf("while the issuer is away: %v", err)
+	}
+	stopB = b.run()
+	eventually(t, "it to be revoked when the issuer is back", func() bool { return a.revoked(later) && b.revoked(later) })
 	// A ban of a node is on the list of every replica that issued for it.
 	if _, err := adminOf(t, a).AddBan(t.Context(), &capb.AddBanRequest{Subject: "node/node-b", Reason: "a test"}); err != nil {
 		t.Fatal(err)

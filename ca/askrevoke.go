@@ -1,0 +1,175 @@
+package ca
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/profile"
+	"github.com/signet-mesh/signet/ca/revocation"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// Only the replica that issued a certificate has its record and the key that signs the
+// list. Another one that is told to revoke it puts that into the state, where the issuer
+// finds it, now or when it is back.
+
+const (
+	askedPrefix  = "revoke-asked/"
+	askedVersion = 1
+	// revokeWait is how long an operator waits for the replica that issued.
+	revokeWait = 5 * time.Second
+	// refusalKept is how long the answer to somebody who is gone stays.
+	refusalKept = time.Hour
+)
+
+// askedRevocation is what an operator has told another replica.
+type askedRevocation struct {
+	Version int               `json:"version"`
+	Serial  []byte            `json:"serial"`
+	Reason  revocation.Reason `json:"reason"`
+	Comment string            `json:"comment,omitempty"`
+	By      string            `json:"by"`
+	At      time.Time         `json:"at"`
+	// Refused is why it is not revoked, NotIssued that there is no such certificate.
+	Refused   string `json:"refused,omitempty"`
+	NotIssued bool   `json:"notIssued,omitempty"`
+}
+
+func askedKey(serial []byte) string { return askedPrefix + hex.EncodeToString(serial) }
+
+func parseAsked(e storage.Entry) (r askedRevocation, err error) {
+	if err = json.Unmarshal(e.Value, &r); err == nil && (r.Version < 1 || r.Version > askedVersion) {
+		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, r.Version, askedVersion)
+	}
+	if err == nil && e.Key != askedKey(r.Serial) {
+		err = errors.New("it is of another serial")
+	}
+	if err != nil {
+		return askedRevocation{}, fmt.Errorf("reading %s: %w", e.Key, err)
+	}
+	return r, nil
+}
+
+// elsewhere reports whether another replica issued a certificate.
+func (a *Authority) elsewhere(serial []byte) bool {
+	return a.cfg.shared() && len(serial) == profile.SerialLength && serial[0] != a.instance
+}
+
+// askRevoke has the replica that issued a certificate revoke it, and waits for that. Its
+// results are those of revoke.
+func (a *Authority) askRevoke(ctx context.Context, serial []byte, reason revocation.Reason, comment, by string) (e revocation.Entry, again bool, err error) {
+	if e, again := a.revoked.Value()[string(serial)]; again {
+		return e, true, nil
+	}
+	_, there := a.current().Others[fmt.Sprint(serial[0])]
+	switch {
+	case !reason.Valid():
+		return e, false, fmt.Errorf("%w: %v is not one that is taken", errNotRevoked, reason)
+	case len(comment) > revocation.MaxComment:
+		return e, false, fmt.Errorf("%w: a comment of %d bytes; at most %d are allowed", errNotRevoked, len(comment), revocation.MaxComment)
+	case !there:
+		return e, false, fmt.Errorf("%w: %x is of instance %d, and no replica is that", errNotIssued, serial, serial[0])
+	}
+	b, err := json.Marshal(askedRevocation{Version: askedVersion, Serial: serial, Reason: reason, Comment: comment, By: by, At: a.clock.stamp().UTC().Truncate(time.Second)})
+	if err != nil {
+		return e, false, err
+	}
+	key := askedKey(serial)
+	if _, err := a.store.Commit(ctx, nil, []storage.Op{{Key: key, Value: b}}); err != nil {
+		return e, false, fmt.Errorf("%w: asking replica %d to revoke: %w", ErrUnavailable, serial[0], err)
+	}
+	within, cancel := context.WithTimeout(ctx, revokeWait)
+	defer cancel()
+	for {
+		set, changed := a.revoked.Load()
+		if e, ok := set[string(serial)]; ok {
+			return e, false, nil
+		}
+		if got, err := a.store.Get(within, key); err == nil {
+			r, err := parseAsked(got)
+			if err != nil {
+				return e, false, err
+			}
+			if r.Refused != "" {
+				_, _ = a.store.Commit(ctx, []storage.Cond{{Key: key, Revision: got.Revision}}, []storage.Op{{Key: key, Delete: true}}) // else it goes in an hour
+				kind := errNotRevoked
+				if r.NotIssued {
+					kind = errNotIssued
+				}
+				return e, false, fmt.Errorf("%w: replica %d says: %s", kind, serial[0], r.Refused)
+			}
+		}
+		select {
+		case <-changed:
+		case <-time.After(50 * time.Millisecond):
+		case <-within.Done():
+			return e, false, fmt.Errorf("%w: replica %d, which issued it, does not answer; it revokes it when it is back, and until then nobody does: ban it (signet ca ban add serial/%x)", ErrUnavailable, serial[0], serial)
+		}
+	}
+}
+
+// answerRevocations revokes what other replicas were told to.
+func (a *Authority) answerRevocations(ctx context.Context) error {
+	entries, _, err := a.store.List(ctx, askedPrefix)
+	if err != nil {
+		return fmt.Errorf("revoking for other replicas: %w", err)
+	}
+	now := a.clock.past()
+	var errs []error
+	for _, e := range entries {
+		r, err := parseAsked(e)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if len(r.Serial) != profile.SerialLength || r.Serial[0] != a.instance || r.Refused != "" && now.Sub(r.At) < refusalKept {
+			continue
+		}
+		op := storage.Op{Key: e.Key, Delete: true}
+		if r.Refused == "" {
+			_, _, err = a.revoke(ctx, r.Serial, r.Reason, r.Comment, r.By)
+			if r.NotIssued = errors.Is(err, errNotIssued); r.NotIssued || errors.Is(err, errNotRevoked) {
+				r.Refused, err = err.Error(), nil
+				op.Delete = false
+				if op.Value, err = json.Marshal(r); err != nil {
+					return err
+				}
+			}
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+		}
+		if _, err := a.store.Commit(ctx, []storage.Cond{{Key: e.Key, Revision: e.Revision}}, []storage.Op{op}); err != nil && !errors.Is(err, storage.ErrConflict) {
+			errs = append(errs, err)
+		}
+	}
+	if a.cfg.CRL.Enabled && a.listsDue(now) {
+		errs = append(errs, a.relist(ctx))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("revoking for other replicas: %w", err)
+	}
+	return nil
+}
+
+// awaitList waits until a list that another replica signs has an entry.
+func (a *Authority) awaitList(ctx context.Context, e revocation.Entry) error {
+	ctx, cancel := context.WithTimeout(ctx, revokeWait)
+	defer cancel()
+	for {
+		_, changed := a.Trust()
+		if a.listHas(e) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("replica %d, which issued it, has not signed a list that has it", e.Serial[0])
+		}
+	}
+}
