@@ -53,7 +53,13 @@ func startDemo(t *testing.T, args ...string) *demo {
 
 func newDemo(t *testing.T, args ...string) *demo {
 	t.Helper()
-	d := &demo{cmd: exec.Command(filepath.Join(programs(t), "signet"), append([]string{"demo"}, args...)...), ended: make(chan struct{})}
+	return newDemoOf(t, programs(t), args...)
+}
+
+// newDemoOf is a demo of the programs in a folder.
+func newDemoOf(t *testing.T, bin string, args ...string) *demo {
+	t.Helper()
+	d := &demo{cmd: exec.Command(filepath.Join(bin, "signet"), append([]string{"demo"}, args...)...), ended: make(chan struct{})}
 	var err error
 	// The path of t.TempDir is too long for sockets below it.
 	if d.tmp, err = os.MkdirTemp("", "demo-test-"); err != nil {
@@ -259,7 +265,9 @@ func TestDemoRowsCanFail(t *testing.T) {
 	for _, row := range demoRows {
 		t.Run(row, func(t *testing.T) {
 			t.Parallel()
-			d := startDemo(t, "--break", row, "--only", strings.Join(append(slices.Clone(quickRows), row), ","), "--output", "json")
+			// TestDemoHolds runs all rows with the race detector.
+			d := newDemoOf(t, plainPrograms(t), "--break", row, "--only", strings.Join(append(slices.Clone(quickRows), row), ","), "--output", "json")
+			d.start(t)
 			if code := d.wait(t); code != 1 {
 				t.Errorf("exit status %d, want 1", code)
 			}

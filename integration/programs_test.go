@@ -8,36 +8,56 @@ import (
 	"testing"
 )
 
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-	out  []byte
+// build is the three programs in a folder, built once for all tests that ask.
+type build struct {
+	flags []string
+	once  sync.Once
+	dir   string
+	err   error
+	out   []byte
 }
+
+var built, builtPlain = build{flags: []string{"-race"}}, build{}
 
 // programs builds the three programs with the race detector, once for all tests,
 // and returns the folder that they are in.
 func programs(t testing.TB) string {
 	t.Helper()
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "signet-programs-*"); built.err != nil {
-			return
-		}
-		// One go command links them side by side, by the names of their folders.
-		cmd := exec.Command("go", "build", "-race", "-ldflags=-s -w", "-o", built.dir+"/", "../cmd/ca", "../cmd/agent", "../cmd/signet")
-		if built.out, built.err = cmd.CombinedOutput(); built.err != nil {
-			return
-		}
-		for _, name := range []string{"ca", "agent"} {
-			if built.err = os.Rename(filepath.Join(built.dir, name), filepath.Join(built.dir, "signet-"+name)); built.err != nil {
-				return
-			}
-		}
-	})
-	if built.err != nil {
-		t.Fatalf("building the programs: %v\n%s", built.err, built.out)
+	return built.folder(t)
+}
+
+// plainPrograms are the programs without the race detector, which take a third of the
+// processor's time: for what runs again and again and was run with it.
+func plainPrograms(t testing.TB) string {
+	t.Helper()
+	return builtPlain.folder(t)
+}
+
+func (b *build) folder(t testing.TB) string {
+	t.Helper()
+	b.once.Do(func() { b.out, b.err = b.make() })
+	if b.err != nil {
+		t.Fatalf("building the programs: %v\n%s", b.err, b.out)
 	}
-	return built.dir
+	return b.dir
+}
+
+func (b *build) make() (out []byte, err error) {
+	if b.dir, err = os.MkdirTemp("", "signet-programs-*"); err != nil {
+		return nil, err
+	}
+	removeAtEnd(b.dir)
+	// One go command links them side by side, by the names of their folders.
+	args := append(append([]string{"build"}, b.flags...), "-ldflags=-s -w", "-o", b.dir+"/", "../cmd/ca", "../cmd/agent", "../cmd/signet")
+	if out, err = exec.Command("go", args...).CombinedOutput(); err != nil {
+		return out, err
+	}
+	for _, name := range []string{"ca", "agent"} {
+		if err := os.Rename(filepath.Join(b.dir, name), filepath.Join(b.dir, "signet-"+name)); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
 }
 
 // removeAtEnd removes a folder when all tests have run.
@@ -48,8 +68,5 @@ var leftovers sync.Map
 func TestMain(m *testing.M) {
 	code := m.Run()
 	leftovers.Range(func(dir, _ any) bool { _ = os.RemoveAll(dir.(string)); return true })
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir)
-	}
 	os.Exit(code)
 }
