@@ -62,6 +62,8 @@ type Authority struct {
 
 	bans   identity.Watched[*bansState]
 	bansMu sync.Mutex // held while bans are changed
+	// bansStale says that the bans may not be those of the store, after a failure.
+	bansStale atomic.Bool
 	// recording is held for reading from where a certificate is held against the bans until
 	// it is recorded, so that who takes it after a ban finds all that came before it in
 	// the log.
@@ -524,10 +526,10 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
 	g.Go(func() error { return a.every(ctx, "bans", time.Second, a.tendBans) })
-	g.Go(func() error { return a.followBans(ctx) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
 	if a.cfg.shared() {
 		g.Go(func() error { return a.follow(ctx) })
+		g.Go(func() error { return a.followBans(ctx) })
 		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
 		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
 		g.Go(func() error { return a.when(ctx, "revocations", a.askedToRevoke, listAfter, a.answerRevocations) })

@@ -39,6 +39,8 @@ const (
 	retryBanned = time.Minute
 	// banTries is how often a change is tried that others are quicker with.
 	banTries = 4
+	// reloadTime is how long a change of bans may take to be read back; tendBans tries again.
+	reloadTime = 5 * time.Second
 )
 
 // bansState is the bans of the store, as of a revision. It is not changed.
@@ -129,7 +131,8 @@ func (a *Authority) loadBans(ctx context.Context) error {
 	return nil
 }
 
-// followBans takes up what other replicas change, until ctx ends.
+// followBans takes up what other replicas change, until ctx ends. It has a watch of its
+// own: a ban must not wait for who takes up a change of the journal.
 func (a *Authority) followBans(ctx context.Context) error {
 	for ctx.Err() == nil {
 		after := a.banned().revision
@@ -147,7 +150,7 @@ func (a *Authority) followBans(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
-		a.fails("bans", a.reloadBans(ctx))
+		a.fails("bans of other replicas", a.reloadBans(ctx))
 		select {
 		case <-ctx.Done():
 		case <-time.After(time.Second):
@@ -377,8 +380,12 @@ func (a *Authority) changeBan(ctx context.Context, subject string, edit func(old
 			}
 			continue
 		}
-		// Also after an error: the change may have happened, and then it counts.
-		if loadErr := a.loadBans(ctx); err == nil {
+		// Also after an error: the change may have happened, and then it counts. And also when
+		// who asked for it is gone: what is stored must be in force.
+		loadCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reloadTime)
+		loadErr := a.loadBans(loadCtx)
+		cancel()
+		if a.bansStale.Store(loadErr != nil); err == nil {
 			err = loadErr
 		}
 		if err != nil {
@@ -511,6 +518,12 @@ func (a *Authority) revokeAll(ctx context.Context, records []*capb.IssuanceRecor
 // undone, and forgets what ended long ago.
 func (a *Authority) tendBans(ctx context.Context) error {
 	now := a.clock.past() // who does not know the time ends no ban
+	if a.bansStale.Load() {
+		if err := a.reloadBans(ctx); err != nil {
+			return err
+		}
+		a.bansStale.Store(false)
+	}
 	var errs []error
 	s := a.banned()
 	var ended []banRecord

@@ -518,3 +518,41 @@ func TestABanOfANodeRevokesWhatItRecorded(t *testing.T) {
 		t.Errorf("%d runs, %d certificates revoked", runs, revoked)
 	}
 }
+
+// TestABanOutlivesWhoAskedForIt: the client leaves between the commit and its being read
+// back; and where it cannot be read back then, it is soon.
+func TestABanOutlivesWhoAskedForIt(t *testing.T) {
+	t.Parallel()
+	var leave context.CancelFunc
+	w := newWorld(t, func(c *ca.Config) {
+		c.StoreOptions.Hook = func(landed bool) error {
+			if landed && leave != nil {
+				leave()
+			}
+			return nil
+		}
+	})
+	a, _ := w.attest(agentA)
+	ctx, cancel := context.WithCancel(t.Context())
+	leave = cancel
+	err := w.AddBanAs(ctx, "spiffe://cluster.local/ns/default/sa/server")
+	leave = nil
+	if ctx.Err() == nil {
+		t.Fatal("the client is there yet")
+	}
+	if rs, issueErr := issue(t, a, item(t, byUID(server.PodUID))); issueErr != nil || rs[0].GetRefusal().GetCode() != capb.Refusal_CODE_BANNED {
+		t.Errorf("the ban said %v, and then: %v, %v", err, rs, issueErr)
+	}
+	if err := w.TendBans(t.Context()); err != nil {
+		t.Error(err)
+	}
+	decisions := 0
+	for r := range records(w) {
+		if r.GetDecision().GetBan() != nil {
+			decisions++
+		}
+	}
+	if decisions != 1 {
+		t.Errorf("%d decisions in the log", decisions)
+	}
+}

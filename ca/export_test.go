@@ -179,6 +179,12 @@ func (a *Authority) VerifyAll(ctx context.Context) ([]string, error) {
 // Banned reports whether a serial is banned.
 func (a *Authority) Banned(serial []byte) bool { return a.banned().set.Serial(serial) != nil }
 
+// AddBanAs bans a subject for a client that may leave.
+func (a *Authority) AddBanAs(ctx context.Context, subject string) error {
+	_, err := a.addBan(ctx, subject, "r", time.Time{}, "a test")
+	return err
+}
+
 // TendBans does the background work of bans once.
 func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }
 
