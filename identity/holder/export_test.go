@@ -1,6 +1,9 @@
 package holder
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // The pure functions, for their tables.
 var (
@@ -60,3 +63,6 @@ func OpenStateFileOn(dir string, opt StateOptions, fake *FakeHost) (*StateFile, 
 
 // SetSwaps changes what the machine of f says about swap.
 func (f *StateFile) SetSwaps(path string) { f.host.swaps = path }
+
+// WithNow gives a holder that will be made another system clock.
+func WithNow(c *Config, now func() time.Time) { c.now = now }

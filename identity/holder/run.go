@@ -162,7 +162,7 @@ func (h *Holder) plan(now time.Time, inFlight, retries int) plan {
 		}
 		h.unstick(e, now)
 		if e.next.After(e.lastNext(now)) {
-			e.next = now // the clock was ahead when that was chosen
+			e.next, e.tried = now, now // the clock was ahead when they were chosen
 		}
 		switch {
 		case e.failures == 0 && !now.Before(e.next):
