@@ -164,12 +164,18 @@ func TestAReplacementGoesOnWhereItWas(t *testing.T) {
 					if text := n.operate("list"); !strings.Contains(text, "signet ca authority replace-root --now "+first) {
 						t.Errorf("%s: the list does not say what is to be done:\n%s", what, text)
 					}
+					if text := n.operate("replace-root"); !strings.Contains(text, "root "+first+" is being replaced since ") || !strings.Contains(text, "--now goes on with it") {
+						t.Errorf("%s: the preview does not say that it was begun:\n%s", what, text)
+					}
 				}
 				again := []string{"replace-root", "--now"}
 				if was := n.list(t); len(was.of("root", "old")) == 0 && was.of("root", "active")[0] != first {
 					again = append(again, first) // it was done; without an ID this would be about the next one
 				}
 				said := n.operate(again...)
+				if len(again) > 2 && !strings.Contains(said, "nothing is to be done") {
+					t.Errorf("%s: of a root that is gone it says\n%s", what, said)
+				}
 				if a := n.list(t); len(a.of("root", "active")) != 1 || a.of("root", "active")[0] == first {
 					t.Errorf("%s: %v", what, a)
 				}
