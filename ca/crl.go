@@ -350,9 +350,8 @@ func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err er
 
 // signedLists are lists that were signed and are not stored yet.
 type signedLists struct {
-	by   map[string]*x509.RevocationList // all that there will be, by authority
-	ops  []storage.Op
-	made int
+	by  map[string]*x509.RevocationList // all that there will be, by authority
+	ops []storage.Op
 }
 
 // makeLists signs a list of each authority whose key is here, under the number of a
@@ -395,7 +394,6 @@ func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err erro
 			continue
 		}
 		out.by[id] = c
-		out.made++
 		out.ops = append(out.ops, storage.Op{Key: revocation.ListKey(iss.cert.SubjectKeyId), Value: c.Raw})
 	}
 	for id := range before {

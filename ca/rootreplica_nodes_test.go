@@ -113,7 +113,7 @@ func TestTheRootsReplicaIsAway(t *testing.T) {
 			}
 			return ""
 		}
-		life := before.NotAfter.Sub(time.Now())
+		life := time.Until(before.NotAfter)
 		for _, c := range []struct {
 			at    time.Duration
 			alarm string

@@ -18,6 +18,7 @@ import (
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/storage"
 
 	"go.step.sm/crypto/kms/apiv1"
@@ -274,5 +275,41 @@ func TestReplicasThatMustNotHoldARoot(t *testing.T) {
 	b.cfg.RootReplica = 2
 	if _, err := ca.Open(t.Context(), b.cfg); err == nil || !strings.Contains(err.Error(), "key") {
 		t.Errorf("named, without the key: %v", err)
+	}
+}
+
+// TestAnAuthorityBecomesTheFirstOfSeveral, with the root that it has, where it is.
+func TestAnAuthorityBecomesTheFirstOfSeveral(t *testing.T) {
+	t.Parallel()
+	a := newWorld(t, brisk, withCRL)
+	client, _ := a.attest(agentA)
+	leaf, root := a.leaf(client), a.Root()
+	if _, err := adminOf(t, a).Revoke(t.Context(), &capb.RevokeRequest{Serial: ca.Serial(leaf[0]), Reason: 1}); err != nil {
+		t.Fatal(err)
+	}
+	seq := trustOf(a).Sequence()
+	a.close()
+	shared := newShared(t)
+	m := replica.Migration{Dir: filepath.Join(a.cfg.DataDir, ca.FolderName), Store: shared.Store, Files: shared.Files, Place: "there", Wait: 50 * time.Millisecond}
+	if _, err := m.ToShared(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.Shared, a.cfg.Instance = shared, 0
+	if _, err := ca.Open(t.Context(), a.cfg); err == nil || !strings.Contains(err.Error(), "authority.rootReplica") {
+		t.Errorf("without a name: %v", err)
+	}
+	a.cfg.RootReplica = 1
+	a.open()
+	defer a.run()()
+	b := newWorld(t, brisk, withCRL, func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 })
+	defer b.run()()
+	if !a.Root().Equal(root) || !b.Root().Equal(root) || b.Intermediate().CheckSignatureFrom(root) != nil || rootKeys(b) != 0 {
+		t.Error("they are not below the root that there was")
+	}
+	eventually(t, "both to hand out what was revoked before", func() bool {
+		return trustOf(b).Sequence() > seq && a.revoked(leaf) && b.revoked(leaf) && len(trustOf(a).CRLs()) == 2
+	})
+	for _, w := range []*world{a, b} {
+		intact(t, w)
 	}
 }
