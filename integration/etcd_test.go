@@ -151,7 +151,12 @@ func newPublicKey() (*ecdsa.PrivateKey, []byte, error) {
 	return key, pub, err
 }
 
-// load has a replica issue as fast as one agent with a few streams asks.
+// pace is between an answer and the next request of a stream: a few hundred requests per
+// second are always under way somewhere when something happens, and leave the processors
+// to the other tests.
+const pace = 20 * time.Millisecond
+
+// load has a replica issue what one agent asks for on a few streams.
 func (r *caReplicas) load(ctx context.Context, name string) {
 	roots := x509.NewCertPool()
 	roots.AddCert(r.root.Cert)
@@ -229,6 +234,10 @@ func (r *caReplicas) stream(ctx context.Context, name string, conn *grpc.ClientC
 		r.mu.Lock()
 		r.issued = append(r.issued, issuedBy{name, [17]byte(leaf.SerialNumber.FillBytes(make([]byte, 17))), time.Now()})
 		r.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(pace):
+		}
 	}
 }
 
