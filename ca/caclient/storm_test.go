@@ -72,7 +72,7 @@ func TestStorm(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pipe := bufconn.Listen(64 << 10)
+	pipe := bufconn.Listen(8 << 10) // both ways, of each connection
 	server := a.NewServer()
 	ctx, cancel := context.WithCancel(t.Context())
 	var background sync.WaitGroup
@@ -183,7 +183,7 @@ func TestStorm(t *testing.T) {
 }
 
 // stormAgent is what an agent of the storm may cost in bytes, on both sides.
-const stormAgent = 1 << 20
+const stormAgent = 5 << 18
 
 // total is the sum of a metric over its labels.
 func total(t *testing.T, r *prometheus.Registry, name string) (sum float64) {
