@@ -23,7 +23,6 @@ const year = 365 * 24 * time.Hour
 type stepped struct {
 	*world
 	off      atomic.Int64
-	op       capb.AdminClient
 	registry *prometheus.Registry
 }
 

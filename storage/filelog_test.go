@@ -59,7 +59,7 @@ func TestManyCallersShareOneFsync(t *testing.T) {
 		var mu sync.Mutex
 		acked := map[uint64]string{}
 		const callers = 1000
-		for i := range callers {
+		call := func(i int) {
 			wg.Go(func() {
 				r := fmt.Sprintf("record of caller %d", i)
 				seq, err := l.Append(t.Context(), [][]byte{[]byte(r)})
@@ -72,6 +72,11 @@ func TestManyCallersShareOneFsync(t *testing.T) {
 			})
 		}
 		// The first one syncs, all others wait.
+		call(0)
+		synctest.Wait()
+		for i := 1; i < callers; i++ {
+			call(i)
+		}
 		synctest.Wait()
 		close(g.open)
 		wg.Wait()
