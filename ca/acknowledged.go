@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/signet-mesh/signet/storage"
@@ -54,6 +56,64 @@ func (as *agents) put(r *agent) {
 	}
 }
 
+// read takes up a record that is stored. mu is held.
+func (as *agents) read(e storage.Entry) {
+	r, err := parseAgent(e)
+	if err != nil {
+		if as.unread == nil {
+			as.unread = map[string]error{}
+		}
+		as.unread[e.Key] = err
+		if serial, err := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)); err == nil {
+			delete(as.bySerial, string(serial)) // what was known is not so any more
+		}
+		return
+	}
+	delete(as.unread, e.Key)
+	as.put(r)
+}
+
+// readAll replaces the records by those that were stored at a revision.
+func (as *agents) readAll(entries []storage.Entry, revision uint64) {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	before := as.bySerial
+	as.bySerial, as.unread = make(map[string]*agent, len(before)), nil
+	for _, e := range entries {
+		as.read(e)
+	}
+	for _, r := range before {
+		if r.revision > revision { // it was stored meanwhile
+			as.put(r)
+		}
+	}
+}
+
+// unreadable is why some records are not read; nil if all are.
+func (as *agents) unreadable() error {
+	as.mu.RLock()
+	defer as.mu.RUnlock()
+	if len(as.unread) == 0 {
+		return nil
+	}
+	key := slices.Min(slices.Collect(maps.Keys(as.unread)))
+	return fmt.Errorf("%d records of agents cannot be read; no new root is used without force while they are there: %w", len(as.unread), as.unread[key])
+}
+
+// rereadAgents takes up what is stored of agents now, whatever the watch has told.
+func (a *Authority) rereadAgents(ctx context.Context) error {
+	if a.agents == nil {
+		return nil // nobody serves agents yet
+	}
+	entries, revision, err := a.store.List(ctx, agentPrefix)
+	if err != nil {
+		return fmt.Errorf("reading agents: %w", err)
+	}
+	a.agents.readAll(entries, revision)
+	a.alarm("agents' records", a.agents.unreadable())
+	return nil
+}
+
 // carryOn has a new record say what older ones of the machine do. Whoever attests gets
 // the newest trust, so that it holds of the new SVID, too.
 func (as *agents) carryOn(r *agent) {
@@ -62,8 +122,11 @@ func (as *agents) carryOn(r *agent) {
 	if as.unsaid == nil {
 		return
 	}
-	s := as.stored()[r.machine()]
-	r.Acknowledged, r.Renewed = s.acknowledged, s.renewed
+	for _, o := range as.bySerial {
+		if o.machine() == r.machine() {
+			r.Acknowledged, r.Renewed = max(r.Acknowledged, o.Acknowledged), max(r.Renewed, o.Renewed)
+		}
+	}
 }
 
 // sayAcknowledged stores what agents said since it was last called.
@@ -137,10 +200,10 @@ func (as *agents) news(serials []string) (next []*agent) {
 	defer as.mu.RUnlock()
 	for _, serial := range serials {
 		r := as.bySerial[serial]
-		if r == nil || as.streams[r.Node] == nil {
+		if r == nil || as.streams[r.machine()] == nil {
 			continue
 		}
-		s, n := as.streams[r.Node], *r
+		s, n := as.streams[r.machine()], *r
 		n.Acknowledged, n.Renewed = max(n.Acknowledged, s.acknowledged), max(n.Renewed, s.renewed)
 		if n.Acknowledged != r.Acknowledged || n.Renewed != r.Renewed {
 			next = append(next, &n)
@@ -162,12 +225,8 @@ func (as *agents) reread(ctx context.Context, rs []*agent) error {
 		if err != nil {
 			return err
 		}
-		is, err := parseAgent(e)
-		if err != nil {
-			return err
-		}
 		as.mu.Lock()
-		as.put(is)
+		as.read(e)
 		as.mu.Unlock()
 	}
 	return nil

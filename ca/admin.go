@@ -325,7 +325,7 @@ func (as *agents) status() []*capb.AgentStatus {
 			continue // it only counts for its workloads' SVIDs
 		}
 		s := &capb.AgentStatus{Node: r.Node, Serial: r.serial, NotAfter: timestamppb.New(r.NotAfter)}
-		if w := as.streams[r.Node]; w != nil {
+		if w := as.streams[r.machine()]; w != nil {
 			s.Acknowledged, s.Connected = w.acknowledged, w.open > 0
 		}
 		out = append(out, s)

@@ -58,9 +58,12 @@ type agents struct {
 	store storage.Store
 
 	mu       sync.RWMutex
-	bySerial map[string]*agent         // guarded by mu; records are immutable
-	streams  map[string]*streamsOfNode // by node; guarded by mu
-	unsaid   map[string]bool           // serials of which something is to be stored; guarded by mu; nil: nothing ever is
+	bySerial map[string]*agent          // guarded by mu; records are immutable
+	streams  map[machine]*streamsOfNode // guarded by mu
+	// unread are the records that this build cannot read, by key, and why. Nobody is
+	// served on one, and rotation counts each as somebody who has acknowledged nothing.
+	unread map[string]error // guarded by mu
+	unsaid map[string]bool  // serials of which something is to be stored; guarded by mu; nil: nothing ever is
 }
 
 // streamsOfNode is what WatchTrust last heard from a node.
@@ -79,7 +82,7 @@ func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading agents: %w", err)
 	}
-	as := &agents{store: s, bySerial: map[string]*agent{}, streams: map[string]*streamsOfNode{}}
+	as := &agents{store: s, bySerial: map[string]*agent{}, streams: map[machine]*streamsOfNode{}}
 	for _, e := range entries {
 		r, err := parseAgent(e)
 		if err != nil {
@@ -113,9 +116,13 @@ func (a *Authority) enrol(ctx context.Context, r agent) (*identity.Trust, error)
 	r.Workloads = r.NotAfter.Add(a.cfg.SVID.TTL)
 	a.agents.carryOn(&r)
 	for try := 0; ; try++ {
+		was := a.journalUnchanged()
 		trust, err := a.enrolNow(ctx, r)
-		if !errors.Is(err, storage.ErrConflict) || !a.cfg.shared() || try == 5 {
+		if !errors.Is(err, storage.ErrConflict) || !a.cfg.shared() || try == 8 {
 			return trust, err
+		}
+		if a.journalUnchanged() != was {
+			continue // somebody has read it meanwhile: many enrol after a change
 		}
 		// Another replica changed the journal, and this one has not heard of it yet.
 		if err := a.followJournal(ctx); err != nil {
@@ -205,11 +212,11 @@ func (as *agents) forget(ctx context.Context, ttl time.Duration, now time.Time) 
 	for _, s := range serials {
 		delete(as.bySerial, s)
 	}
-	known := make(map[string]bool, len(as.bySerial))
+	known := make(map[machine]bool, len(as.bySerial))
 	for _, r := range as.bySerial {
-		known[r.Node] = true
+		known[r.machine()] = true
 	}
-	maps.DeleteFunc(as.streams, func(node string, s *streamsOfNode) bool { return s.open == 0 && !known[node] })
+	maps.DeleteFunc(as.streams, func(m machine, s *streamsOfNode) bool { return s.open == 0 && !known[m] })
 	return nil
 }
 
@@ -218,14 +225,14 @@ func (a *Authority) forgetAgents(ctx context.Context) error {
 	return a.agents.forget(ctx, a.cfg.SVID.TTL+a.cfg.SVID.Backdate, a.clock.past())
 }
 
-// watching notes that a WatchTrust stream of node opened (+1) or closed (-1).
-func (as *agents) watching(node string, delta int) {
+// watching notes that a WatchTrust stream of a machine opened (+1) or closed (-1).
+func (as *agents) watching(m machine, delta int) {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	s := as.streams[node]
+	s := as.streams[m]
 	if s == nil {
 		s = &streamsOfNode{}
-		as.streams[node] = s
+		as.streams[m] = s
 	}
 	s.open += delta
 }
@@ -235,7 +242,7 @@ func (as *agents) watching(node string, delta int) {
 func (as *agents) acknowledge(r *agent, sequence, renewed uint64) bool {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	s := as.streams[r.Node]
+	s := as.streams[r.machine()]
 	if s == nil {
 		return false
 	}

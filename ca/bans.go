@@ -623,18 +623,18 @@ func (b *bansState) toProto(now time.Time) *capb.Bans {
 func (as *agents) bansStatus() (out []*capb.BanAgent) {
 	as.mu.RLock()
 	defer as.mu.RUnlock()
-	for node, s := range as.streams {
-		out = append(out, &capb.BanAgent{Node: node, Connected: s.open > 0, Revision: s.bans, Unread: s.bansUnread})
+	for m, s := range as.streams {
+		out = append(out, &capb.BanAgent{Node: m.node, Connected: s.open > 0, Revision: s.bans, Unread: s.bansUnread})
 	}
 	slices.SortFunc(out, func(a, b *capb.BanAgent) int { return strings.Compare(a.Node, b.Node) })
 	return out
 }
 
-// enforces notes which bans the agent of a node enforces.
-func (as *agents) enforces(node string, revision uint64, unread uint32) {
+// enforces notes which bans the agent of a machine enforces.
+func (as *agents) enforces(m machine, revision uint64, unread uint32) {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	if s := as.streams[node]; s != nil {
+	if s := as.streams[m]; s != nil {
 		s.bans, s.bansUnread = revision, unread
 	}
 }

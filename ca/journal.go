@@ -283,6 +283,9 @@ func (j journal) roots() (roots []*x509.Certificate, err error) {
 		if err != nil {
 			return nil, err
 		}
+		if c == nil {
+			return nil, errors.New("journal: a root without a certificate")
+		}
 		roots = append(roots, c)
 	}
 	return roots, nil

@@ -96,12 +96,16 @@ func (c Config) checkRootReplica() error {
 
 // checkRootFiles refuses a replica that holds keys of roots and is not the one that may.
 func (a *Authority) checkRootFiles(dir string) error {
-	if a.cfg.source() != sourceOwn || a.holdsRoot() {
+	if a.cfg.source() != sourceOwn || a.cfg.RootReplica == a.instance {
 		return nil
 	}
 	found, err := filepath.Glob(filepath.Join(dir, keysName, keys.Root+"-*.key"))
 	if err != nil || len(found) == 0 {
 		return err
+	}
+	if a.cfg.RootReplica == 0 {
+		return fmt.Errorf("%s is the key of a root, and the key of the root is to be in a device that all replicas reach (authority.keys.root): let one replica hold this one "+
+			"(authority.rootReplica) until that root has left the bundle, or delete the file here", filepath.Base(found[0]))
 	}
 	return fmt.Errorf("%s is the key of a root, and this is instance %d while authority.rootReplica is %d: a replica that does not sign with it must not hold it; move it to that replica, or delete it here",
 		filepath.Base(found[0]), a.instance, a.cfg.RootReplica)
@@ -162,6 +166,11 @@ func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() 
 		return err
 	}
 	if err := a.adoptRoot(); err != nil {
+		return err
+	}
+	// What the watch told of agents may be old, and a root waits for each of them. Who
+	// enrols from here on gets the trust that the journal has now.
+	if err := a.rereadAgents(ctx); err != nil {
 		return err
 	}
 	if due, err := still(); err != nil || !due {
@@ -303,7 +312,8 @@ func (a *Authority) awaitIntermediate(ctx context.Context) error {
 	return nil
 }
 
-// answerRequests signs what other replicas ask for.
+// answerRequests signs what other replicas ask for. One that cannot be answered is an
+// alarm: this replica and the others are as good as before.
 func (a *Authority) answerRequests(ctx context.Context) error {
 	j := a.current()
 	var errs []error
@@ -320,7 +330,8 @@ func (a *Authority) answerRequests(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("the request of replica %s: %w", n, err))
 		}
 	}
-	return errors.Join(errs...)
+	a.alarm("requests of replicas", errors.Join(errs...))
+	return nil
 }
 
 // signFor signs an intermediate for another replica, unless that has been done. Of the

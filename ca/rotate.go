@@ -418,7 +418,7 @@ func (a *Authority) counting() (out []rotation.Agent) {
 	for _, r := range as.bySerial {
 		said := stored[r.machine()]
 		c := rotation.Agent{Node: r.Node, Until: r.until(a.cfg.SVID.TTL), Acknowledged: said.acknowledged, Renewed: said.renewed}
-		if s := as.streams[r.Node]; s != nil {
+		if s := as.streams[r.machine()]; s != nil {
 			c.Acknowledged, c.Renewed = max(c.Acknowledged, s.acknowledged), max(c.Renewed, s.renewed)
 		}
 		if min(c.Acknowledged, c.Renewed) < newest {
@@ -434,8 +434,15 @@ func (a *Authority) counting() (out []rotation.Agent) {
 		}
 		out = append(out, c)
 	}
+	for key := range as.unread {
+		// Its end cannot be read either: it counts until it is gone, or somebody forces.
+		out = append(out, rotation.Agent{Node: "(unreadable record " + key + ")", Until: endOfTime})
+	}
 	return out
 }
+
+// endOfTime is later than any certificate ends (RFC 5280 §4.1.2.5).
+var endOfTime = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
 // nodeGone reports whether no pod is left on the node that an agent was attested on.
 func (a *Authority) nodeGone(r *agent) bool {

@@ -262,6 +262,9 @@ func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalE
 	return nil, errors.New("journal: there is no active root")
 }
 
+// errWentBack is why a stored state is not taken up.
+var errWentBack = errors.New("the shared state went back")
+
 // reread replaces the journal by what is stored, after others changed it or where it is
 // unknown whether a change has happened. journalMu is held.
 func (a *Authority) reread(ctx context.Context) error {
@@ -302,6 +305,10 @@ func (a *Authority) reread(ctx context.Context) error {
 	by, err := parseLists(lists)
 	if err != nil {
 		return err
+	}
+	if now := a.journal.Sequence; j.Sequence < now {
+		return fmt.Errorf("%w: the state in etcd is of trust sequence %d, and %d was in force: etcd was restored from an older copy, and what came since would be taken back, "+
+			"revocations too; this replica goes on with what it had and changes nothing: have etcd go on with the newer state, and do not restart replicas before", errWentBack, j.Sequence, now)
 	}
 	a.setJournal(j, entries[i].Revision)
 	a.lists.read(by, revoked)
@@ -348,15 +355,16 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("reading the state: %w", err)
 	}
-	agents, revoked := map[string]*agent{}, revocation.Set{}
+	// Trust first: what is below may have something that this build cannot read.
+	if err := a.followJournal(ctx); err != nil {
+		return 0, err
+	}
+	var agents []storage.Entry
+	revoked := revocation.Set{}
 	for _, e := range entries {
 		switch {
 		case strings.HasPrefix(e.Key, agentPrefix):
-			r, err := parseAgent(e)
-			if err != nil {
-				return 0, err
-			}
-			agents[string(r.serial)] = r
+			agents = append(agents, e)
 		case strings.HasPrefix(e.Key, revocation.Prefix):
 			r, err := revocation.Parse(e)
 			if err != nil {
@@ -365,22 +373,15 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 			revoked[string(r.Serial)] = r
 		}
 	}
-	a.agents.mu.Lock()
-	for serial, r := range a.agents.bySerial {
-		if r.revision > revision { // this replica has added it meanwhile
-			agents[serial] = r
-		}
-	}
-	a.agents.bySerial = agents
-	a.agents.mu.Unlock()
+	a.agents.readAll(agents, revision)
+	a.alarm("agents' records", a.agents.unreadable())
 	a.revokeMu.Lock()
 	a.revoked.Store(revoked)
 	a.revokeMu.Unlock()
 	a.takenBack.now()
-	err = a.followJournal(ctx)
 	a.asked.now()
 	a.askedToRevoke.now()
-	return revision, err
+	return revision, nil
 }
 
 // followed takes up one change.
@@ -391,18 +392,16 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 		a.asked.now()
 		return err
 	case strings.HasPrefix(e.Key, agentPrefix):
-		r, err := parseAgent(e.Entry)
-		if err != nil && !e.Deleted {
-			return err
-		}
 		a.agents.mu.Lock()
-		defer a.agents.mu.Unlock()
 		if e.Deleted {
 			serial, _ := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)) // another key is of no agent
 			delete(a.agents.bySerial, string(serial))
+			delete(a.agents.unread, e.Key)
 		} else {
-			a.agents.put(r)
+			a.agents.read(e.Entry)
 		}
+		a.agents.mu.Unlock()
+		a.alarm("agents' records", a.agents.unreadable())
 	case strings.HasPrefix(e.Key, askedPrefix):
 		a.askedToRevoke.now()
 	case strings.HasPrefix(e.Key, revocation.Prefix):

@@ -25,8 +25,8 @@ func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustReque
 	if err != nil {
 		return err
 	}
-	a.agents.watching(r.Node, +1)
-	defer a.agents.watching(r.Node, -1)
+	a.agents.watching(r.machine(), +1)
+	defer a.agents.watching(r.machine(), -1)
 	return a.within(stream.Context(), r, func(ctx context.Context) error { return a.watchTrust(ctx, r, stream) })
 }
 
@@ -154,7 +154,7 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 	if a.agents.acknowledge(r, m.GetAcknowledged(), m.GetRenewed()) {
 		a.heard.now()
 	}
-	a.agents.enforces(r.Node, m.GetBansRevision(), m.GetBansUnread())
+	a.agents.enforces(r.machine(), m.GetBansRevision(), m.GetBansUnread())
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
 		if err == nil {
