@@ -64,6 +64,7 @@ type Authority struct {
 	bansMu sync.Mutex // held while bans are changed
 	// bansStale says that the bans may not be those of the store, after a failure.
 	bansStale atomic.Bool
+	nodes     nodeBans
 	// recording is held for reading from where a certificate is held against the bans until
 	// it is recorded, so that who takes it after a ban finds all that came before it in
 	// the log.
@@ -82,7 +83,7 @@ type Authority struct {
 	takenBack, heard, asked, askedToRevoke poke
 	revoked                                identity.Watched[revocation.Set]
 	revokeMu                               sync.Mutex         // held while something is revoked
-	recalled                               []revocation.Entry // revoked in the log and not in the state; owned by Open
+	unstored                               []revocation.Entry // revoked in the log and perhaps not in the state; guarded by revokeMu
 	folderHash                             [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
 	intermediate                           atomic.Pointer[issuer]
 	trust                                  identity.Watched[*identity.Trust]
@@ -526,6 +527,7 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
 	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
 	g.Go(func() error { return a.every(ctx, "bans", time.Second, a.tendBans) })
+	g.Go(func() error { return a.every(ctx, "recorded revocations", time.Second, a.tendRevoked) })
 	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
 	if a.cfg.shared() {
 		g.Go(func() error { return a.follow(ctx) })

@@ -9,12 +9,10 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
-	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -55,6 +53,8 @@ type bansState struct {
 	// serials are how many certificates the ban of a node means, by subject; a node is
 	// missing whose certificates this replica has not collected.
 	serials map[string]int
+	// own are those of them that this replica has collected, by subject.
+	own map[string][]revocation.Serial
 }
 
 type banRecord struct {
@@ -82,7 +82,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		return fmt.Errorf("reading bans: %w", err)
 	}
 	now := a.clock.past()
-	s := &bansState{revision: revision, records: make(map[string]banRecord, len(entries)), serials: map[string]int{}}
+	s := &bansState{revision: revision, records: make(map[string]banRecord, len(entries)), serials: map[string]int{}, own: map[string][]revocation.Serial{}}
 	var list []identity.Ban
 	for _, e := range entries {
 		b, err := revocation.ParseBan(e)
@@ -99,7 +99,9 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		}
 		ban := identity.Ban{Subject: subject, Until: b.Until, Reason: b.Reason}
 		if subject.Kind() == identity.BanNode {
-			own := strings.TrimSuffix(revocation.SerialsKey(b.Subject, a.instance, 0), "0000")
+			first, collected := revocation.SerialsKey(b.Subject, a.instance, 0), false
+			own := strings.TrimSuffix(first, "0000")
+			var mine []revocation.Serial
 			for _, p := range parts {
 				if !strings.HasPrefix(p.Key, revocation.SerialsOf(b.Subject)) {
 					continue
@@ -114,11 +116,12 @@ func (a *Authority) loadBans(ctx context.Context) error {
 					}
 				}
 				if strings.HasPrefix(p.Key, own) {
-					s.serials[b.Subject] = 0
+					mine = append(mine, serials...)
 				}
+				collected = collected || p.Key == first // which is stored last
 			}
-			if _, collected := s.serials[b.Subject]; collected {
-				s.serials[b.Subject] = len(ban.Serials)
+			if collected {
+				s.serials[b.Subject], s.own[b.Subject] = len(ban.Serials), mine
 			}
 		}
 		list = append(list, ban)
@@ -256,6 +259,10 @@ func (a *Authority) addBan(ctx context.Context, text, reason string, until time.
 				b.Until = end
 			}
 		}
+	}
+	if subject.Kind() == identity.BanNode {
+		a.nodes.begin(b.Subject)
+		defer a.nodes.end(b.Subject)
 	}
 	changed, err := a.changeBan(ctx, b.Subject, func(old *revocation.Ban) (revocation.Ban, error) {
 		if old == nil && a.banned().set.Len() >= maxBans {
@@ -434,86 +441,6 @@ func (a *Authority) logBans(ctx context.Context) error {
 	return nil
 }
 
-// collectSerials bans every certificate that this replica issued for a node's agent
-// and pods and that has not expired. What it returns are their records.
-func (a *Authority) collectSerials(ctx context.Context, node identity.BanSubject) (records []*capb.IssuanceRecord, err error) {
-	now := a.clock.past()
-	b, err := a.read(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var list []revocation.Serial
-	for _, l := range b.logs {
-		for rec, err := range l.Scan(ctx, l.Since(now.Add(-a.cfg.SVID.MaxTTL-a.cfg.SVID.Backdate-maxStepBack))) {
-			if err != nil {
-				return nil, fmt.Errorf("collecting the certificates of %s: %w", node, err)
-			}
-			r := &capb.IssuanceRecord{}
-			if err := proto.Unmarshal(rec.Data, r); err != nil {
-				return nil, fmt.Errorf("collecting the certificates of %s: record %d: %w", node, rec.Sequence, err)
-			}
-			if r.GetNode() != node.Node() || r.GetNotAfter() <= now.Unix() || len(r.GetSerial()) != profile.SerialLength ||
-				r.GetKind() != capb.IssuanceRecord_KIND_AGENT && r.GetKind() != capb.IssuanceRecord_KIND_WORKLOAD {
-				continue
-			}
-			records = append(records, r)
-			list = append(list, revocation.Serial{Serial: [profile.SerialLength]byte(r.GetSerial()), Until: time.Unix(r.GetNotAfter(), 0).UTC()})
-		}
-	}
-	a.bansMu.Lock()
-	defer a.bansMu.Unlock()
-	was := a.banned().records[node.String()]
-	if was.revision == 0 || was.Ended != nil {
-		return nil, nil // it was removed in the meantime
-	}
-	all := 0
-	for _, n := range a.banned().serials {
-		all += n
-	}
-	if all+len(list) > maxBanSerials {
-		return nil, fmt.Errorf("%w: the bans of nodes mean %d certificates, %d are the most; ban SPIFFE IDs, or replace the intermediate", errBan, all+len(list), maxBanSerials)
-	}
-	parts := slices.Collect(slices.Chunk(list, revocation.MaxSerials))
-	if len(parts) == 0 {
-		parts = [][]revocation.Serial{nil} // that they were collected
-	}
-	for i, part := range slices.Backward(parts) { // the first is last: it says that all are there
-		_, err := a.store.Commit(ctx, []storage.Cond{{Key: revocation.BanKey(was.Subject), Revision: was.revision}},
-			[]storage.Op{{Key: revocation.SerialsKey(was.Subject, a.instance, i), Value: revocation.EncodeSerials(part)}})
-		if err != nil {
-			return nil, fmt.Errorf("%w: banning the certificates of %s: %w", ErrUnavailable, node, err)
-		}
-	}
-	return records, a.loadBans(ctx)
-}
-
-// revokeAll revokes certificates by their records, those that can be, in one list.
-func (a *Authority) revokeAll(ctx context.Context, records []*capb.IssuanceRecord, comment, by string) (n int, err error) {
-	now := a.clock.past()
-	n, err = func() (int, error) {
-		a.revokeMu.Lock()
-		defer a.revokeMu.Unlock()
-		set := a.revoked.Value()
-		var decisions []*capb.Decision
-		for _, r := range records {
-			if set.Has(r.GetSerial()) || len(r.GetAuthority()) == 0 {
-				continue
-			}
-			decisions = append(decisions, &capb.Decision{What: capb.Decision_WHAT_REVOKED, Instance: uint32(a.instance), Reason: comment, By: by,
-				Revoked: &capb.RevokedCertificate{Serial: r.GetSerial(), SpiffeId: r.GetSpiffeId(), Authority: r.GetAuthority(),
-					Reason: uint32(bannedReason), Revoked: now.Unix(), NotAfter: r.GetNotAfter()}})
-		}
-		if len(set)+len(decisions) > maxRevoked {
-			return 0, fmt.Errorf("%w: %d certificates would be revoked; %d are the most: replace the intermediate", errNotRevoked, len(set)+len(decisions), maxRevoked)
-		}
-		return a.recordRevoked(ctx, decisions...)
-	}()
-	if err != nil || n == 0 {
-		return n, err
-	}
-	return n, a.relist(ctx)
-}
-
 // tendBans ends bans whose time is over, does what a crash or a failure has left
 // undone, and forgets what ended long ago.
 func (a *Authority) tendBans(ctx context.Context) error {
@@ -546,19 +473,12 @@ func (a *Authority) tendBans(ctx context.Context) error {
 				errs = append(errs, err)
 			}
 		default:
-			if _, collected := s.serials[subject]; !collected && strings.HasPrefix(subject, "node/") {
-				node, err := identity.ParseBanSubject(subject)
-				var records []*capb.IssuanceRecord
-				if err == nil {
-					records, err = a.collectSerials(ctx, node)
-				}
-				if err == nil && a.cfg.CRL.Enabled {
-					_, err = a.revokeAll(ctx, records, r.Reason, r.By)
-				}
-				errs = append(errs, err)
+			if strings.HasPrefix(subject, "node/") {
+				errs = append(errs, a.tendNode(ctx, subject))
 			}
 		}
 	}
+	a.alarm("banned nodes", a.nodes.keep(s))
 	errs = append(errs, a.logBans(ctx), a.forgetBans(ctx, ended, now))
 	return errors.Join(errs...)
 }

@@ -28,6 +28,9 @@ const maxRevoked = 8192
 // listPause is how long after a failure lists are not signed again.
 const listPause = time.Minute
 
+// storeTime is how long it may take to make part of the state what the log says.
+const storeTime = 5 * time.Second
+
 var (
 	// errNotIssued is why a serial is not revoked that is in no log.
 	errNotIssued = errors.New("no such certificate was issued")
@@ -145,10 +148,9 @@ func parseLists(entries []storage.Entry) (map[string]*x509.RevocationList, error
 // what was recorded and not stored, because of a crash or in a backup, is revoked. Each
 // start takes a new sequence where there are lists, so that one never means two states.
 func (a *Authority) startLists(ctx context.Context) error {
-	if err := a.storeRevoked(ctx, a.recalled); err != nil {
+	if err := a.tendRevoked(ctx); err != nil {
 		return err
 	}
-	a.recalled = nil
 	if !a.cfg.CRL.Enabled && a.cfg.shared() {
 		// Those of this replica leave with a change of trust of their own.
 		if !slices.ContainsFunc(a.lists.all(), func(c *x509.RevocationList) bool { return a.hasKey(c.AuthorityKeyId) }) {
@@ -180,9 +182,9 @@ func (a *Authority) recall(r *capb.RevokedCertificate, d *capb.Decision, now tim
 	if a.revoked.Value().Has(e.Serial) || !now.Before(e.Until) {
 		return
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.recalled = append(a.recalled, e)
+	a.revokeMu.Lock()
+	defer a.revokeMu.Unlock()
+	a.unstored = append(a.unstored, e)
 }
 
 // entryOf is what a decision of the log says.
@@ -191,42 +193,71 @@ func entryOf(r *capb.RevokedCertificate, d *capb.Decision) revocation.Entry {
 		Comment: d.GetReason(), By: d.GetBy(), Revoked: time.Unix(r.GetRevoked(), 0).UTC(), Until: time.Unix(r.GetNotAfter(), 0).UTC()}
 }
 
-// storeRevoked makes entries part of the state.
-func (a *Authority) storeRevoked(ctx context.Context, entries []revocation.Entry) error {
-	set := a.revoked.Value()
-	for part := range slices.Chunk(entries, storage.MaxOps) {
-		var ops []storage.Op
+// storeRevoked makes part of the state what was recorded as revoked and is not known to
+// be there, whoever waits for that. It counts here before. What could not be stored is
+// tried again: by who asks to have it revoked again, by tendRevoked, and at the next start.
+// revokeMu is held.
+func (a *Authority) storeRevoked(ctx context.Context) error {
+	if set := a.revoked.Value(); slices.ContainsFunc(a.unstored, func(e revocation.Entry) bool { return !set.Has(e.Serial) }) {
+		a.revoked.Store(set.With(a.unstored...))
+	}
+	for len(a.unstored) > 0 {
+		part := a.unstored[:min(len(a.unstored), storage.MaxOps)]
+		ops, said := make([]storage.Op, 0, len(part)), map[string]bool{}
 		for _, e := range part {
 			b, err := e.Encode()
 			if err != nil {
 				return err
 			}
-			ops = append(ops, storage.Op{Key: revocation.Key(e.Serial), Value: b})
+			// The log can say it twice, a commit cannot.
+			if key := revocation.Key(e.Serial); !said[key] {
+				ops, said[key] = append(ops, storage.Op{Key: key, Value: b}), true
+			}
 		}
-		if _, err := a.store.Commit(ctx, nil, ops); err != nil {
+		within, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTime)
+		_, err := a.store.Commit(within, nil, ops)
+		cancel()
+		if err != nil {
 			return fmt.Errorf("%w: recording a revocation: %w", ErrUnavailable, err)
 		}
-		set = set.With(part...)
-		a.revoked.Store(set)
+		a.unstored = a.unstored[len(part):]
 	}
 	return nil
 }
 
+// tendRevoked stores what the log says and the state does not.
+func (a *Authority) tendRevoked(ctx context.Context) error {
+	a.revokeMu.Lock()
+	defer a.revokeMu.Unlock()
+	return a.storeRevoked(ctx)
+}
+
+// withKnown is what was revoked by a state that was read, and what is known here to be:
+// of what this replica has recorded, or stored after that was read. What is revoked
+// stays so until it need not be said any more. revokeMu is held.
+func (a *Authority) withKnown(read revocation.Set) revocation.Set {
+	known, _ := a.revoked.Value().With(a.unstored...).Split(a.clock.past(), a.cfg.CRL.Lifetime)
+	maps.Copy(known, read)
+	return known
+}
+
 // recordRevoked records that certificates are revoked: in the log first, because what is
 // there a start makes part of the state, and then in the state. What is recorded counts,
-// whatever became of the commit. n is how many are recorded. revokeMu is held.
+// whatever became of the commit. n is how many are recorded. Who leaves meanwhile does not
+// leave half of it behind: nobody would know whether the log has it. revokeMu is held.
 func (a *Authority) recordRevoked(ctx context.Context, ds ...*capb.Decision) (n int, err error) {
 	for part := range slices.Chunk(ds, storage.MaxRecords) {
-		if err := a.decide(ctx, part...); err != nil {
+		if ctx.Err() != nil {
+			return n, fmt.Errorf("%w: recording a revocation: %w", ErrUnavailable, context.Cause(ctx))
+		}
+		if err := a.decide(context.WithoutCancel(ctx), part...); err != nil {
 			return n, err
 		}
 		n += len(part)
-		entries := make([]revocation.Entry, len(part))
-		for i, d := range part {
-			entries[i] = entryOf(d.GetRevoked(), d)
+		for _, d := range part {
+			a.unstored = append(a.unstored, entryOf(d.GetRevoked(), d))
 		}
-		if err := a.storeRevoked(ctx, entries); err != nil {
-			a.revoked.Store(a.revoked.Value().With(entries...))
+		if err := a.storeRevoked(ctx); err != nil {
 			return n, err
 		}
 	}
@@ -235,14 +266,18 @@ func (a *Authority) recordRevoked(ctx context.Context, ds ...*capb.Decision) (n 
 
 // Revoke takes a certificate back that this authority issued: recorded in the log and
 // in the state, refused here from then on, and on a new CRL if there are any. Again is
-// true if it was revoked before; nothing changes then. An error wraps errNotIssued or
+// true if it was revoked before; nothing changes then, but that it becomes part of the
+// state if it is not yet. An error wraps errNotIssued or
 // errNotRevoked where the serial is the reason, and nothing was recorded.
 func (a *Authority) revoke(ctx context.Context, serial []byte, reason revocation.Reason, comment, by string) (e revocation.Entry, again bool, err error) {
 	a.revokeMu.Lock()
 	defer a.revokeMu.Unlock()
 	set := a.revoked.Value()
 	if e, again := set[string(serial)]; again {
-		return e, true, nil
+		if slices.ContainsFunc(a.unstored, func(u revocation.Entry) bool { return bytes.Equal(u.Serial, serial) }) {
+			err = a.storeRevoked(ctx)
+		}
+		return e, err == nil, err
 	}
 	switch {
 	case !reason.Valid():

@@ -54,12 +54,21 @@ func WithWall(c *Config, wall func() time.Time) { c.wall = wall }
 // Tick does once what Run does again and again.
 func (a *Authority) Tick(ctx context.Context) error {
 	a.keyUses.expire(a.clock.past())
-	return errors.Join(a.tendClock(ctx), a.renew(ctx), a.forgetAgents(ctx), a.tendBans(ctx), a.pruneLog(ctx), a.signHead(ctx))
+	return errors.Join(a.tendClock(ctx), a.renew(ctx), a.forgetAgents(ctx), a.tendBans(ctx), a.tendRevoked(ctx), a.pruneLog(ctx), a.signHead(ctx))
 }
 
 // Revoke takes a certificate back.
 func (a *Authority) Revoke(ctx context.Context, serial []byte) error {
 	_, _, err := a.revoke(ctx, serial, 4, "a test", "a test")
+	return err
+}
+
+// TendRevoked stores what was recorded as revoked and is not in the state.
+func (a *Authority) TendRevoked(ctx context.Context) error { return a.tendRevoked(ctx) }
+
+// CatchUp reads the shared state as after a watch of it was lost.
+func (a *Authority) CatchUp(ctx context.Context) error {
+	_, err := a.catchUp(ctx)
 	return err
 }
 

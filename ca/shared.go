@@ -376,7 +376,7 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 	a.agents.readAll(agents, revision)
 	a.alarm("agents' records", a.agents.unreadable())
 	a.revokeMu.Lock()
-	a.revoked.Store(revoked)
+	a.revoked.Store(a.withKnown(revoked))
 	a.revokeMu.Unlock()
 	a.takenBack.now()
 	a.asked.now()
