@@ -568,6 +568,9 @@ func (a *Authority) publishTrust() error {
 func (a *Authority) settle(ctx context.Context, now time.Time) error {
 	a.rotationMu.Lock()
 	defer a.rotationMu.Unlock()
+	if err := a.adopt(ctx); err != nil {
+		return fmt.Errorf("taking the next intermediate: %w", err)
+	}
 	s := a.staged.Load()
 	if s == nil {
 		return nil

@@ -146,7 +146,7 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("rotating authorities: %w", err)
 	}
-	if err := a.adoptRoot(); err != nil {
+	if err := a.adopt(ctx); err != nil {
 		return fmt.Errorf("rotating authorities: %w", err)
 	}
 	s, err := a.rotationState()
@@ -346,7 +346,11 @@ func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journalEntry
 		if root := a.root.Load(); root == nil || authorityID(root.cert) != active.ID || iss.cert.CheckSignatureFrom(root.cert) != nil {
 			return s, fmt.Errorf("the intermediate %s is not below the active root", iss.cert.Subject)
 		}
-		return s.Succeed(a.intermediateOf(iss, s), rotation.View{Now: now, Rules: a.cfg.rules()})
+		v := rotation.View{Now: now, Rules: a.cfg.rules()}
+		if signs := a.intermediate.Load(); signs != nil {
+			s, _ = s.Signed(authorityID(signs.cert), v) // by the journal another one may have taken its place before
+		}
+		return s.Succeed(a.intermediateOf(iss, s), v)
 	}, entry)
 	if err != nil {
 		return a.dropKey(entry, err)

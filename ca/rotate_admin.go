@@ -127,7 +127,7 @@ func (a *Authority) rotateBy(ctx context.Context, q *capb.RotateRequest, by stri
 	}
 	a.rotationMu.Lock()
 	defer a.rotationMu.Unlock()
-	if err := a.adoptRoot(); err != nil {
+	if err := a.adopt(ctx); err != nil {
 		return "", err
 	}
 	if q.GetStep() == capb.RotateRequest_STEP_RENEW {

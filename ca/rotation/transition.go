@@ -129,6 +129,24 @@ func (s State) Succeed(next Intermediate, v View) (State, error) {
 	return s, nil
 }
 
+// Signed notes that an intermediate which signs no more by this state has signed until
+// now all the same: its replica did not know that another one had taken its place. It
+// reports whether that changes anything: it does not for one that signs, for one that is
+// not in the state, and within [Rules.Slack] of when its place was taken.
+func (s State) Signed(id string, v View) (State, bool) {
+	i := slices.IndexFunc(s.Intermediates, func(m Intermediate) bool { return m.ID == id })
+	if i < 0 || s.Intermediates[i].Leaves.IsZero() {
+		return s, false
+	}
+	if m := s.Intermediates[i]; !m.Leaves.Before(earlier(v.Now.Add(v.Rules.Leaf), m.End)) {
+		return s, false
+	}
+	s = s.clone()
+	m := &s.Intermediates[i]
+	m.Leaves = earlier(v.Now.Add(v.Rules.Leaf+v.Rules.Slack), m.End)
+	return s, true
+}
+
 // over reports whether no leaf of an intermediate can be valid.
 func (m Intermediate) over(v View) bool {
 	return !v.Now.Before(m.End.Add(v.Rules.Slack)) || !m.Leaves.IsZero() && !v.Now.Before(m.Leaves.Add(v.Rules.Slack))

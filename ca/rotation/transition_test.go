@@ -433,3 +433,36 @@ func TestTransitionsOfACondemnedRoot(t *testing.T) {
 		t.Errorf("it is revoked: %+v", old)
 	}
 }
+
+// TestSignedAfterItWasRetired: the root of an intermediate stays until what that signed
+// after the state had retired it has ended.
+func TestSignedAfterItWasRetired(t *testing.T) {
+	be := mustBe(t)
+	s := be(rotation.State{}.Prepare(root("r1", t0), t0))
+	s = be(s.Succeed(inter("i1", "r1", 1, t0), when(t0)))
+	s = be(s.Succeed(inter("i2", "r1", 1, t0), when(t0.Add(day))))
+	leaves := func(s rotation.State, id string) time.Time {
+		i := slices.IndexFunc(s.Intermediates, func(m rotation.Intermediate) bool { return m.ID == id })
+		return s.Intermediates[i].Leaves
+	}
+	for name, c := range map[string]struct {
+		id   string
+		at   time.Time
+		want time.Time // zero: nothing changes
+	}{
+		"within the slack":            {"i1", t0.Add(day + time.Second), time.Time{}},
+		"later":                       {"i1", t0.Add(day + time.Hour), t0.Add(2*day + time.Hour + time.Second)},
+		"so late that it ends before": {"i1", t0.Add(7*day + time.Hour), t0.Add(8 * day)},
+		"one that signs":              {"i2", t0.Add(2 * day), time.Time{}},
+		"one that is not there":       {"i3", t0.Add(2 * day), time.Time{}},
+	} {
+		before := s
+		got, longer := s.Signed(c.id, when(c.at))
+		if longer != !c.want.IsZero() || longer && !leaves(got, c.id).Equal(c.want) || !longer && !same(got, before) || !leaves(s, "i1").Equal(t0.Add(2*day+time.Second)) {
+			t.Errorf("%s: %v, %v", name, longer, got.Intermediates)
+		}
+		if _, again := got.Signed(c.id, when(c.at)); again {
+			t.Errorf("%s: a second time", name)
+		}
+	}
+}
