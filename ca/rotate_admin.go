@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,11 @@ var errForeignRoot = errors.New("the root is not this authority's own: whoever h
 // rotationGrace is how long a step goes on when whoever asked for it is gone. It signs a few
 // certificates and makes a few changes of the state, unless it waits for another replica.
 const rotationGrace = 10 * time.Second
+
+// answerWait is how long an operator's step waits for the replica with the root.
+const answerWait = 30 * time.Second
+
+var errAnswerWait = fmt.Errorf("it was waited for %v", answerWait)
 
 // Authorities implements signet.ca.v1.Admin.
 func (s admin) Authorities(context.Context, *capb.AuthoritiesRequest) (*capb.AuthoritiesResponse, error) {
@@ -156,20 +162,35 @@ func (a *Authority) ownIntermediate(id string) bool {
 	})
 }
 
-// renewNow takes another intermediate. rotationMu is held.
+// renewNow takes another intermediate. rotationMu is held, and let go of while another
+// replica is waited for: what is due is done meanwhile, so the caller looks again.
 func (a *Authority) renewNow(ctx context.Context) (id string, err error) {
 	before := a.intermediate.Load()
 	err = a.renewIntermediate(ctx)
+	waits := func() bool { return !a.holdsRoot() && a.intermediate.Load() == before && a.staged.Load() == nil }
 	// Another replica signs it where that has the root's key.
-	for !a.holdsRoot() && err == nil && a.intermediate.Load() == before && a.staged.Load() == nil {
-		select {
-		case <-ctx.Done():
-			return "", fmt.Errorf("replica %d, which has the root's key (authority.rootReplica), has not signed the next intermediate; it is used when it has: %w", a.cfg.RootReplica, context.Cause(ctx))
-		case <-time.After(askEvery):
+	for end := time.Now().Add(answerWait); err == nil && waits(); {
+		if err = a.letOthers(ctx, askEvery); err != nil || time.Now().After(end) {
+			return "", fmt.Errorf("replica %d, which has the root's key (authority.rootReplica), has not signed the next intermediate: see that it runs and reaches the state, then do this step again; the request stays, and the intermediate is used when it is signed: %w",
+				a.cfg.RootReplica, cmp.Or(err, errAnswerWait))
 		}
-		err = a.renewIntermediate(ctx)
+		if err = a.adopt(ctx); err == nil && waits() {
+			err = a.renewIntermediate(ctx)
+		}
 	}
 	return authorityID(a.intermediate.Load().cert), err
+}
+
+// letOthers lets go of rotationMu, which is held, for a while.
+func (a *Authority) letOthers(ctx context.Context, d time.Duration) error {
+	a.rotationMu.Unlock()
+	defer a.rotationMu.Lock()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
+	}
 }
 
 // rotateRoot does a step that is about roots. rotationMu is held.
@@ -343,6 +364,7 @@ func (a *Authority) leave(ctx context.Context, must func(iss *issuer, root strin
 	} else if _, err := a.renewNow(ctx); err != nil {
 		return err
 	}
+	root = authorityID(a.root.Load().cert) // it may be another one after a wait
 	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {
 		if err := a.settled(ctx, s); err != nil {
 			return err
