@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/profile"
@@ -52,6 +53,25 @@ func parseAsked(e storage.Entry) (r askedRevocation, err error) {
 		return askedRevocation{}, fmt.Errorf("reading %s: %w", e.Key, err)
 	}
 	return r, nil
+}
+
+// serialAsked is whose revocation an entry asks for, which its key says: an entry that
+// this build cannot read is for its issuer to answer all the same.
+func serialAsked(key string) ([]byte, error) {
+	serial, err := hex.DecodeString(strings.TrimPrefix(key, askedPrefix))
+	if err != nil || len(serial) != profile.SerialLength || key != askedKey(serial) {
+		return nil, fmt.Errorf("reading %s: its key is not that of a serial", key)
+	}
+	return serial, nil
+}
+
+// certainlyOver reports whether a certificate has expired that a replica can have issued
+// under a serial, whose record it need not have. A serial carries its time, and no SVID
+// lives longer than svid.maxTTL; where that of another replica is longer, no longer than
+// an intermediate.
+func (a *Authority) certainlyOver(serial []byte) bool {
+	life := max(a.cfg.IntermediateTTL, a.cfg.SVID.MaxTTL) + serialSlack
+	return a.clock.past().Sub(profile.SerialTime(serial)) > life
 }
 
 // elsewhere reports whether another replica issued a certificate.
@@ -112,25 +132,35 @@ func (a *Authority) askRevoke(ctx context.Context, serial []byte, reason revocat
 	}
 }
 
-// answerRevocations revokes what other replicas were told to.
+// answerRevocations revokes what other replicas were told to. Requests that nobody can
+// have to answer any more are removed, whoever was asked.
 func (a *Authority) answerRevocations(ctx context.Context) error {
 	entries, _, err := a.store.List(ctx, askedPrefix)
 	if err != nil {
 		return fmt.Errorf("revoking for other replicas: %w", err)
 	}
 	now := a.clock.past()
-	var errs []error
+	var errs, unread []error
 	for _, e := range entries {
-		r, err := parseAsked(e)
+		serial, err := serialAsked(e.Key)
 		if err != nil {
-			errs = append(errs, err)
+			unread = append(unread, err)
 			continue
 		}
-		if len(r.Serial) != profile.SerialLength || r.Serial[0] != a.instance || r.Refused != "" && now.Sub(r.At) < refusalKept {
+		own, over := serial[0] == a.instance, a.certainlyOver(serial)
+		if !own && !over {
 			continue
+		}
+		r, unreadable := parseAsked(e)
+		switch {
+		case unreadable != nil && !over:
+			unread = append(unread, unreadable)
+			continue
+		case unreadable == nil && (!own || r.Refused != "") && now.Sub(r.At) < refusalKept:
+			continue // somebody waits for the issuer's answer, or has yet to read it
 		}
 		op := storage.Op{Key: e.Key, Delete: true}
-		if r.Refused == "" {
+		if own && unreadable == nil && r.Refused == "" {
 			_, _, err = a.revoke(ctx, r.Serial, r.Reason, r.Comment, r.By)
 			if r.NotIssued = errors.Is(err, errNotIssued); r.NotIssued || errors.Is(err, errNotRevoked) {
 				r.Refused, err = err.Error(), nil
@@ -147,6 +177,12 @@ func (a *Authority) answerRevocations(ctx context.Context) error {
 		if _, err := a.store.Commit(ctx, []storage.Cond{{Key: e.Key, Revision: e.Revision}}, []storage.Op{op}); err != nil && !errors.Is(err, storage.ErrConflict) {
 			errs = append(errs, err)
 		}
+	}
+	if err := errors.Join(unread...); err != nil {
+		err = fmt.Errorf("%w: the certificate is not revoked: have it banned (signet ca ban add serial/SERIAL), or start the version here that asked", err)
+		a.alarm("asked revocations", err)
+	} else {
+		a.alarm("asked revocations", nil)
 	}
 	if a.cfg.CRL.Enabled && a.listsDue(now) {
 		errs = append(errs, a.relist(ctx))

@@ -535,6 +535,9 @@ func (a *Authority) Run(ctx context.Context) error {
 		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
 		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
 		g.Go(func() error { return a.when(ctx, "revocations", a.askedToRevoke, listAfter, a.answerRevocations) })
+		g.Go(func() error {
+			return a.every(ctx, "asked revocations", pruneEvery, func(context.Context) error { a.askedToRevoke.now(); return nil })
+		})
 		if a.cfg.RootReplica == a.instance {
 			g.Go(func() error { return a.when(ctx, "requests", a.asked, answerAfter, a.answerRequests) })
 		}

@@ -66,6 +66,9 @@ func (a *Authority) Revoke(ctx context.Context, serial []byte) error {
 // TendRevoked stores what was recorded as revoked and is not in the state.
 func (a *Authority) TendRevoked(ctx context.Context) error { return a.tendRevoked(ctx) }
 
+// AnswerRevocations answers what other replicas ask.
+func (a *Authority) AnswerRevocations(ctx context.Context) error { return a.answerRevocations(ctx) }
+
 // CatchUp reads the shared state as after a watch of it was lost.
 func (a *Authority) CatchUp(ctx context.Context) error {
 	_, err := a.catchUp(ctx)
