@@ -288,7 +288,15 @@ func (a *Authority) activateRoot(ctx context.Context, o rotation.Override, by st
 			return err
 		}
 	}
-	if err := a.rotate(ctx, func(s rotation.State) (rotation.State, error) { return s.Activate(v, o) }); err != nil {
+	err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
+		// What is on record, and opened, is that one; another replica whose turn ran into this
+		// one may have put another in its place.
+		if r, ok := s.Next(); !ok || r.ID != next.ID {
+			return s, fmt.Errorf("activating root %s: %w: it is not the one on the way any more (`signet ca authority list`)", next.ID, rotation.ErrStage)
+		}
+		return s.Activate(v, o)
+	})
+	if err != nil {
 		return err
 	}
 	a.root.Store(iss)
