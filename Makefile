@@ -43,7 +43,7 @@ test: tools ## run all tests, with the race detector
 	@# for debuggers.
 	@export GORACE=atexit_sleep_ms=10 GOFLAGS="$$GOFLAGS -ldflags=-w" && \
 	all=$$(go list ./...) && rest=$$(echo "$$all" | grep -v '/integration$$') && \
-	go run ./integration/testrun -race -timeout 20m -parallel 5 ./integration \
+	go run ./integration/testrun -race -timeout 20m -parallel 4 ./integration \
 		-- -race -timeout 20m -p 2 $$rest \
 		-- -short -timeout 20m -p 1 ./authz ./authz/explain ./authz/extauthz \
 		-- -timeout 20m -p 1 -run '^($(SWEEPS))$$' ./integration/oracle ./ca ./ca/kube ./ca/rotation
