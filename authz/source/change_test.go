@@ -257,7 +257,10 @@ func TestWritesInPlaceDoNotCount(t *testing.T) {
 			if !f.hasProblem(c.file, inPlace) {
 				t.Error("the report did not last")
 			}
-			f.want("a", true)
+			// Between the two steps of these the file is gone, which may be seen.
+			if name != "removing and creating" && name != "renaming away and creating, as some editors do" {
+				f.want("a", true)
+			}
 			f.want("b", false)
 			if err := f.Ready(); err != nil {
 				t.Errorf("not ready: %v", err)
