@@ -378,7 +378,7 @@ func TestReplicasRevokeTogether(t *testing.T) {
 		}
 		seen[tr.Sequence()] = string(tr.CRLPEM()) + string(tr.PEM())
 	}
-	var wg sync.WaitGroup
+	var wg, watching sync.WaitGroup
 	stop := make(chan struct{})
 	for _, w := range []*world{a, b} {
 		wg.Go(func() {
@@ -389,7 +389,7 @@ func TestReplicasRevokeTogether(t *testing.T) {
 				note(w)
 			}
 		})
-		go func() {
+		watching.Go(func() {
 			for {
 				_, changed := w.Trust()
 				note(w)
@@ -399,11 +399,12 @@ func TestReplicasRevokeTogether(t *testing.T) {
 					return
 				}
 			}
-		}()
+		})
 	}
 	wg.Wait()
 	eventually(t, "one state of trust", same)
 	close(stop)
+	watching.Wait()
 	// Lists are of the state: one that does not sign any hands on those of the others.
 	stopB()
 	b.close()
