@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/identity/attest/devissuer"
+	proc "github.com/signet-mesh/signet/integration/process"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -215,12 +216,11 @@ func (s *standalone) stop(program string, sig syscall.Signal) {
 
 func freeAddr(tb testing.TB) string {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ports, err := proc.FreePorts(1)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return net.JoinHostPort("127.0.0.1", ports[0])
 }
 
 // dial connects to the agent's socket.

@@ -26,11 +26,18 @@ import (
 // machine.
 const Patience = 60 * time.Second
 
+// given are the ports that FreePorts has returned.
+var given sync.Map
+
 // FreePorts are ports below the range that the kernel hands out, so that a process
-// that was ended finds its port again.
+// that was ended finds its port again, and no connection has it. Each is returned once.
 func FreePorts(n int) (ports []string, err error) {
 	for tries := 0; len(ports) < n; tries++ {
-		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(16000+rand.IntN(12000)))
+		port := 16000 + rand.IntN(12000)
+		if _, taken := given.LoadOrStore(port, true); taken && tries <= 100 {
+			continue
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
 		if err != nil {
 			if tries > 100 {
 				return nil, err
@@ -38,11 +45,7 @@ func FreePorts(n int) (ports []string, err error) {
 			continue
 		}
 		defer l.Close()
-		_, port, err := net.SplitHostPort(l.Addr().String())
-		if err != nil {
-			return nil, err
-		}
-		ports = append(ports, port)
+		ports = append(ports, strconv.Itoa(port))
 	}
 	return ports, nil
 }
