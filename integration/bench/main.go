@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -78,6 +79,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	b, err := json.MarshalIndent(metrics, "", "  ")
 	if err != nil {
 		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(*output), 0o755); err != nil {
+		return fmt.Errorf("writing the metrics: %w", err)
 	}
 	if err := os.WriteFile(*output, append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("writing the metrics: %w", err)
