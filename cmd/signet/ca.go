@@ -97,23 +97,13 @@ does not hold: records were lost, or an older copy of the log was put back. Rest
 the log if you can. If the records are gone for good, this accepts it; the decision
 is recorded, and only the loss that is named is accepted.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			if _, err := a.AcceptLogLoss(cmd.Context(), req); err != nil {
-				return a.failed(err)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "accepted; the authority signs again\n")
+		RunE: accepting(socket, func(ctx context.Context, a *authority) error {
+			_, err := a.AcceptLogLoss(ctx, req)
 			return err
-		}}
+		})}
 	c.Flags().Uint64Var(&req.Sequence, "sequence", 0, "the record of the head that was lost, as the alarm names it")
 	c.Flags().StringVar(&req.Reason, "reason", "", "why, for those who read the log later")
-	for _, f := range []string{"sequence", "reason"} {
-		_ = c.MarkFlagRequired(f) // fails only for a flag that is not there
-	}
+	required(c, "sequence", "reason")
 	return c
 }
 
@@ -126,22 +116,25 @@ that issues has ended. Set the clock right if it is wrong: signing goes on by it
 If the clock is right, because the authority was off for long or an earlier time was
 wrong, this accepts it; the decision is recorded in the log.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			if _, err := a.AcceptClock(cmd.Context(), req); err != nil {
-				return a.failed(err)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "accepted; the authority signs again\n")
+		RunE: accepting(socket, func(ctx context.Context, a *authority) error {
+			_, err := a.AcceptClock(ctx, req)
 			return err
-		}}
+		})}
 	c.Flags().Uint64Var(&req.Record, "record", 0, "the newest record, as the alarm names it")
 	c.Flags().StringVar(&req.Reason, "reason", "", "why, for those who read the log later")
-	for _, f := range []string{"record", "reason"} {
-		_ = c.MarkFlagRequired(f) // fails only for a flag that is not there
-	}
+	required(c, "record", "reason")
 	return c
+}
+
+// accepting has an authority accept something, after which it signs again.
+func accepting(socket *string, accept func(context.Context, *authority) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
+		return withAuthority(*socket, func(a *authority) error {
+			if err := accept(cmd.Context(), a); err != nil {
+				return a.failed(err)
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "accepted; the authority signs again\n")
+			return err
+		})
+	}
 }

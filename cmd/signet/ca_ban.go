@@ -99,7 +99,7 @@ what does not enforce it.`,
 	for _, c := range []*cobra.Command{add, remove} {
 		c.Flags().StringVar(&reason, "reason", "", "why, a `TEXT` for those who read of it later")
 		c.Flags().DurationVar(&wait, "wait", 2*time.Second, "how long to wait for agents to say that they have taken it up")
-		_ = c.MarkFlagRequired("reason") // fails only for a flag that is not there
+		required(c, "reason")
 	}
 	var all bool
 	list := &cobra.Command{Use: "list", Short: "Print the bans, and which agents enforce them", Args: cobra.NoArgs,
