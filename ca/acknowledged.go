@@ -2,13 +2,11 @@ package ca
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/signet-mesh/signet/storage"
@@ -64,7 +62,7 @@ func (as *agents) read(e storage.Entry) {
 			as.unread = map[string]error{}
 		}
 		as.unread[e.Key] = err
-		if serial, err := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)); err == nil {
+		if serial, err := agentSerial(e.Key); err == nil {
 			delete(as.bySerial, string(serial)) // what was known is not so any more
 		}
 		return
@@ -109,9 +107,14 @@ func (a *Authority) rereadAgents(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading agents: %w", err)
 	}
+	a.takeAgents(entries, revision)
+	return nil
+}
+
+// takeAgents replaces the records of agents by those that were stored at a revision.
+func (a *Authority) takeAgents(entries []storage.Entry, revision uint64) {
 	a.agents.readAll(entries, revision)
 	a.alarm("agents' records", a.agents.unreadable())
-	return nil
 }
 
 // carryOn has a new record say what older ones of the machine do. Whoever attests gets
@@ -165,7 +168,7 @@ func (as *agents) say(ctx context.Context, serials []string) error {
 			if err != nil {
 				return err
 			}
-			key := agentPrefix + hex.EncodeToString(r.serial)
+			key := agentKey(r.serial)
 			conds, ops = append(conds, storage.Cond{Key: key, Revision: r.revision}), append(ops, storage.Op{Key: key, Value: b})
 		}
 		if len(ops) == 0 {
@@ -215,7 +218,7 @@ func (as *agents) news(serials []string) (next []*agent) {
 // reread takes up what the store says of some agents.
 func (as *agents) reread(ctx context.Context, rs []*agent) error {
 	for _, r := range rs {
-		e, err := as.store.Get(ctx, agentPrefix+hex.EncodeToString(r.serial))
+		e, err := as.store.Get(ctx, agentKey(r.serial))
 		if errors.Is(err, storage.ErrNotFound) {
 			as.mu.Lock()
 			delete(as.bySerial, string(r.serial))

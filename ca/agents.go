@@ -93,6 +93,12 @@ func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
 	return as, nil
 }
 
+func agentKey(serial []byte) string { return agentPrefix + hex.EncodeToString(serial) }
+
+func agentSerial(key string) ([]byte, error) {
+	return hex.DecodeString(strings.TrimPrefix(key, agentPrefix))
+}
+
 func parseAgent(e storage.Entry) (*agent, error) {
 	var r agent
 	err := json.Unmarshal(e.Value, &r)
@@ -100,7 +106,7 @@ func parseAgent(e storage.Entry) (*agent, error) {
 		err = fmt.Errorf("%w: it has version %d, this build reads up to %d; run the newer signet-ca", storage.ErrNewerFormat, r.Version, agentVersion)
 	}
 	if err == nil {
-		r.serial, err = hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix))
+		r.serial, err = agentSerial(e.Key)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
@@ -151,7 +157,7 @@ func (as *agents) add(ctx context.Context, r agent, cond storage.Cond) error {
 	if err != nil {
 		return fmt.Errorf("recording agent on %s: %w", r.Node, err)
 	}
-	key := agentPrefix + hex.EncodeToString(r.serial)
+	key := agentKey(r.serial)
 	if r.revision, err = as.store.Commit(ctx, []storage.Cond{{Key: key}, cond}, []storage.Op{{Key: key, Value: b}}); err != nil {
 		return fmt.Errorf("%w: recording agent on %s: %w", ErrUnavailable, r.Node, err)
 	}
@@ -197,7 +203,7 @@ func (as *agents) forget(ctx context.Context, ttl time.Duration, now time.Time) 
 	var serials []string
 	for s, r := range as.bySerial {
 		if r.until(ttl).Before(now) {
-			ops = append(ops, storage.Op{Key: agentPrefix + hex.EncodeToString(r.serial), Delete: true})
+			ops = append(ops, storage.Op{Key: agentKey(r.serial), Delete: true})
 			serials = append(serials, s)
 		}
 	}

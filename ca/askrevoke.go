@@ -43,9 +43,7 @@ type askedRevocation struct {
 func askedKey(serial []byte) string { return askedPrefix + hex.EncodeToString(serial) }
 
 func parseAsked(e storage.Entry) (r askedRevocation, err error) {
-	if err = json.Unmarshal(e.Value, &r); err == nil && (r.Version < 1 || r.Version > askedVersion) {
-		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, r.Version, askedVersion)
-	}
+	r, err = parseVersioned[askedRevocation](e, askedVersion, func(r askedRevocation) int { return r.Version })
 	if err == nil && e.Key != askedKey(r.Serial) {
 		err = errors.New("it is of another serial")
 	}
@@ -178,12 +176,10 @@ func (a *Authority) answerRevocations(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
-	if err := errors.Join(unread...); err != nil {
+	if err = errors.Join(unread...); err != nil {
 		err = fmt.Errorf("%w: the certificate is not revoked: have it banned (signet ca ban add serial/SERIAL), or start the version here that asked", err)
-		a.alarm("asked revocations", err)
-	} else {
-		a.alarm("asked revocations", nil)
 	}
+	a.alarm("asked revocations", err)
 	if a.cfg.CRL.Enabled && a.listsDue(now) {
 		errs = append(errs, a.relist(ctx))
 	}

@@ -136,7 +136,7 @@ func (c *clock) look() clockReading {
 		c.known, c.knownAt, c.doubted = later(t, c.newest), e, false
 		r.past = c.known
 	default:
-		if !c.doubted || absolute(ahead-c.by) > maxStepBack {
+		if !c.doubted || (ahead-c.by).Abs() > maxStepBack {
 			c.doubted, c.at, c.by = true, e, ahead
 		}
 		r.doubted, r.since = true, e-c.at
@@ -151,8 +151,6 @@ func (c *clock) look() clockReading {
 	}
 	return r
 }
-
-func absolute(d time.Duration) time.Duration { return max(d, -d) }
 
 // now is the time to put into certificates. Only what was recorded holds it.
 func (c *clock) now() (time.Time, error) {
@@ -257,7 +255,6 @@ func parseClock(e storage.Entry) (clockState, error) {
 
 // loadClock reads what was known of the time, and looks at the clock for the first time.
 func (a *Authority) loadClock(ctx context.Context) error {
-	a.clock.earliest = a.cfg.Built
 	k := &a.keptClock
 	k.mu.Lock()
 	defer k.mu.Unlock()

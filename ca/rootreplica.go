@@ -60,9 +60,7 @@ type signed struct {
 func signedKey(instance uint8) string { return fmt.Sprintf("%s%03d", signedPrefix, instance) }
 
 func parseSigned(e storage.Entry) (s signed, err error) {
-	if err = json.Unmarshal(e.Value, &s); err == nil && (s.Version < 1 || s.Version > signedVersion) {
-		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, s.Version, signedVersion)
-	}
+	s, err = parseVersioned[signed](e, signedVersion, func(s signed) int { return s.Version })
 	if err == nil && (len(s.Request) != sha256.Size || len(s.Certificate) == 0) {
 		err = errors.New("it is incomplete")
 	}

@@ -3,7 +3,6 @@ package ca
 import (
 	"context"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -373,8 +372,7 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 			revoked[string(r.Serial)] = r
 		}
 	}
-	a.agents.readAll(agents, revision)
-	a.alarm("agents' records", a.agents.unreadable())
+	a.takeAgents(agents, revision)
 	a.revokeMu.Lock()
 	a.revoked.Store(a.withKnown(revoked))
 	a.revokeMu.Unlock()
@@ -394,7 +392,7 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 	case strings.HasPrefix(e.Key, agentPrefix):
 		a.agents.mu.Lock()
 		if e.Deleted {
-			serial, _ := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix)) // another key is of no agent
+			serial, _ := agentSerial(e.Key) // another key is of no agent
 			delete(a.agents.bySerial, string(serial))
 			delete(a.agents.unread, e.Key)
 		} else {

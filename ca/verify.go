@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -397,7 +396,7 @@ func (v *verifier) decision(r *capb.IssuanceRecord) error {
 
 func (v *verifier) agent(e storage.Entry) {
 	var r agent
-	serial, err := hex.DecodeString(strings.TrimPrefix(e.Key, agentPrefix))
+	serial, err := agentSerial(e.Key)
 	if err == nil {
 		err = json.Unmarshal(e.Value, &r)
 	}
