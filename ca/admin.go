@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/revocation"
 
 	"google.golang.org/grpc"
@@ -32,7 +33,7 @@ type admin struct {
 func (s admin) Status(ctx context.Context, _ *capb.StatusRequest) (*capb.StatusResponse, error) {
 	a := s.a
 	// The store is asked, not the copy that Run owns.
-	j, _, err := loadJournal(ctx, a.store)
+	j, _, err := journal.Load(ctx, a.store)
 	if err != nil {
 		a.cfg.Log.Error("reading status failed", "err", err)
 		return nil, code(err)
@@ -45,7 +46,7 @@ func (s admin) Status(ctx context.Context, _ *capb.StatusRequest) (*capb.StatusR
 		resp.LostHead = headToProto(l.head())
 	}
 	for _, e := range j.Authorities {
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			a.cfg.Log.Error("reading status failed", "err", err)
 			return nil, code(err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/rotation"
 )
 
@@ -28,8 +29,8 @@ func (a *Authority) adopt(ctx context.Context) error {
 // meanwhile, the former one goes on. rotationMu is held.
 func (a *Authority) adoptIntermediate(ctx context.Context) error {
 	j, before := a.current(), a.intermediate.Load()
-	i := slices.IndexFunc(j.Authorities, func(e journalEntry) bool {
-		return e.Kind == kindIntermediate && e.State == stateActive && e.Key != "" // a folder's key is there, and it is taken again
+	i := slices.IndexFunc(j.Authorities, func(e journal.Entry) bool {
+		return e.Kind == journal.KindIntermediate && e.State == journal.StateActive && e.Key != "" // a folder's key is there, and it is taken again
 	})
 	if i < 0 || before == nil || bytes.Equal(before.cert.Raw, j.Authorities[i].Certificate) {
 		return nil
@@ -42,14 +43,14 @@ func (a *Authority) adoptIntermediate(ctx context.Context) error {
 		return nil // another replica has taken it out of the bundle, and another intermediate is due
 	}
 	if err := a.signedUntilNow(ctx, before); err != nil {
-		return fmt.Errorf("intermediate %s is active by the journal, and %s goes on until the journal says how long its leaves are valid: %w", authorityID(iss.cert), authorityID(before.cert), err)
+		return fmt.Errorf("intermediate %s is active by the journal, and %s goes on until the journal says how long its leaves are valid: %w", journal.ID(iss.cert), journal.ID(before.cert), err)
 	}
 	a.intermediate.Store(iss)
 	if s := a.staged.Load(); s != nil && s.issuer.cert.Equal(iss.cert) {
 		a.staged.Store(nil)
 	}
 	a.cfg.Log.Warn("the journal has another intermediate than the one that signed here, whose change was reported as failed; it signs from now on",
-		"serial", authorityID(iss.cert), "former", authorityID(before.cert), "not_after", iss.cert.NotAfter)
+		"serial", journal.ID(iss.cert), "former", journal.ID(before.cert), "not_after", iss.cert.NotAfter)
 	if a.cfg.source() == sourceOwn {
 		return nil // adoptRoot has its root
 	}
@@ -59,12 +60,12 @@ func (a *Authority) adoptIntermediate(ctx context.Context) error {
 
 // openIntermediate is an entry with its key, and the root that it leads to; nil if that is
 // not in the journal.
-func (a *Authority) openIntermediate(j journal, e journalEntry) (*issuer, *x509.Certificate, error) {
-	pub, err := e.pub()
+func (a *Authority) openIntermediate(j journal.Journal, e journal.Entry) (*issuer, *x509.Certificate, error) {
+	pub, err := e.Public()
 	if err != nil {
 		return nil, nil, err
 	}
-	roots, err := j.roots()
+	roots, err := j.Roots()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -72,7 +73,7 @@ func (a *Authority) openIntermediate(j journal, e journalEntry) (*issuer, *x509.
 	if err != nil {
 		return nil, nil, err
 	}
-	iss, err := e.issuer(key)
+	iss, err := issuerOf(e, key)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -88,7 +89,7 @@ func (a *Authority) openIntermediate(j journal, e journalEntry) (*issuer, *x509.
 func (a *Authority) signedUntilNow(ctx context.Context, iss *issuer) error {
 	now := a.clock.latest()
 	if a.cfg.source() == sourceOwn {
-		id, v := authorityID(iss.cert), rotation.View{Now: now, Rules: a.cfg.rules()}
+		id, v := journal.ID(iss.cert), rotation.View{Now: now, Rules: a.cfg.rules()}
 		s, err := a.rotationState()
 		if err != nil {
 			return err
@@ -103,13 +104,13 @@ func (a *Authority) signedUntilNow(ctx context.Context, iss *issuer) error {
 		return nil // it has left, and nothing brings it back
 	}
 	until := earlier(now.Add(a.cfg.SVID.MaxTTL), root.NotAfter)
-	lasts := func(e journalEntry) bool {
-		return e.Kind != kindRoot || e.State != stateOld || !bytes.Equal(e.Certificate, root.Raw) || !e.Until.Before(until)
+	lasts := func(e journal.Entry) bool {
+		return e.Kind != journal.KindRoot || e.State != journal.StateOld || !bytes.Equal(e.Certificate, root.Raw) || !e.Until.Before(until)
 	}
-	if !slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return !lasts(e) }) {
+	if !slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool { return !lasts(e) }) {
 		return nil
 	}
-	return a.edit(ctx, func(j *journal) error {
+	return a.edit(ctx, func(j *journal.Journal) error {
 		for i, e := range j.Authorities {
 			if !lasts(e) {
 				j.Authorities[i].Until = until

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/limit"
 	"github.com/signet-mesh/signet/ca/replica"
@@ -55,10 +56,10 @@ type Authority struct {
 	keyUses *keyUses
 	metrics *metrics
 
-	journalMu       sync.Mutex // held while the journal is changed
-	journal         journal    // written by Open, and then by edit alone; guarded by journalMu
-	journalRevision uint64     // guarded by journalMu
-	journalReads    uint64     // how often journal was replaced; guarded by journalMu
+	journalMu       sync.Mutex      // held while the journal is changed
+	journal         journal.Journal // written by Open, and then by edit alone; guarded by journalMu
+	journalRevision uint64          // guarded by journalMu
+	journalReads    uint64          // how often journal was replaced; guarded by journalMu
 
 	bans   identity.Watched[*bansState]
 	bansMu sync.Mutex // held while bans are changed
@@ -346,27 +347,27 @@ func (a *Authority) found(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	j := journal{Version: journalVersion, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1,
+	j := journal.Journal{Version: journal.Version, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1,
 		LogKey: logURI, LogPublicKey: logSPKI, Source: a.cfg.source()}
 	if j.Authorities, err = a.firstAuthorities(ctx, j.Source); err != nil {
 		return err
 	}
-	_, err = j.commit(ctx, a.store, 0)
+	_, err = j.Commit(ctx, a.store, 0)
 	return err
 }
 
 // newAuthority makes a key and has parent certify it; a nil parent makes a root.
-func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, journalEntry, error) {
-	kind, ttl, state := capb.IssuanceRecord_KIND_INTERMEDIATE, a.cfg.IntermediateTTL, kindIntermediate
+func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, journal.Entry, error) {
+	kind, ttl, state := capb.IssuanceRecord_KIND_INTERMEDIATE, a.cfg.IntermediateTTL, journal.KindIntermediate
 	if parent == nil {
-		kind, ttl, state = capb.IssuanceRecord_KIND_ROOT, a.cfg.RootTTL, kindRoot
+		kind, ttl, state = capb.IssuanceRecord_KIND_ROOT, a.cfg.RootTTL, journal.KindRoot
 	}
 	uri, key, err := a.keys.Create(state)
 	if err != nil {
-		return nil, journalEntry{}, err
+		return nil, journal.Entry{}, err
 	}
-	if parent == nil && slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == uri }) {
-		return nil, journalEntry{}, errFixedKey
+	if parent == nil && slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool { return e.Key == uri }) {
+		return nil, journal.Entry{}, errFixedKey
 	}
 	signer := parent
 	if parent == nil {
@@ -378,14 +379,14 @@ func (a *Authority) newAuthority(ctx context.Context, parent *issuer) (*issuer, 
 	}
 	if err != nil {
 		// The key certifies nothing; it must not stay behind as if it did.
-		return nil, journalEntry{}, errors.Join(err, a.keys.Remove(state, uri))
+		return nil, journal.Entry{}, errors.Join(err, a.keys.Remove(state, uri))
 	}
 	c := out[0].chain[0]
 	iss := &issuer{cert: c, key: key}
 	if parent != nil {
 		iss.chain = []*x509.Certificate{c}
 	}
-	return iss, journalEntry{Kind: state, State: stateActive, Certificate: c.Raw, Key: uri}, nil
+	return iss, journal.Entry{Kind: state, State: journal.StateActive, Certificate: c.Raw, Key: uri}, nil
 }
 
 // opened starts an authority that is complete, or closes its storage.

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
@@ -247,7 +248,7 @@ type unpacker struct {
 	dir     string
 	store   *storage.Bolt
 	info    BackupInfo
-	journal journal
+	journal journal.Journal
 	lastKey string
 	files   map[string]bool
 	ops     []storage.Op // entries that are not in the store yet
@@ -291,8 +292,8 @@ func (u *unpacker) entry(ctx context.Context, p *partReader, key string, size in
 		return fmt.Errorf("entry %.60q is out of order", key)
 	}
 	u.lastKey = key
-	if key == journalKey {
-		if u.journal, err = parseJournal(value); err != nil {
+	if key == journal.Key {
+		if u.journal, err = journal.Parse(value); err != nil {
 			return err
 		}
 		if j := u.journal; j.TrustDomain != u.info.TrustDomain || j.Instance != u.info.Instance || j.Sequence != u.info.TrustSequence {
@@ -470,7 +471,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	j, revision, err := loadJournal(ctx, store)
+	j, revision, err := journal.Load(ctx, store)
 	if err != nil {
 		return err
 	}
@@ -531,7 +532,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 	if err != nil {
 		return err
 	}
-	if _, err := store.Commit(ctx, []storage.Cond{{Key: journalKey, Revision: revision}}, append(ops, storage.Op{Key: journalKey, Value: b})); err != nil {
+	if _, err := store.Commit(ctx, []storage.Cond{{Key: journal.Key, Revision: revision}}, append(ops, storage.Op{Key: journal.Key, Value: b})); err != nil {
 		return err
 	}
 	log, err := storage.OpenLog(filepath.Join(dir, logName), storage.LogOptions{Instance: uint32(j.Instance)})
@@ -548,7 +549,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 }
 
 // newInstance is the instance that a restored authority takes.
-func newInstance(wanted uint8, j journal, entries []storage.Entry) (uint8, error) {
+func newInstance(wanted uint8, j journal.Journal, entries []storage.Entry) (uint8, error) {
 	used := []uint8{j.Instance}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Key, instancePrefix) {
@@ -578,7 +579,7 @@ func newInstance(wanted uint8, j journal, entries []storage.Entry) (uint8, error
 
 // takeKeys copies the key files that a journal names, and checks that each is the
 // key of its certificate.
-func takeKeys(j journal, cfg RestoreConfig, to string) (*keys.Ring, error) {
+func takeKeys(j journal.Journal, cfg RestoreConfig, to string) (*keys.Ring, error) {
 	if err := os.Mkdir(to, 0o700); err != nil {
 		return nil, err
 	}
@@ -597,12 +598,12 @@ func takeKeys(j journal, cfg RestoreConfig, to string) (*keys.Ring, error) {
 		if cfg.KeysDir == "" {
 			return nil, fmt.Errorf("a backup has no keys, and the %s needs %s: say where the key files are", e.Kind, e.Key)
 		}
-		pub, err := e.pub()
+		pub, err := e.Public()
 		if err != nil {
 			return nil, err
 		}
 		if err := ring.Copy(source, e.Key, pub); err != nil {
-			if e.State == stateOld {
+			if e.State == journal.StateOld {
 				continue // it signs nothing anymore
 			}
 			return nil, fmt.Errorf("the key of the %s: %w", e.Kind, err)

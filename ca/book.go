@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/storage"
 
 	"google.golang.org/protobuf/proto"
@@ -28,7 +29,7 @@ func retiredDir(dir string, instance uint8) string {
 
 // book is an authority's state and logs as they are at one moment, to be read.
 type book struct {
-	journal journal
+	journal journal.Journal
 	entries []storage.Entry
 	logs    []bookLog // in the order in which they were written
 	lost    *lostHead
@@ -91,12 +92,12 @@ func closeLogs(logs []bookLog) error {
 // newBook reads the journal among the entries of a store.
 func newBook(entries []storage.Entry) (book, error) {
 	b := book{entries: entries}
-	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journalKey })
+	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journal.Key })
 	if i < 0 {
 		return book{}, errors.New("the store holds no journal: it is not that of an authority")
 	}
 	var err error
-	b.journal, err = parseJournal(entries[i].Value)
+	b.journal, err = journal.Parse(entries[i].Value)
 	return b, err
 }
 

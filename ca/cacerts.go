@@ -1,13 +1,13 @@
 package ca
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"fmt"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/journal"
 )
 
 // readFolder reads the shared issuer. Its key is in memory only; the folder is where
@@ -21,7 +21,9 @@ func (a *Authority) readFolder() (external.Folder, crypto.Signer, error) {
 	return f, key, nil
 }
 
-func folderEntry(iss external.Issuer) journalEntry { return externalEntry(iss, stateActive, "") }
+func folderEntry(iss external.Issuer) journal.Entry {
+	return journal.ExternalEntry(iss.Cert, iss.Chain, journal.StateActive, "")
+}
 
 // loadFolder takes the issuer in the folder at the start. One that replaced the former
 // one while the authority was down is used at once: the former one's key is gone.
@@ -33,52 +35,23 @@ func (a *Authority) loadFolder(ctx context.Context) error {
 	a.root.Store(&issuer{cert: f.Root})
 	a.folderHash = f.Hash
 	iss := &issuer{cert: f.Cert, key: key, chain: f.Chain}
-	if a.current().isOf(f) {
+	if a.current().IsOf(f.Cert, f.Roots) {
 		a.intermediate.Store(iss)
 		return nil
 	}
-	var added []journalEntry
-	for _, e := range rootEntries(f.Roots) {
-		if !hasRoot(a.current(), e) {
+	var added []journal.Entry
+	for _, e := range journal.RootEntries(f.Roots) {
+		if !a.current().HasRoot(e) {
 			added = append(added, e)
 		}
 	}
 	if len(added) > 0 {
-		err = a.changeTrust(ctx, func(j *journal) error { j.Authorities = append(j.Authorities, added...); return nil })
+		err = a.changeTrust(ctx, func(j *journal.Journal) error { j.Authorities = append(j.Authorities, added...); return nil })
 	}
 	if err == nil {
 		err = a.take(ctx, iss, folderEntry(f.Issuer), f.Roots)
 	}
 	return err
-}
-
-// isOf reports whether the journal has the issuer and the roots of a folder.
-func (j journal) isOf(f external.Folder) bool {
-	roots, issuer := 0, false
-	for _, e := range j.Authorities {
-		switch {
-		case e.State != stateActive:
-		case e.Kind == kindRoot:
-			roots++
-		default:
-			issuer = bytes.Equal(e.Certificate, f.Cert.Raw)
-		}
-	}
-	for _, e := range rootEntries(f.Roots) {
-		if !hasRoot(j, e) {
-			return false
-		}
-	}
-	return issuer && roots == len(f.Roots)
-}
-
-func hasRoot(j journal, e journalEntry) bool {
-	for _, o := range j.Authorities {
-		if o.Kind == kindRoot && string(o.Certificate) == string(e.Certificate) {
-			return true
-		}
-	}
-	return false
 }
 
 // watchFolder takes an issuer that replaced the former one. What is wrong with the new

@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -271,7 +270,7 @@ func (a *Authority) loadClock(ctx context.Context) error {
 		known = newest
 	}
 	a.clock.begin(newest, known)
-	a.clock.ends(a.journal.end())
+	a.clock.ends(a.journal.End())
 	r := a.clock.read()
 	switch {
 	case r.refused:
@@ -376,7 +375,7 @@ func (a *Authority) acceptClock(ctx context.Context, record uint64, reason, by s
 	case t.Before(a.cfg.Built):
 		return fail("it says %s, and this program is of %s: set it right", t.UTC().Format(time.RFC3339), a.cfg.Built.UTC().Format(time.RFC3339))
 	}
-	if start := j.start(); t.Before(start) {
+	if start := j.Start(); t.Before(start) {
 		return fail("it says %s, and the root is not valid before %s: set it right; or, if this authority was made by a wrong clock and has served nobody, remove its folder and start again",
 			t.UTC().Format(time.RFC3339), start.UTC().Format(time.RFC3339))
 	}
@@ -414,29 +413,6 @@ func (k *keptClock) recordedBy(t time.Time) time.Time {
 		}
 	}
 	return to
-}
-
-// end is from when on none of this replica's intermediates can issue; zero if there is
-// none yet.
-func (j journal) end() (end time.Time) {
-	for _, e := range j.Authorities {
-		if e.Kind != kindIntermediate || e.State != stateActive && e.State != stateNext {
-			continue
-		}
-		if c, err := e.cert(); err == nil && c != nil {
-			end = later(end, c.NotAfter)
-		}
-	}
-	return end
-}
-
-// start is when the first of the roots that are trusted begins; zero if there is none.
-func (j journal) start() (start time.Time) {
-	roots, err := j.roots()
-	if err != nil || len(roots) == 0 {
-		return start
-	}
-	return slices.MinFunc(roots, func(x, y *x509.Certificate) int { return x.NotBefore.Compare(y.NotBefore) }).NotBefore
 }
 
 // acceptClockAtStart is acceptClock for a flag. One that stays in a unit file accepts no

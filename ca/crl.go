@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
@@ -348,7 +349,7 @@ func (a *Authority) issuedRecord(ctx context.Context, serial []byte) (*capb.Issu
 // listIssuers are the authorities that need a list: those whose certificates can be
 // valid, and the one that is about to be used. Of one without a key nobody has it any
 // more.
-func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err error) {
+func (a *Authority) listIssuers(j journal.Journal, now time.Time) (out []*issuer, err error) {
 	add := func(iss *issuer) {
 		if now.Before(iss.cert.NotAfter) && !slices.ContainsFunc(out, func(o *issuer) bool { return o.cert.Equal(iss.cert) }) {
 			out = append(out, iss)
@@ -362,10 +363,10 @@ func (a *Authority) listIssuers(j journal, now time.Time) (out []*issuer, err er
 	}
 	var errs []error
 	for _, e := range j.Authorities {
-		if e.Kind != kindIntermediate || e.State != stateActive && e.State != stateOld {
+		if e.Kind != journal.KindIntermediate || e.State != journal.StateActive && e.State != journal.StateOld {
 			continue
 		}
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return nil, err
 		}
@@ -393,7 +394,7 @@ type signedLists struct {
 // journal; the lists of others stay, of those that are in the journal. Where one cannot
 // be signed the former one stays, and the error says so. shared: other replicas
 // have theirs in the same state.
-func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err error) {
+func (a *Authority) makeLists(j journal.Journal, shared bool) (out signedLists, err error) {
 	past := a.clock.past()
 	now, err := a.clock.now()
 	if err != nil {
@@ -404,7 +405,7 @@ func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err erro
 	errs := []error{err}
 	out.by = map[string]*x509.RevocationList{}
 	if shared {
-		kept, err := j.othersLists(before, now)
+		kept, err := othersLists(j, before, now)
 		if err != nil {
 			return signedLists{}, fmt.Errorf("signing CRLs: %w", err)
 		}
@@ -441,15 +442,15 @@ func (a *Authority) makeLists(j journal, shared bool) (out signedLists, err erro
 
 // othersLists are those of the authorities of other replicas whose certificates can be
 // valid.
-func (j journal) othersLists(lists map[string]*x509.RevocationList, now time.Time) (map[string]*x509.RevocationList, error) {
+func othersLists(j journal.Journal, lists map[string]*x509.RevocationList, now time.Time) (map[string]*x509.RevocationList, error) {
 	out := map[string]*x509.RevocationList{}
 	for _, entries := range j.Others {
 		for _, e := range entries {
-			c, err := e.cert()
+			c, err := e.Cert()
 			if err != nil {
 				return nil, err
 			}
-			if c == nil || e.Kind != kindIntermediate || !now.Before(c.NotAfter) {
+			if c == nil || e.Kind != journal.KindIntermediate || !now.Before(c.NotAfter) {
 				continue
 			}
 			if l := lists[string(c.SubjectKeyId)]; l != nil {
@@ -495,7 +496,7 @@ func (a *Authority) signLists(ctx context.Context) error {
 
 // relist signs the lists anew and publishes them as a state of trust of their own.
 func (a *Authority) relist(ctx context.Context) error {
-	return a.changeTrust(ctx, func(*journal) error { return nil })
+	return a.changeTrust(ctx, func(*journal.Journal) error { return nil })
 }
 
 // listAfter is how long what other replicas revoke is collected before lists are signed.
@@ -552,8 +553,8 @@ func (a *Authority) hasKey(authority []byte) bool {
 	if s := a.staged.Load(); s != nil && bytes.Equal(s.issuer.cert.SubjectKeyId, authority) {
 		return true
 	}
-	return slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool {
-		c, err := e.cert()
+	return slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool {
+		c, err := e.Cert()
 		return err == nil && c != nil && e.Key != "" && bytes.Equal(c.SubjectKeyId, authority)
 	})
 }

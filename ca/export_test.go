@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/storage"
 
@@ -159,11 +160,11 @@ func (a *Authority) Stages() (map[string]string, error) {
 
 // RewriteJournal reads a journal and writes it in the present format, indented.
 func RewriteJournal(b []byte) ([]byte, error) {
-	j, err := parseJournal(b)
+	j, err := journal.Parse(b)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := j.rotation(); err != nil {
+	if _, err := j.Rotation(); err != nil {
 		return nil, err
 	}
 	return json.MarshalIndent(j, "", "  ")
@@ -203,7 +204,7 @@ func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx)
 // RequestHash is the SHA-256 of the request for an intermediate that waits; nil if none
 // does.
 func (a *Authority) RequestHash() []byte {
-	e, waits := a.current().request()
+	e, waits := a.current().Request()
 	if !waits {
 		return nil
 	}

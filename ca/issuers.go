@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
@@ -57,7 +58,7 @@ func btoi(b bool) int {
 // staged is an issuer whose root is published and not yet trusted by everybody.
 type staged struct {
 	issuer   *issuer
-	entry    journalEntry
+	entry    journal.Entry
 	root     *x509.Certificate
 	roots    []*x509.Certificate // that stay
 	sequence uint64              // of the trust that has the root
@@ -67,7 +68,7 @@ type staged struct {
 }
 
 // current is the journal as it is.
-func (a *Authority) current() journal {
+func (a *Authority) current() journal.Journal {
 	a.journalMu.Lock()
 	defer a.journalMu.Unlock()
 	return a.journal
@@ -76,7 +77,7 @@ func (a *Authority) current() journal {
 // edit changes the journal, durably or not at all. f works on a copy. Where replicas
 // share it, that is a copy of what they have now, and whoever raises the sequence signs
 // its lists under that with the same commit.
-func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
+func (a *Authority) edit(ctx context.Context, f func(j *journal.Journal) error) error {
 	a.journalMu.Lock()
 	defer a.journalMu.Unlock()
 	if a.cfg.shared() {
@@ -91,14 +92,14 @@ func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 		if err != nil {
 			return err
 		}
-		next.Version = journalVersion
+		next.Version = journal.Version
 		var signed signedLists
 		if a.cfg.shared() && next.Sequence != a.journal.Sequence {
 			// The roots go out in any case; the former lists are good for a while.
 			signed, err = a.makeLists(next, true)
 			a.lists.failed(err, time.Now())
 		}
-		revision, err := next.commit(ctx, a.store, a.journalRevision, signed.ops...)
+		revision, err := next.Commit(ctx, a.store, a.journalRevision, signed.ops...)
 		if err == nil {
 			a.setJournal(next, revision)
 			if signed.by != nil {
@@ -122,14 +123,14 @@ func (a *Authority) edit(ctx context.Context, f func(j *journal) error) error {
 }
 
 // setJournal replaces the journal in memory. journalMu is held.
-func (a *Authority) setJournal(j journal, revision uint64) {
+func (a *Authority) setJournal(j journal.Journal, revision uint64) {
 	a.journal, a.journalRevision = j, revision
 	a.journalReads++
-	a.clock.ends(j.end())
+	a.clock.ends(j.End())
 }
 
 // happened is nil if the journal that was read again is the one that was to be written.
-func (a *Authority) happened(next journal, err error) error {
+func (a *Authority) happened(next journal.Journal, err error) error {
 	next.Others, next.Instance = a.journal.Others, a.journal.Instance
 	wrote, wroteErr := json.Marshal(next)
 	found, foundErr := json.Marshal(a.journal)
@@ -140,7 +141,7 @@ func (a *Authority) happened(next journal, err error) error {
 }
 
 // firstAuthorities are those that a new authority begins with.
-func (a *Authority) firstAuthorities(ctx context.Context, source string) ([]journalEntry, error) {
+func (a *Authority) firstAuthorities(ctx context.Context, source string) ([]journal.Entry, error) {
 	switch source {
 	case sourceOffline:
 		return nil, nil // Request adds to it
@@ -149,40 +150,22 @@ func (a *Authority) firstAuthorities(ctx context.Context, source string) ([]jour
 		if err != nil {
 			return nil, err
 		}
-		return append(rootEntries(f.Roots), folderEntry(f.Issuer)), nil
+		return append(journal.RootEntries(f.Roots), folderEntry(f.Issuer)), nil
 	case sourceUpstream:
 		roots, err := external.ReadRoots(a.cfg.Upstream.RootFile)
 		if err != nil {
 			return nil, fmt.Errorf("authority.upstream.rootFile: %w", err)
 		}
 		_, _, entry, err := a.askUpstream(ctx, roots)
-		return append(rootEntries(roots), entry), err
+		return append(journal.RootEntries(roots), entry), err
 	}
 	return a.firstRoot(ctx)
-}
-
-func rootEntries(roots []*x509.Certificate) (entries []journalEntry) {
-	for _, c := range roots {
-		entries = append(entries, journalEntry{Kind: kindRoot, State: stateActive, External: true, Certificate: c.Raw})
-	}
-	return entries
-}
-
-// externalEntry is an intermediate that somebody else signed.
-func externalEntry(iss external.Issuer, state, key string) journalEntry {
-	e := journalEntry{Kind: kindIntermediate, State: state, External: true, Certificate: iss.Cert.Raw, Key: key}
-	for _, c := range iss.Chain {
-		if !c.Equal(iss.Cert) {
-			e.Chain = append(e.Chain, c.Raw)
-		}
-	}
-	return e
 }
 
 // loadAuthorities makes issuers of the journal.
 func (a *Authority) loadAuthorities(ctx context.Context) error {
 	j := a.journal
-	roots, err := j.roots()
+	roots, err := j.Roots()
 	if err != nil {
 		return err
 	}
@@ -193,15 +176,15 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 		return err
 	}
 	for _, e := range j.Authorities {
-		if e.State != stateActive || e.Key == "" {
+		if e.State != journal.StateActive || e.Key == "" {
 			continue
 		}
-		pub, err := e.pub()
+		pub, err := e.Public()
 		if err != nil {
 			return err
 		}
-		if e.Kind == kindRoot && !a.holdsRoot() {
-			c, err := e.cert()
+		if e.Kind == journal.KindRoot && !a.holdsRoot() {
+			c, err := e.Cert()
 			if err != nil {
 				return err
 			}
@@ -212,11 +195,11 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		iss, err := e.issuer(key)
+		iss, err := issuerOf(e, key)
 		if err != nil {
 			return err
 		}
-		if e.Kind == kindRoot {
+		if e.Kind == journal.KindRoot {
 			a.root.Store(iss)
 		} else {
 			a.intermediate.Store(iss)
@@ -272,8 +255,8 @@ func (a *Authority) findRoot(iss *issuer, roots []*x509.Certificate) error {
 	return err
 }
 
-func (a *Authority) rootOf(iss *issuer, j journal) (*x509.Certificate, error) {
-	roots, err := j.roots()
+func (a *Authority) rootOf(iss *issuer, j journal.Journal) (*x509.Certificate, error) {
+	roots, err := j.Roots()
 	if err != nil {
 		return nil, err
 	}
@@ -339,37 +322,37 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 // Intermediates that have expired leave the journal, and their keys the disk. roots,
 // if there are any, are those that stay trusted; others leave when no leaf under them
 // can be valid any more. The entry replaces a former one of the same key.
-func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, roots []*x509.Certificate) error {
+func (a *Authority) take(ctx context.Context, iss *issuer, entry journal.Entry, roots []*x509.Certificate) error {
 	if a.cfg.source() == sourceOwn {
 		return a.succeed(ctx, iss, entry)
 	}
 	var gone []string
 	now := a.clock.past() // a key that is removed does not come back
-	err := a.edit(ctx, func(j *journal) error {
-		var next []journalEntry
+	err := a.edit(ctx, func(j *journal.Journal) error {
+		var next []journal.Entry
 		for _, e := range j.Authorities {
-			c, err := e.cert()
+			c, err := e.Cert()
 			if err != nil {
 				return err
 			}
 			switch {
 			case entry.Key != "" && e.Key == entry.Key:
 				continue
-			case e.Kind == kindRoot && roots != nil && e.State == stateActive && !slices.ContainsFunc(roots, c.Equal):
-				e.State, e.Until = stateOld, earlier(now.Add(a.cfg.SVID.MaxTTL), c.NotAfter)
-			case e.Kind == kindRoot && roots != nil && slices.ContainsFunc(roots, c.Equal):
-				e.State, e.Until = stateActive, time.Time{}
-			case e.Kind == kindIntermediate && c != nil && now.After(c.NotAfter), e.Kind == kindIntermediate && c != nil && e.Key == "":
+			case e.Kind == journal.KindRoot && roots != nil && e.State == journal.StateActive && !slices.ContainsFunc(roots, c.Equal):
+				e.State, e.Until = journal.StateOld, earlier(now.Add(a.cfg.SVID.MaxTTL), c.NotAfter)
+			case e.Kind == journal.KindRoot && roots != nil && slices.ContainsFunc(roots, c.Equal):
+				e.State, e.Until = journal.StateActive, time.Time{}
+			case e.Kind == journal.KindIntermediate && c != nil && now.After(c.NotAfter), e.Kind == journal.KindIntermediate && c != nil && e.Key == "":
 				if e.Key != "" {
 					gone = append(gone, e.Key)
 				}
 				continue
-			case e.Kind == kindIntermediate && e.State == stateActive:
-				e.State = stateOld
+			case e.Kind == journal.KindIntermediate && e.State == journal.StateActive:
+				e.State = journal.StateOld
 			}
 			next = append(next, e)
 		}
-		entry.State = stateActive
+		entry.State = journal.StateActive
 		j.Authorities = append(next, entry)
 		return nil
 	})
@@ -379,7 +362,7 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 	a.intermediate.Store(iss)
 	a.cfg.Log.Info("intermediate renewed", "serial", fmt.Sprintf("%x", iss.cert.SerialNumber), "not_after", iss.cert.NotAfter)
 	for _, uri := range gone {
-		if err := a.keys.Remove(kindIntermediate, uri); err != nil {
+		if err := a.keys.Remove(journal.KindIntermediate, uri); err != nil {
 			a.cfg.Log.Warn("an expired key stays behind", "err", err)
 		}
 	}
@@ -388,8 +371,8 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journalEntry, r
 
 // dropKey removes the key of an authority that did not come into the journal, which
 // failed with err. Where nobody knows whether the journal names the key it stays.
-func (a *Authority) dropKey(entry journalEntry, err error) error {
-	named := slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool { return e.Key == entry.Key })
+func (a *Authority) dropKey(entry journal.Entry, err error) error {
+	named := slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool { return e.Key == entry.Key })
 	if named || errors.Is(err, storage.ErrNotDurable) || errors.Is(err, storage.ErrUnknown) || entry.Key == "" || entry.External {
 		return err
 	}
@@ -403,16 +386,10 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-// follows reports whether an entry takes the place of another: of the same certificate, or
-// of the request that it answers.
-func (e journalEntry) follows(o journalEntry) bool {
-	return string(o.Certificate) == string(e.Certificate) || o.State == statePending && o.Key == e.Key
-}
-
 // takeExternal takes an intermediate that somebody else signed. If its root is new,
 // the root is published first, and the intermediate taken when everybody has it:
 // settle does that.
-func (a *Authority) takeExternal(ctx context.Context, got external.Issuer, key crypto.Signer, entry journalEntry, roots []*x509.Certificate, hash [32]byte) error {
+func (a *Authority) takeExternal(ctx context.Context, got external.Issuer, key crypto.Signer, entry journal.Entry, roots []*x509.Certificate, hash [32]byte) error {
 	return a.use(ctx, &staged{issuer: &issuer{cert: got.Cert, key: key, chain: got.Chain}, entry: entry, root: got.Root, roots: roots, hash: hash})
 }
 
@@ -430,16 +407,16 @@ func (a *Authority) use(ctx context.Context, s *staged) error {
 		return a.settled(ctx, s)
 	}
 	before := a.staged.Swap(s) // its list is signed with the change
-	err := a.changeTrust(ctx, func(j *journal) error {
-		for _, e := range rootEntries(s.roots) {
-			if !hasRoot(*j, e) {
+	err := a.changeTrust(ctx, func(j *journal.Journal) error {
+		for _, e := range journal.RootEntries(s.roots) {
+			if !j.HasRoot(e) {
 				j.Authorities = append(j.Authorities, e)
 			}
 		}
-		if s.entry.Key != "" && !slices.ContainsFunc(j.Authorities, func(e journalEntry) bool { return e.Key == s.entry.Key && e.State != statePending }) {
-			j.Authorities = slices.DeleteFunc(j.Authorities, s.entry.follows)
+		if s.entry.Key != "" && !slices.ContainsFunc(j.Authorities, func(e journal.Entry) bool { return e.Key == s.entry.Key && e.State != journal.StatePending }) {
+			j.Authorities = slices.DeleteFunc(j.Authorities, s.entry.Follows)
 			// A start finds it again.
-			s.entry.State = stateNext
+			s.entry.State = journal.StateNext
 			j.Authorities = append(j.Authorities, s.entry)
 		}
 		return nil
@@ -478,10 +455,10 @@ func (a *Authority) restage(now time.Time) error {
 		return nil
 	}
 	for _, e := range j.Authorities {
-		if e.State != stateNext || e.Key == "" {
+		if e.State != journal.StateNext || e.Key == "" {
 			continue
 		}
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return err
 		}
@@ -492,7 +469,7 @@ func (a *Authority) restage(now time.Time) error {
 		if err != nil {
 			return err
 		}
-		iss, err := e.issuer(key)
+		iss, err := issuerOf(e, key)
 		if err != nil {
 			return err
 		}
@@ -508,10 +485,10 @@ func (a *Authority) restage(now time.Time) error {
 // changeTrust changes the journal in a way that those who trust it must learn of:
 // durably, under a new sequence number, with lists of that number where lists are
 // published. One change at a time, so that a sequence means one state.
-func (a *Authority) changeTrust(ctx context.Context, f func(j *journal) error) error {
+func (a *Authority) changeTrust(ctx context.Context, f func(j *journal.Journal) error) error {
 	a.trustMu.Lock()
 	defer a.trustMu.Unlock()
-	err := a.edit(ctx, func(j *journal) error {
+	err := a.edit(ctx, func(j *journal.Journal) error {
 		if err := f(j); err != nil {
 			return err
 		}
@@ -542,7 +519,7 @@ func (a *Authority) publishTrust() error {
 	a.journalMu.Lock()
 	j, lists := a.journal, a.lists.all()
 	a.journalMu.Unlock()
-	roots, err := j.roots()
+	roots, err := j.Roots()
 	if err != nil {
 		return err
 	}
@@ -554,7 +531,7 @@ func (a *Authority) publishTrust() error {
 	if err != nil {
 		return err
 	}
-	tainted, err := j.tainted()
+	tainted, err := j.Tainted()
 	if err != nil {
 		return err
 	}
@@ -593,13 +570,13 @@ func (a *Authority) settle(ctx context.Context, now time.Time) error {
 
 // dropRoots takes roots out of the bundle when no leaf under them can be valid.
 func (a *Authority) dropRoots(ctx context.Context, now time.Time) error {
-	over := func(e journalEntry) bool {
-		return e.Kind == kindRoot && e.State == stateOld && !e.Until.IsZero() && now.After(e.Until)
+	over := func(e journal.Entry) bool {
+		return e.Kind == journal.KindRoot && e.State == journal.StateOld && !e.Until.IsZero() && now.After(e.Until)
 	}
 	if !slices.ContainsFunc(a.current().Authorities, over) {
 		return nil
 	}
-	err := a.changeTrust(ctx, func(j *journal) error { j.Authorities = slices.DeleteFunc(j.Authorities, over); return nil })
+	err := a.changeTrust(ctx, func(j *journal.Journal) error { j.Authorities = slices.DeleteFunc(j.Authorities, over); return nil })
 	if err != nil {
 		return fmt.Errorf("taking an old root out of the bundle: %w", err)
 	}
@@ -637,10 +614,10 @@ func (a *Authority) Alarms() error {
 }
 
 // askUpstream makes a key and has the command sign it.
-func (a *Authority) askUpstream(ctx context.Context, roots []*x509.Certificate) (got external.Issuer, key crypto.Signer, entry journalEntry, err error) {
+func (a *Authority) askUpstream(ctx context.Context, roots []*x509.Certificate) (got external.Issuer, key crypto.Signer, entry journal.Entry, err error) {
 	uri, key, err := a.keys.Create(keys.Intermediate)
 	if err != nil {
-		return external.Issuer{}, nil, journalEntry{}, err
+		return external.Issuer{}, nil, journal.Entry{}, err
 	}
 	defer func() {
 		if err != nil {
@@ -650,26 +627,26 @@ func (a *Authority) askUpstream(ctx context.Context, roots []*x509.Certificate) 
 	}()
 	csr, err := external.Request(key, a.cfg.TrustDomain, a.instance)
 	if err != nil {
-		return external.Issuer{}, nil, journalEntry{}, err
+		return external.Issuer{}, nil, journal.Entry{}, err
 	}
 	text, err := external.Command{Argv: a.cfg.Upstream.Exec, Timeout: a.cfg.Upstream.Timeout, Env: []string{
 		"SIGNET_TRUST_DOMAIN=" + a.cfg.TrustDomain.Name(), fmt.Sprintf("SIGNET_TTL_SECONDS=%d", int64(a.cfg.IntermediateTTL.Seconds())),
 	}}.Sign(ctx, external.RequestPEM(csr))
 	if err != nil {
-		return external.Issuer{}, nil, journalEntry{}, err
+		return external.Issuer{}, nil, journal.Entry{}, err
 	}
 	certs, err := external.Certificates(text)
 	if err != nil {
-		return external.Issuer{}, nil, journalEntry{}, fmt.Errorf("what it printed: %w", err)
+		return external.Issuer{}, nil, journal.Entry{}, fmt.Errorf("what it printed: %w", err)
 	}
 	got, err = external.Check(certs, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Key: key.Public(), Roots: roots}, time.Now())
 	if err == nil && time.Until(got.Cert.NotAfter) < 2*max(a.cfg.SVID.TTL, a.cfg.SVID.AgentTTL) {
 		err = fmt.Errorf("validity: it ends at %s; it must last twice as long as an SVID", got.Cert.NotAfter.Format(time.RFC3339))
 	}
 	if err != nil {
-		return external.Issuer{}, nil, journalEntry{}, fmt.Errorf("the chain that it printed: %w", err)
+		return external.Issuer{}, nil, journal.Entry{}, fmt.Errorf("the chain that it printed: %w", err)
 	}
-	return got, key, externalEntry(got, stateActive, uri), nil
+	return got, key, journal.ExternalEntry(got.Cert, got.Chain, journal.StateActive, uri), nil
 }
 
 func (a *Authority) renewUpstream(ctx context.Context) error {
@@ -682,4 +659,25 @@ func (a *Authority) renewUpstream(ctx context.Context) error {
 		return err
 	}
 	return a.takeExternal(ctx, got, key, entry, roots, [32]byte{})
+}
+
+// issuerOf is an entry with its key, without what lies above.
+func issuerOf(e journal.Entry, key crypto.Signer) (*issuer, error) {
+	c, err := e.Cert()
+	if err != nil {
+		return nil, err
+	}
+	iss := &issuer{cert: c, key: key}
+	if e.Kind == journal.KindRoot {
+		return iss, nil
+	}
+	iss.chain = []*x509.Certificate{c}
+	for _, der := range e.Chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("journal: chain of the %s: %w", e.Kind, err)
+		}
+		iss.chain = append(iss.chain, c)
+	}
+	return iss, nil
 }

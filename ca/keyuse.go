@@ -166,7 +166,7 @@ func (u *keyUses) len() (n int) {
 func (a *Authority) loadKeyUses(ctx context.Context) error {
 	now := a.clock.past()
 	for _, e := range a.journal.Authorities {
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -339,4 +340,14 @@ func verifyStatement(spki, message, signature []byte) bool {
 	ec, ok := pub.(*ecdsa.PublicKey)
 	sum := hashStatement(message)
 	return ok && ecdsa.VerifyASN1(ec, sum[:], signature)
+}
+
+// hashStatement is what the log's key signs of a head or a checkpoint.
+func hashStatement(b []byte) [sha256.Size]byte { return sha256.Sum256(b) }
+
+// verifyHead reports whether h carries a signature of this replica's log key.
+func (a *Authority) verifyHead(h storage.Head) bool {
+	pub, ok := a.logKey.Public().(*ecdsa.PublicKey)
+	sum := hashStatement(h.SignedBytes())
+	return ok && h.Instance == uint32(a.instance) && ecdsa.VerifyASN1(pub, sum[:], h.Signature)
 }

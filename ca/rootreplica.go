@@ -17,9 +17,9 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/profile"
-	"github.com/signet-mesh/signet/ca/rotation"
 	"github.com/signet-mesh/signet/storage"
 )
 
@@ -123,12 +123,12 @@ func (a *Authority) adoptRoot() error {
 		return nil
 	}
 	j := a.current()
-	s, err := j.rotation()
+	s, err := j.Rotation()
 	if err != nil {
 		return err
 	}
 	active, ok := s.Active()
-	if root := a.root.Load(); !ok || root != nil && authorityID(root.cert) == active.ID {
+	if root := a.root.Load(); !ok || root != nil && journal.ID(root.cert) == active.ID {
 		return nil
 	}
 	iss, err := a.ownRoot(j, active.ID)
@@ -177,26 +177,17 @@ func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() 
 	return step()
 }
 
-// request is the one that waits for the root's signature, if one does.
-func (j journal) request() (journalEntry, bool) {
-	i := slices.IndexFunc(j.Authorities, func(e journalEntry) bool { return e.Kind == kindIntermediate && e.State == statePending })
-	if i < 0 {
-		return journalEntry{}, false
-	}
-	return j.Authorities[i], true
-}
-
 // newRequest makes a key and a request for an intermediate below the root.
-func (a *Authority) newRequest() (journalEntry, error) {
+func (a *Authority) newRequest() (journal.Entry, error) {
 	uri, key, err := a.keys.Create(keys.Intermediate)
 	if err != nil {
-		return journalEntry{}, err
+		return journal.Entry{}, err
 	}
 	csr, err := external.Request(key, a.cfg.TrustDomain, a.instance)
 	if err != nil {
-		return journalEntry{}, errors.Join(err, a.keys.Remove(keys.Intermediate, uri))
+		return journal.Entry{}, errors.Join(err, a.keys.Remove(keys.Intermediate, uri))
 	}
-	return journalEntry{Kind: kindIntermediate, State: statePending, Key: uri, Request: csr}, nil
+	return journal.Entry{Kind: journal.KindIntermediate, State: journal.StatePending, Key: uri, Request: csr}, nil
 }
 
 // askRoot has the replica with the root's key sign another intermediate: it puts a
@@ -204,13 +195,13 @@ func (a *Authority) newRequest() (journalEntry, error) {
 // yet is no error: the present intermediate goes on. rotationMu is held, or nobody else
 // runs yet.
 func (a *Authority) askRoot(ctx context.Context) error {
-	e, waits := a.current().request()
+	e, waits := a.current().Request()
 	if !waits {
 		e, err := a.newRequest()
 		if err != nil {
 			return err
 		}
-		if err := a.edit(ctx, func(j *journal) error { j.Authorities = append(j.Authorities, e); return nil }); err != nil {
+		if err := a.edit(ctx, func(j *journal.Journal) error { j.Authorities = append(j.Authorities, e); return nil }); err != nil {
 			return a.dropKey(e, err)
 		}
 		a.cfg.Log.Info("the replica with the root is asked for an intermediate", "root_replica", a.cfg.RootReplica)
@@ -219,8 +210,8 @@ func (a *Authority) askRoot(ctx context.Context) error {
 	iss, entry, err := a.rootsAnswer(ctx, e)
 	if err != nil {
 		// Whatever is wrong with it, another key and request get another answer.
-		drop := func(j *journal) error {
-			j.Authorities = slices.DeleteFunc(j.Authorities, func(o journalEntry) bool { return o.State == statePending && o.Key == e.Key })
+		drop := func(j *journal.Journal) error {
+			j.Authorities = slices.DeleteFunc(j.Authorities, func(o journal.Entry) bool { return o.State == journal.StatePending && o.Key == e.Key })
 			return nil
 		}
 		if editErr := a.edit(ctx, drop); editErr != nil {
@@ -236,7 +227,7 @@ func (a *Authority) askRoot(ctx context.Context) error {
 
 // rootsAnswer is the intermediate that was signed for a request; nil if there is none yet. An
 // error wraps what is wrong with the one that there is.
-func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, journalEntry, error) {
+func (a *Authority) rootsAnswer(ctx context.Context, e journal.Entry) (*issuer, journal.Entry, error) {
 	got, err := a.store.Get(ctx, signedKey(a.instance))
 	if err != nil {
 		return nil, e, nil // none, or it cannot be read now: it is looked for again
@@ -256,7 +247,7 @@ func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, j
 	if !bytes.Equal(c.AuthorityKeyId, root.SubjectKeyId) {
 		return nil, e, nil // of a former root, or of one that is active and not known here yet
 	}
-	pub, err := e.pub()
+	pub, err := e.Public()
 	if err != nil {
 		return nil, e, err
 	}
@@ -276,7 +267,7 @@ func (a *Authority) rootsAnswer(ctx context.Context, e journalEntry) (*issuer, j
 		return nil, e, err
 	}
 	return &issuer{cert: c, key: key, chain: []*x509.Certificate{c}},
-		journalEntry{Kind: kindIntermediate, State: stateActive, Certificate: c.Raw, Key: e.Key}, nil
+		journal.Entry{Kind: journal.KindIntermediate, State: journal.StateActive, Certificate: c.Raw, Key: e.Key}, nil
 }
 
 // awaitIntermediate is for a replica that has none that is valid: it asks until it has.
@@ -316,7 +307,7 @@ func (a *Authority) answerRequests(ctx context.Context) error {
 	j := a.current()
 	var errs []error
 	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
-		e, waits := journal{Authorities: j.Others[n]}.request()
+		e, waits := journal.Journal{Authorities: j.Others[n]}.Request()
 		if !waits {
 			continue
 		}
@@ -334,7 +325,7 @@ func (a *Authority) answerRequests(ctx context.Context) error {
 
 // signFor signs an intermediate for another replica, unless that has been done. Of the
 // request the key counts and nothing else.
-func (a *Authority) signFor(ctx context.Context, instance uint8, e journalEntry) error {
+func (a *Authority) signFor(ctx context.Context, instance uint8, e journal.Entry) error {
 	a.rotationMu.Lock()
 	root := a.root.Load() // it is active, or was a moment ago: then the other one asks on
 	a.rotationMu.Unlock()
@@ -383,7 +374,7 @@ func (a *Authority) signFor(ctx context.Context, instance uint8, e journalEntry)
 	if _, err := a.store.Commit(ctx, []storage.Cond{{Key: signedKey(instance), Revision: was.Revision}}, []storage.Op{{Key: signedKey(instance), Value: b}}); err != nil {
 		return err
 	}
-	a.cfg.Log.Info("an intermediate is signed for another replica", "instance", instance, "serial", authorityID(c), "not_after", c.NotAfter)
+	a.cfg.Log.Info("an intermediate is signed for another replica", "instance", instance, "serial", journal.ID(c), "not_after", c.NotAfter)
 	return nil
 }
 
@@ -395,7 +386,7 @@ func (a *Authority) watchRequest(now time.Time) {
 		return
 	}
 	iss := a.intermediate.Load()
-	_, waits := a.current().request()
+	_, waits := a.current().Request()
 	life, left := iss.cert.NotAfter.Sub(iss.cert.NotBefore), iss.cert.NotAfter.Sub(now)
 	part := ""
 	switch {
@@ -410,17 +401,4 @@ func (a *Authority) watchRequest(now time.Time) {
 	}
 	a.alarm("root replica", fmt.Errorf("less than %s is left of the life of the intermediate, which ends at %s, and replica %d, which has the root's key (authority.rootReplica), has not signed the next: start it",
 		part, iss.cert.NotAfter.Format(time.RFC3339), a.cfg.RootReplica))
-}
-
-// taintedElsewhere is an error for an intermediate of another replica, which only that
-// can take out of use.
-func (j journal) taintedElsewhere(id string) error {
-	for n, entries := range j.Others {
-		for _, e := range entries {
-			if c, err := e.cert(); err == nil && c != nil && authorityID(c) == id {
-				return fmt.Errorf("%w: %s is an intermediate of replica %s: ask that one", rotation.ErrStage, id, n)
-			}
-		}
-	}
-	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/rotation"
 	"github.com/signet-mesh/signet/storage"
 )
@@ -42,7 +43,7 @@ func (a *Authority) rotationState() (rotation.State, error) {
 	if p := a.parsed.Load(); p != nil && p.reads == reads {
 		return p.state, nil
 	}
-	s, err := j.rotation()
+	s, err := j.Rotation()
 	if err == nil {
 		a.parsed.Store(&parsedRotation{reads, s})
 	}
@@ -58,13 +59,13 @@ type parsedRotation struct {
 // rotate changes the journal by a transition of package rotation, and publishes trust if
 // that changed. added are authorities that the transition brings in. Keys of those that
 // leave are removed.
-func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation.State, error), added ...journalEntry) error {
+func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation.State, error), added ...journal.Entry) error {
 	a.trustMu.Lock()
 	defer a.trustMu.Unlock()
-	var gone []journalEntry
+	var gone []journal.Entry
 	before := a.current().Sequence
-	err := a.edit(ctx, func(j *journal) error {
-		s, err := j.rotation()
+	err := a.edit(ctx, func(j *journal.Journal) error {
+		s, err := j.Rotation()
 		if err != nil {
 			return err
 		}
@@ -73,9 +74,9 @@ func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation
 		}
 		for _, e := range added {
 			// The entry of one that was published before it is used, or of its request.
-			j.Authorities = append(slices.DeleteFunc(j.Authorities, e.follows), e)
+			j.Authorities = append(slices.DeleteFunc(j.Authorities, e.Follows), e)
 		}
-		gone, err = j.turn(s)
+		gone, err = j.Turn(s)
 		return err
 	})
 	if err != nil {
@@ -83,7 +84,7 @@ func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation
 	}
 	after := a.current()
 	for _, e := range gone {
-		if e.Key == "" || slices.ContainsFunc(after.Authorities, func(o journalEntry) bool { return o.Key == e.Key }) {
+		if e.Key == "" || slices.ContainsFunc(after.Authorities, func(o journal.Entry) bool { return o.Key == e.Key }) {
 			continue
 		}
 		if err := a.keys.Remove(e.Kind, e.Key); err != nil {
@@ -97,7 +98,7 @@ func (a *Authority) rotate(ctx context.Context, f func(rotation.State) (rotation
 }
 
 // firstRoot makes the root and the intermediate that a new authority begins with.
-func (a *Authority) firstRoot(ctx context.Context) ([]journalEntry, error) {
+func (a *Authority) firstRoot(ctx context.Context) ([]journal.Entry, error) {
 	root, rootEntry, err := a.newAuthority(ctx, nil)
 	if err != nil {
 		return nil, err
@@ -117,21 +118,21 @@ func (a *Authority) firstRoot(ctx context.Context) ([]journalEntry, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := journal{Authorities: []journalEntry{rootEntry, entry}}
-	_, err = j.turn(s)
+	j := journal.Journal{Authorities: []journal.Entry{rootEntry, entry}}
+	_, err = j.Turn(s)
 	return j.Authorities, err
 }
 
 // rootOf is what package rotation needs to know of a root.
 func rootOf(iss *issuer) rotation.Root {
-	return rotation.Root{ID: authorityID(iss.cert), Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
+	return rotation.Root{ID: journal.ID(iss.cert), Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
 }
 
 // intermediateOf is what package rotation needs to know of an intermediate that the
 // active root signed.
 func (a *Authority) intermediateOf(iss *issuer, s rotation.State) rotation.Intermediate {
 	active, _ := s.Active()
-	return rotation.Intermediate{ID: authorityID(iss.cert), Root: active.ID, Replica: a.instance, Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
+	return rotation.Intermediate{ID: journal.ID(iss.cert), Root: active.ID, Replica: a.instance, Start: iss.cert.NotBefore, End: iss.cert.NotAfter}
 }
 
 // rotateDue does what is due of this authority's own root and intermediate, and raises
@@ -238,7 +239,7 @@ func (a *Authority) prepareRoot(ctx context.Context) error {
 	if err != nil {
 		return a.dropKey(entry, err)
 	}
-	a.cfg.Log.Info("the next root is prepared", "root", authorityID(iss.cert), "not_after", iss.cert.NotAfter)
+	a.cfg.Log.Info("the next root is prepared", "root", journal.ID(iss.cert), "not_after", iss.cert.NotAfter)
 	return nil
 }
 
@@ -268,7 +269,7 @@ func (a *Authority) activateRoot(ctx context.Context, o rotation.Override, by st
 		return err
 	}
 	j := a.current()
-	s, err := j.rotation()
+	s, err := j.Rotation()
 	if err != nil {
 		return err
 	}
@@ -318,45 +319,45 @@ func (a *Authority) recordOverride(ctx context.Context, id, done string, o rotat
 }
 
 // ownRoot is a root in the journal, with its key if this replica holds that.
-func (a *Authority) ownRoot(j journal, id string) (*issuer, error) {
+func (a *Authority) ownRoot(j journal.Journal, id string) (*issuer, error) {
 	for _, e := range j.Authorities {
-		if !e.turns() || e.Kind != kindRoot {
+		if !e.Turns() || e.Kind != journal.KindRoot {
 			continue
 		}
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return nil, err
 		}
-		if authorityID(c) != id {
+		if journal.ID(c) != id {
 			continue
 		}
 		if !a.holdsRoot() {
 			return &issuer{cert: c}, nil
 		}
-		key, err := a.keys.Open(kindRoot, e.Key, c.PublicKey)
+		key, err := a.keys.Open(journal.KindRoot, e.Key, c.PublicKey)
 		if err != nil {
 			return nil, err
 		}
-		return e.issuer(key)
+		return issuerOf(e, key)
 	}
 	return nil, fmt.Errorf("%w: root %s", rotation.ErrUnknown, id)
 }
 
 // succeed makes an intermediate below the active root the one that signs.
-func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journalEntry) error {
+func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journal.Entry) error {
 	now, err := a.clock.now()
 	if err != nil {
 		return a.dropKey(entry, err)
 	}
-	entry.State = stateActive
+	entry.State = journal.StateActive
 	err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
 		active, _ := s.Active() // another replica may have changed it a moment ago
-		if root := a.root.Load(); root == nil || authorityID(root.cert) != active.ID || iss.cert.CheckSignatureFrom(root.cert) != nil {
+		if root := a.root.Load(); root == nil || journal.ID(root.cert) != active.ID || iss.cert.CheckSignatureFrom(root.cert) != nil {
 			return s, fmt.Errorf("the intermediate %s is not below the active root", iss.cert.Subject)
 		}
 		v := rotation.View{Now: now, Rules: a.cfg.rules()}
 		if signs := a.intermediate.Load(); signs != nil {
-			s, _ = s.Signed(authorityID(signs.cert), v) // by the journal another one may have taken its place before
+			s, _ = s.Signed(journal.ID(signs.cert), v) // by the journal another one may have taken its place before
 		}
 		return s.Succeed(a.intermediateOf(iss, s), v)
 	}, entry)
@@ -364,7 +365,7 @@ func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journalEntry
 		return a.dropKey(entry, err)
 	}
 	a.intermediate.Store(iss)
-	a.cfg.Log.Info("intermediate renewed", "serial", authorityID(iss.cert), "not_after", iss.cert.NotAfter)
+	a.cfg.Log.Info("intermediate renewed", "serial", journal.ID(iss.cert), "not_after", iss.cert.NotAfter)
 	return nil
 }
 
@@ -482,5 +483,5 @@ func (a *Authority) behind(sequence uint64, now time.Time) (nodes []string) {
 func (a *Authority) journalUnchanged() storage.Cond {
 	a.journalMu.Lock()
 	defer a.journalMu.Unlock()
-	return storage.Cond{Key: journalKey, Revision: a.journalRevision}
+	return storage.Cond{Key: journal.Key, Revision: a.journalRevision}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/rotation"
 
 	"google.golang.org/grpc/codes"
@@ -46,24 +47,24 @@ func (a *Authority) authoritiesStatus() (*capb.AuthoritiesResponse, error) {
 		return nil, err
 	}
 	j := a.current()
-	s, err := j.rotation()
+	s, err := j.Rotation()
 	if err != nil {
 		return nil, err
 	}
 	resp := &capb.AuthoritiesResponse{TrustSequence: j.Sequence, Foreign: a.cfg.source() != sourceOwn, TaintSpread: durationpb.New(a.cfg.TaintSpread)}
 	for _, e := range j.Authorities {
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return nil, err
 		}
 		if c == nil {
 			continue
 		}
-		p := &capb.AuthorityStatus{Kind: e.Kind, State: e.State, SubjectKeyId: c.SubjectKeyId, Id: authorityID(c), Sequence: e.Sequence,
+		p := &capb.AuthorityStatus{Kind: e.Kind, State: e.State, SubjectKeyId: c.SubjectKeyId, Id: journal.ID(c), Sequence: e.Sequence,
 			NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter), Since: stamp(e.Since), Tainted: stamp(e.Tainted), Leaves: stamp(e.Leaves), Condemned: stamp(e.Condemned)}
 		for _, r := range j.Authorities {
-			if root, err := r.cert(); e.Kind == kindIntermediate && r.Kind == kindRoot && err == nil && bytes.Equal(root.SubjectKeyId, c.AuthorityKeyId) {
-				p.Root = authorityID(root)
+			if root, err := r.Cert(); e.Kind == journal.KindIntermediate && r.Kind == journal.KindRoot && err == nil && bytes.Equal(root.SubjectKeyId, c.AuthorityKeyId) {
+				p.Root = journal.ID(root)
 			}
 		}
 		resp.Authorities = append(resp.Authorities, p)
@@ -156,9 +157,9 @@ func (a *Authority) rotateBy(ctx context.Context, q *capb.RotateRequest, by stri
 
 // ownIntermediate reports whether an authority is an intermediate of this replica.
 func (a *Authority) ownIntermediate(id string) bool {
-	return slices.ContainsFunc(a.current().Authorities, func(e journalEntry) bool {
-		c, err := e.cert()
-		return err == nil && c != nil && e.Kind == kindIntermediate && authorityID(c) == id
+	return slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool {
+		c, err := e.Cert()
+		return err == nil && c != nil && e.Kind == journal.KindIntermediate && journal.ID(c) == id
 	})
 }
 
@@ -178,7 +179,7 @@ func (a *Authority) renewNow(ctx context.Context) (id string, err error) {
 			err = a.renewIntermediate(ctx)
 		}
 	}
-	return authorityID(a.intermediate.Load().cert), err
+	return journal.ID(a.intermediate.Load().cert), err
 }
 
 // letOthers lets go of rotationMu, which is held, for a while.
@@ -287,20 +288,20 @@ func (a *Authority) taint(ctx context.Context, id string, now time.Time) error {
 	if _, err := s.Taint(id, now); err != nil {
 		return err
 	}
-	if err := a.current().taintedElsewhere(id); err != nil {
+	if err := a.current().Elsewhere(id); err != nil {
 		return fmt.Errorf("tainting %s: %w", id, err)
 	}
-	if err := a.leave(ctx, func(iss *issuer, root string) bool { return authorityID(iss.cert) == id || root == id }); err != nil {
+	if err := a.leave(ctx, func(iss *issuer, root string) bool { return journal.ID(iss.cert) == id || root == id }); err != nil {
 		return fmt.Errorf("tainting %s: %w", id, err)
 	}
 	// The mark is of a key: one that still signs would taint what takes its place.
 	signs := a.intermediate.Load().cert
 	for _, e := range a.current().Authorities {
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return err
 		}
-		if c != nil && authorityID(c) == id && bytes.Equal(c.SubjectKeyId, signs.SubjectKeyId) {
+		if c != nil && journal.ID(c) == id && bytes.Equal(c.SubjectKeyId, signs.SubjectKeyId) {
 			return fmt.Errorf("tainting %s: %w: its key is the one that signs: authority.keys.intermediate names one key; name another", id, rotation.ErrStage)
 		}
 	}
@@ -350,13 +351,13 @@ func (a *Authority) leave(ctx context.Context, must func(iss *issuer, root strin
 		if err != nil {
 			return false, err
 		}
-		return must(iss, authorityID(root)), nil
+		return must(iss, journal.ID(root)), nil
 	}
 	still, err := signs()
 	if err != nil || !still {
 		return err
 	}
-	root := authorityID(a.root.Load().cert)
+	root := journal.ID(a.root.Load().cert)
 	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {
 		if err := a.settled(ctx, s); err != nil {
 			return err
@@ -364,7 +365,7 @@ func (a *Authority) leave(ctx context.Context, must func(iss *issuer, root strin
 	} else if _, err := a.renewNow(ctx); err != nil {
 		return err
 	}
-	root = authorityID(a.root.Load().cert) // it may be another one after a wait
+	root = journal.ID(a.root.Load().cert) // it may be another one after a wait
 	if s := a.staged.Load(); s != nil && !must(s.issuer, root) {
 		if err := a.settled(ctx, s); err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
@@ -101,11 +102,11 @@ func (a *Authority) Requests(ctx context.Context, n int) ([][]byte, error) {
 	}
 	var out [][]byte
 	for _, e := range a.current().Authorities {
-		if e.State == statePending {
+		if e.State == journal.StatePending {
 			out = append(out, e.Request)
 		}
 	}
-	var made []journalEntry
+	var made []journal.Entry
 	for len(out)+len(made) < n {
 		uri, key, err := a.keys.Create(keys.Intermediate)
 		var csr []byte
@@ -115,14 +116,14 @@ func (a *Authority) Requests(ctx context.Context, n int) ([][]byte, error) {
 		if err != nil {
 			return fail(err)
 		}
-		made = append(made, journalEntry{Kind: kindIntermediate, State: statePending, Key: uri, Request: csr})
+		made = append(made, journal.Entry{Kind: journal.KindIntermediate, State: journal.StatePending, Key: uri, Request: csr})
 	}
 	if len(made) == 0 {
 		return out, nil
 	}
 	// The keys are durable before the journal names them. A crash between leaves keys
 	// that certify nothing.
-	if err := a.edit(ctx, func(j *journal) error { j.Authorities = append(j.Authorities, made...); return nil }); err != nil {
+	if err := a.edit(ctx, func(j *journal.Journal) error { j.Authorities = append(j.Authorities, made...); return nil }); err != nil {
 		return fail(err)
 	}
 	for _, e := range made {
@@ -153,8 +154,8 @@ func (a *Authority) Import(ctx context.Context, chains [][]byte) (Series, error)
 		return Series{}, fmt.Errorf("%w: authority.offlineRoot is not set: this authority's intermediates are signed by %s", ErrImport, sourceNames[a.cfg.source()])
 	}
 	var out Series
-	err := a.edit(ctx, func(j *journal) error {
-		s, err := j.importChains(chains, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Later: true},
+	err := a.edit(ctx, func(j *journal.Journal) error {
+		s, err := importChains(j, chains, external.Profile{TrustDomain: a.cfg.TrustDomain, DNSNames: a.cfg.DNSNames, Later: true},
 			2*max(a.cfg.SVID.TTL, a.cfg.SVID.AgentTTL), time.Now().Round(0))
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrImport, err)
@@ -169,12 +170,12 @@ func (a *Authority) Import(ctx context.Context, chains [][]byte) (Series, error)
 	return out, nil
 }
 
-func (j *journal) importChains(chains [][]byte, p external.Profile, overlap time.Duration, now time.Time) (Series, error) {
+func importChains(j *journal.Journal, chains [][]byte, p external.Profile, overlap time.Duration, now time.Time) (Series, error) {
 	if len(chains) == 0 || len(chains) > maxSeries {
 		return Series{}, fmt.Errorf("%d chains: 1 to %d", len(chains), maxSeries)
 	}
 	var err error
-	if p.Roots, err = j.roots(); err != nil {
+	if p.Roots, err = j.Roots(); err != nil {
 		return Series{}, err
 	}
 	var out Series
@@ -184,11 +185,11 @@ func (j *journal) importChains(chains [][]byte, p external.Profile, overlap time
 		if err != nil {
 			return fail(err)
 		}
-		at := slices.IndexFunc(j.Authorities, func(e journalEntry) bool { return e.State == statePending && e.certifies(certs[0]) })
+		at := slices.IndexFunc(j.Authorities, func(e journal.Entry) bool { return e.State == journal.StatePending && certifies(e, certs[0]) })
 		if at < 0 {
 			return fail(fmt.Errorf("key: no request that waits is for the key of %s: the intermediate comes first in a file, and each is imported once", certs[0].Subject))
 		}
-		if p.Key, err = j.Authorities[at].pub(); err != nil {
+		if p.Key, err = j.Authorities[at].Public(); err != nil {
 			return fail(err)
 		}
 		iss, err := external.Check(certs, p, now)
@@ -199,14 +200,14 @@ func (j *journal) importChains(chains [][]byte, p external.Profile, overlap time
 			return fail(fmt.Errorf("it leads to another root (%s) than the one before (%s)", iss.Root.Subject, out.Root.Subject))
 		}
 		out.Root, out.Intermediates = iss.Root, append(out.Intermediates, iss.Cert)
-		e := externalEntry(iss, stateNext, j.Authorities[at].Key)
+		e := journal.ExternalEntry(iss.Cert, iss.Chain, journal.StateNext, j.Authorities[at].Key)
 		j.Authorities[at] = e
 	}
 	if len(p.Roots) == 0 {
-		j.Authorities = append(j.Authorities, rootEntries([]*x509.Certificate{out.Root})...)
+		j.Authorities = append(j.Authorities, journal.RootEntries([]*x509.Certificate{out.Root})...)
 	}
 	slices.SortFunc(out.Intermediates, byStart)
-	if out.End, err = j.checkSeries(overlap, now); err != nil {
+	if out.End, err = checkSeries(j, overlap, now); err != nil {
 		return Series{}, err
 	}
 	j.SeriesStart, j.SeriesEnd = now, out.End
@@ -214,7 +215,7 @@ func (j *journal) importChains(chains [][]byte, p external.Profile, overlap time
 }
 
 // certifies reports whether a certificate is of the entry's key.
-func (e journalEntry) certifies(c *x509.Certificate) bool {
+func certifies(e journal.Entry, c *x509.Certificate) bool {
 	r, err := x509.ParseCertificateRequest(e.Request)
 	return err == nil && bytes.Equal(r.RawSubjectPublicKeyInfo, c.RawSubjectPublicKeyInfo)
 }
@@ -224,11 +225,11 @@ func byStart(a, b *x509.Certificate) int {
 }
 
 // checkSeries checks that there is always one that can sign, from now to the end.
-func (j *journal) checkSeries(overlap time.Duration, now time.Time) (end time.Time, err error) {
+func checkSeries(j *journal.Journal, overlap time.Duration, now time.Time) (end time.Time, err error) {
 	var series []*x509.Certificate
 	for _, e := range j.Authorities {
-		if e.Kind == kindIntermediate && (e.State == stateActive || e.State == stateNext) {
-			c, err := e.cert()
+		if e.Kind == journal.KindIntermediate && (e.State == journal.StateActive || e.State == journal.StateNext) {
+			c, err := e.Cert()
 			if err != nil {
 				return end, err
 			}
@@ -258,12 +259,12 @@ func (a *Authority) advance(ctx context.Context, now time.Time) error {
 	j := a.current()
 	present := a.intermediate.Load()
 	var next *x509.Certificate
-	var entry journalEntry
+	var entry journal.Entry
 	for _, e := range j.Authorities {
-		if e.State != stateNext {
+		if e.State != journal.StateNext {
 			continue
 		}
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil {
 			return err
 		}
@@ -282,7 +283,7 @@ func (a *Authority) advance(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	iss, err := entry.issuer(key)
+	iss, err := issuerOf(entry, key)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/external"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
@@ -157,15 +158,15 @@ func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
 	if err := replica.CheckMoved(ctx, a.cfg.Shared.Store); err != nil {
 		return err
 	}
-	_, err := a.store.Get(ctx, journalKey)
+	_, err := a.store.Get(ctx, journal.Key)
 	first := errors.Is(err, storage.ErrNotFound)
 	if err != nil && !first {
 		return err
 	}
-	var j journal
+	var j journal.Journal
 	var revision uint64
 	if !first {
-		if j, revision, err = loadJournal(ctx, a.store); err != nil {
+		if j, revision, err = journal.Load(ctx, a.store); err != nil {
 			return err
 		}
 	}
@@ -197,13 +198,13 @@ func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
 		return err
 	}
 	j.Authorities = append(j.Authorities, entries...)
-	_, err = j.commit(ctx, a.store, revision)
+	_, err = j.Commit(ctx, a.store, revision)
 	return err
 }
 
 // ownIntermediates are those that a replica begins with under roots that are there.
-func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalEntry, error) {
-	roots, err := j.roots()
+func (a *Authority) ownIntermediates(ctx context.Context, j journal.Journal) ([]journal.Entry, error) {
+	roots, err := j.Roots()
 	if err != nil {
 		return nil, err
 	}
@@ -223,7 +224,7 @@ func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalE
 		if err == nil {
 			err = trusted(f.Root)
 		}
-		return []journalEntry{folderEntry(f.Issuer)}, err
+		return []journal.Entry{folderEntry(f.Issuer)}, err
 	case sourceUpstream:
 		pinned, err := external.ReadRoots(a.cfg.Upstream.RootFile)
 		if err != nil {
@@ -233,30 +234,30 @@ func (a *Authority) ownIntermediates(ctx context.Context, j journal) ([]journalE
 		if err == nil {
 			err = trusted(got.Root)
 		}
-		return []journalEntry{entry}, err
+		return []journal.Entry{entry}, err
 	}
 	if !a.holdsRoot() {
 		e, err := a.newRequest()
-		return []journalEntry{e}, err
+		return []journal.Entry{e}, err
 	}
 	for _, e := range j.Authorities {
-		if e.Kind != kindRoot || e.State != stateActive {
+		if e.Kind != journal.KindRoot || e.State != journal.StateActive {
 			continue
 		}
-		pub, err := e.pub()
+		pub, err := e.Public()
 		if err != nil {
 			return nil, err
 		}
-		key, err := a.keys.Open(kindRoot, e.Key, pub)
+		key, err := a.keys.Open(journal.KindRoot, e.Key, pub)
 		if err != nil {
 			return nil, err
 		}
-		root, err := e.issuer(key)
+		root, err := issuerOf(e, key)
 		if err != nil {
 			return nil, err
 		}
 		_, entry, err := a.newAuthority(ctx, root)
-		return []journalEntry{entry}, err
+		return []journal.Entry{entry}, err
 	}
 	return nil, errors.New("journal: there is no active root")
 }
@@ -268,7 +269,7 @@ var errWentBack = errors.New("the shared state went back")
 // unknown whether a change has happened. journalMu is held.
 func (a *Authority) reread(ctx context.Context) error {
 	if !a.cfg.shared() {
-		j, revision, err := loadJournal(ctx, a.store)
+		j, revision, err := journal.Load(ctx, a.store)
 		if err == nil {
 			a.setJournal(j, revision)
 		}
@@ -279,11 +280,11 @@ func (a *Authority) reread(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading the journal: %w", err)
 	}
-	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journalKey })
+	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journal.Key })
 	if i < 0 {
-		return errNoJournal
+		return journal.ErrNone
 	}
-	j, err := parseJournal(entries[i].Value)
+	j, err := journal.Parse(entries[i].Value)
 	if err != nil {
 		return err
 	}
@@ -385,7 +386,7 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 // followed takes up one change.
 func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 	switch {
-	case e.Key == journalKey:
+	case e.Key == journal.Key:
 		err := a.followJournal(ctx)
 		a.asked.now()
 		return err

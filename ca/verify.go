@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/profile"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
@@ -355,7 +356,7 @@ func (v *verifier) list(s storage.Entry) {
 		v.bad("state: CRL %s has number %v, and the trust sequence is %d: numbers are taken from it", s.Key, list.Number, v.journal.Sequence)
 	}
 	for _, e := range v.journal.Authorities {
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err != nil || c == nil || !bytes.Equal(c.SubjectKeyId, list.AuthorityKeyId) {
 			continue
 		}
@@ -431,14 +432,14 @@ func (v *verifier) authorities() {
 	var roots, inters []*x509.Certificate
 	active := 0
 	for i, e := range j.Authorities {
-		if e.State == statePending {
-			if _, err := e.pub(); err != nil {
+		if e.State == journal.StatePending {
+			if _, err := e.Public(); err != nil {
 				v.bad("journal: authority %d: %v", i, err)
 			}
 			active++ // it will be, when somebody has signed it
 			continue
 		}
-		c, err := e.cert()
+		c, err := e.Cert()
 		if err == nil {
 			err = identity.CheckAuthority(c)
 		}
@@ -454,10 +455,10 @@ func (v *verifier) authorities() {
 			}
 			inters = append(inters, up)
 		}
-		if e.State == stateActive {
+		if e.State == journal.StateActive {
 			active++
 		}
-		if e.Kind == kindRoot {
+		if e.Kind == journal.KindRoot {
 			roots = append(roots, c)
 		} else {
 			inters = append(inters, c)
