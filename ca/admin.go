@@ -101,14 +101,7 @@ func (s admin) read(ctx context.Context, what string, f func(book) error) error 
 // AcceptLogLoss implements signet.ca.v1.Admin.
 func (s admin) AcceptLogLoss(ctx context.Context, q *capb.AcceptLogLossRequest) (*capb.AcceptLogLossResponse, error) {
 	err := s.a.acceptLoss(ctx, q.GetSequence(), q.GetReason())
-	switch {
-	case errors.Is(err, errNoLoss):
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
-	case err != nil:
-		s.a.cfg.Log.Error("accepting a loss failed", "err", err)
-		return nil, status.Error(codes.Unavailable, err.Error())
-	}
-	return &capb.AcceptLogLossResponse{}, nil
+	return &capb.AcceptLogLossResponse{}, s.answer("accepting a loss failed", err)
 }
 
 // Revoke implements signet.ca.v1.Admin.
@@ -122,14 +115,8 @@ func (s admin) Revoke(ctx context.Context, q *capb.RevokeRequest) (*capb.RevokeR
 		revoke = a.askRevoke
 	}
 	e, again, err := revoke(ctx, q.GetSerial(), revocation.Reason(q.GetReason()), q.GetComment(), operator(ctx))
-	switch {
-	case errors.Is(err, errNotIssued):
-		return nil, status.Error(codes.NotFound, err.Error())
-	case errors.Is(err, errNotRevoked):
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
-	case err != nil:
-		a.cfg.Log.Error("revoking a certificate failed", "serial", fmt.Sprintf("%x", q.GetSerial()), "err", err)
-		return nil, status.Error(codes.Unavailable, err.Error())
+	if err := s.answer("revoking a certificate failed", err, "serial", fmt.Sprintf("%x", q.GetSerial())); err != nil {
+		return nil, err
 	}
 	resp := &capb.RevokeResponse{Revocation: revocationToProto(e), Already: again}
 	if !a.cfg.CRL.Enabled {
@@ -182,25 +169,29 @@ func (s admin) AddBan(ctx context.Context, q *capb.AddBanRequest) (*capb.AddBanR
 		until = u.AsTime()
 	}
 	resp, err := s.a.addBan(ctx, q.GetSubject(), q.GetReason(), until, operator(ctx))
-	return resp, s.banError("banning failed", err)
+	return resp, s.answer("banning failed", err)
 }
 
 // RemoveBan implements signet.ca.v1.Admin.
 func (s admin) RemoveBan(ctx context.Context, q *capb.RemoveBanRequest) (*capb.RemoveBanResponse, error) {
 	resp, err := s.a.removeBan(ctx, q.GetSubject(), q.GetReason(), operator(ctx))
-	return resp, s.banError("removing a ban failed", err)
+	return resp, s.answer("removing a ban failed", err)
 }
 
-func (s admin) banError(what string, err error) error {
+// answer is what an operator is told of a change: refusals have codes of their own, and
+// anything else is logged and may be tried again.
+func (s admin) answer(what string, err error, attrs ...any) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, errBan):
 		return status.Error(codes.InvalidArgument, err.Error())
-	case errors.Is(err, errNoBan):
+	case errors.Is(err, errNoBan), errors.Is(err, errNotIssued):
 		return status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, errNoLoss), errors.Is(err, errClockStands), errors.Is(err, errNotRevoked):
+		return status.Error(codes.FailedPrecondition, err.Error())
 	}
-	s.a.cfg.Log.Error(what, "err", err)
+	s.a.cfg.Log.Error(what, append(attrs, "err", err)...)
 	return status.Error(codes.Unavailable, err.Error())
 }
 
@@ -274,14 +265,7 @@ func (o operators) Clone() credentials.TransportCredentials {
 // AcceptClock implements signet.ca.v1.Admin.
 func (s admin) AcceptClock(ctx context.Context, q *capb.AcceptClockRequest) (*capb.AcceptClockResponse, error) {
 	err := s.a.acceptClock(ctx, q.GetRecord(), q.GetReason(), operator(ctx))
-	switch {
-	case errors.Is(err, errClockStands):
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
-	case err != nil:
-		s.a.cfg.Log.Error("accepting the clock failed", "err", err)
-		return nil, status.Error(codes.Unavailable, err.Error())
-	}
-	return &capb.AcceptClockResponse{}, nil
+	return &capb.AcceptClockResponse{}, s.answer("accepting the clock failed", err)
 }
 
 // Backup implements signet.ca.v1.Admin.

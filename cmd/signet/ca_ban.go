@@ -49,24 +49,21 @@ what does not enforce it.`,
 				}
 				req.Until = timestamppb.New(end)
 			}
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			resp, err := a.AddBan(cmd.Context(), req)
-			if err != nil {
-				return a.failed(err)
-			}
-			out := jsonBanAdded{Ban: banOf(resp.GetBan()), Changed: resp.GetChanged(), Revision: resp.GetRevision(), Revoked: resp.GetRevoked(), Pending: resp.GetPending(),
-				NotEnforcedBy: notEnforcedBy(resp)}
-			if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
-				return err
-			}
-			if output == "json" {
-				return printJSON(cmd.OutOrStdout(), out)
-			}
-			return out.print(cmd.OutOrStdout())
+			return withAuthority(*socket, func(a *authority) error {
+				resp, err := a.AddBan(cmd.Context(), req)
+				if err != nil {
+					return a.failed(err)
+				}
+				out := jsonBanAdded{Ban: banOf(resp.GetBan()), Changed: resp.GetChanged(), Revision: resp.GetRevision(), Revoked: resp.GetRevoked(), Pending: resp.GetPending(),
+					NotEnforcedBy: notEnforcedBy(resp)}
+				if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
+					return err
+				}
+				if output == "json" {
+					return printJSON(cmd.OutOrStdout(), out)
+				}
+				return out.print(cmd.OutOrStdout())
+			})
 		}}
 	add.Flags().StringVar(&expires, "expires", "", "when the ban ends: after a `DURATION` as 24h, or at a time as 2026-01-31T12:00:00Z; empty: when it is removed")
 	remove := &cobra.Command{Use: "remove SUBJECT --reason TEXT", Short: "End a ban",
@@ -76,25 +73,22 @@ what does not enforce it.`,
 			if err := checkOutput(output); err != nil {
 				return err
 			}
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			resp, err := a.RemoveBan(cmd.Context(), &capb.RemoveBanRequest{Subject: args[0], Reason: reason})
-			if err != nil {
-				return a.failed(err)
-			}
-			out := jsonBanRemoved{Ban: banOf(resp.GetBan()), Revision: resp.GetRevision()}
-			if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
-				return err
-			}
-			if output == "json" {
-				return printJSON(cmd.OutOrStdout(), out)
-			}
-			w := cmd.OutOrStdout()
-			fmt.Fprintf(w, "%s is not banned any more\n", out.Ban.Subject)
-			return printAgents(w, out.Agents, "have taken that up")
+			return withAuthority(*socket, func(a *authority) error {
+				resp, err := a.RemoveBan(cmd.Context(), &capb.RemoveBanRequest{Subject: args[0], Reason: reason})
+				if err != nil {
+					return a.failed(err)
+				}
+				out := jsonBanRemoved{Ban: banOf(resp.GetBan()), Revision: resp.GetRevision()}
+				if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
+					return err
+				}
+				if output == "json" {
+					return printJSON(cmd.OutOrStdout(), out)
+				}
+				w := cmd.OutOrStdout()
+				fmt.Fprintf(w, "%s is not banned any more\n", out.Ban.Subject)
+				return printAgents(w, out.Agents, "have taken that up")
+			})
 		}}
 	for _, c := range []*cobra.Command{add, remove} {
 		c.Flags().StringVar(&reason, "reason", "", "why, a `TEXT` for those who read of it later")
@@ -107,23 +101,20 @@ what does not enforce it.`,
 			if err := checkOutput(output); err != nil {
 				return err
 			}
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			resp, err := a.ListBans(cmd.Context(), &capb.ListBansRequest{All: all})
-			if err != nil {
-				return a.failed(err)
-			}
-			out := jsonBans{Revision: resp.GetRevision(), Bans: []jsonBan{}, Agents: agentsOf(resp, resp.GetRevision())}
-			for _, b := range resp.GetBans() {
-				out.Bans = append(out.Bans, banOf(b))
-			}
-			if output == "json" {
-				return printJSON(cmd.OutOrStdout(), out)
-			}
-			return out.print(cmd.OutOrStdout())
+			return withAuthority(*socket, func(a *authority) error {
+				resp, err := a.ListBans(cmd.Context(), &capb.ListBansRequest{All: all})
+				if err != nil {
+					return a.failed(err)
+				}
+				out := jsonBans{Revision: resp.GetRevision(), Bans: []jsonBan{}, Agents: agentsOf(resp, resp.GetRevision())}
+				for _, b := range resp.GetBans() {
+					out.Bans = append(out.Bans, banOf(b))
+				}
+				if output == "json" {
+					return printJSON(cmd.OutOrStdout(), out)
+				}
+				return out.print(cmd.OutOrStdout())
+			})
 		}}
 	list.Flags().BoolVar(&all, "all", false, "also those that have ended in the last 30 days")
 	for _, c := range []*cobra.Command{add, remove, list} {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
@@ -57,16 +56,13 @@ Who does not:
 			if !ok {
 				return fmt.Errorf("--reason %q: one of unspecified, keyCompromise, cACompromise, affiliationChanged, superseded, cessationOfOperation, privilegeWithdrawn, aACompromise", reason)
 			}
-			a, err := dialAuthority(*socket)
-			if err != nil {
-				return err
-			}
-			defer a.Close()
-			resp, err := a.Revoke(cmd.Context(), &capb.RevokeRequest{Serial: serial, Reason: n, Comment: comment})
-			if err != nil {
-				return a.failed(err)
-			}
-			return printRevoked(cmd.OutOrStdout(), resp)
+			return withAuthority(*socket, func(a *authority) error {
+				resp, err := a.Revoke(cmd.Context(), &capb.RevokeRequest{Serial: serial, Reason: n, Comment: comment})
+				if err != nil {
+					return a.failed(err)
+				}
+				return printRevoked(cmd.OutOrStdout(), resp)
+			})
 		}}
 	c.Flags().StringVar(&reason, "reason", "unspecified", "why, a `REASON` of RFC 5280 section 5.3.1")
 	c.Flags().StringVar(&comment, "comment", "", "`TEXT` for those who read the log later")
@@ -99,28 +95,17 @@ func newCRLCommand(socket *string) *cobra.Command {
 			if output != "text" && output != "json" && output != "pem" {
 				return fmt.Errorf("--output %q: text, json or pem", output)
 			}
-			resp, err := revocations(cmd.Context(), *socket)
-			if err != nil {
-				return err
-			}
-			return printRevocations(cmd.OutOrStdout(), resp, output)
+			return withAuthority(*socket, func(a *authority) error {
+				resp, err := a.Revocations(cmd.Context(), &capb.RevocationsRequest{})
+				if err != nil {
+					return a.failed(err)
+				}
+				return printRevocations(cmd.OutOrStdout(), resp, output)
+			})
 		}}
 	show.Flags().StringVarP(&output, "output", "o", "text", "text, json, or pem for the CRLs themselves")
 	group.AddCommand(show)
 	return group
-}
-
-func revocations(ctx context.Context, socket string) (*capb.RevocationsResponse, error) {
-	a, err := dialAuthority(socket)
-	if err != nil {
-		return nil, err
-	}
-	defer a.Close()
-	resp, err := a.Revocations(ctx, &capb.RevocationsRequest{})
-	if err != nil {
-		return nil, a.failed(err)
-	}
-	return resp, nil
 }
 
 // What crl show prints as JSON.

@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -224,10 +226,32 @@ func (h *history) wait(at time.Time, kind, who string, n int) {
 	deadline := time.Now().Add(60 * time.Second)
 	for h.since(at, kind, who) < n {
 		if time.Now().After(deadline) {
-			h.t.Fatalf("waited for %d × %s by %q since %.1f s, got %d", n, kind, who, at.Sub(h.start).Seconds(), h.since(at, kind, who))
+			h.t.Fatalf("waited for %d × %s by %q since %.1f s, got %d%s", n, kind, who, at.Sub(h.start).Seconds(), h.since(at, kind, who), h.last(who))
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// last is what a replica was told last of each kind, and how often since the start.
+func (h *history) last(who string) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	last, n := map[string]said{}, map[string]int{}
+	for _, s := range h.all {
+		if who == "" || s.Who == who {
+			last[s.Kind] = s
+			n[s.Kind]++
+		}
+	}
+	var b strings.Builder
+	for _, kind := range slices.Sorted(maps.Keys(last)) {
+		s := last[kind]
+		fmt.Fprintf(&b, "\n\t%d × %s, the last at %.1f s: %d %s", n[kind], kind, s.at.Sub(h.start).Seconds(), s.N, s.Text)
+	}
+	for _, m := range h.marks {
+		fmt.Fprintf(&b, "\n\t%s", m)
+	}
+	return b.String()
 }
 
 // replicaProcess is a replica in a process of its own.
