@@ -16,6 +16,7 @@ const recentMarks = 8192
 // read.
 type chain struct {
 	instance uint32
+	start    uint64 // sequence that reading began after; 0: it began with the log
 	newest   mark
 	// recent holds the marks of the newest batches, ascending and without gaps
 	// between batches; newest is the last one. It starts with the first mark known.
@@ -24,7 +25,7 @@ type chain struct {
 }
 
 func newChain(instance uint32, base mark) chain {
-	return chain{instance: instance, newest: base, recent: []mark{base}}
+	return chain{instance: instance, start: base.sequence, newest: base, recent: []mark{base}}
 }
 
 // advance goes on to the state after a batch.
@@ -80,8 +81,9 @@ func (c *chain) checkHead(h Head) error {
 	if h.Sequence < c.signed.Sequence {
 		return fmt.Errorf("head at sequence %d is before the newest signed one at %d", h.Sequence, c.signed.Sequence)
 	}
+	// Who reads remembers the newest recentMarks at least, so no more are asked for.
 	i, ok := c.find(h.Sequence)
-	if !ok {
+	if !ok || len(c.recent)-i > recentMarks {
 		return fmt.Errorf("head at sequence %d is not a recent state of this log", h.Sequence)
 	}
 	if m := c.recent[i]; m.hash != h.Hash || m.time != unixNano(h.Time) {
@@ -93,18 +95,17 @@ func (c *chain) checkHead(h Head) error {
 // head checks a signed head that is read back and goes on. carried says that a
 // new segment repeats it.
 func (c *chain) head(h Head, carried bool) error {
-	if carried && h.Instance == c.instance && h.Sequence <= c.newest.sequence {
-		if c.signed.Signature != nil {
-			if !h.Equal(c.signed) {
-				return errors.New("segment does not start with the newest signed head")
-			}
-			return nil
+	if carried && c.signed.Signature != nil {
+		if !h.Equal(c.signed) {
+			return errors.New("segment does not start with the newest signed head")
 		}
-		if len(c.recent) == 1 && h.Sequence < c.recent[0].sequence {
-			// Reading starts here; what the head covers is in a segment before.
-			c.signed = h
-			return nil
-		}
+		return nil
+	}
+	if h.Instance == c.instance && h.Sequence < c.start && h.Sequence >= c.signed.Sequence {
+		// What it covers is in a segment before the one that reading began with: it is
+		// carried, or was signed before that segment began and recorded after.
+		c.signed = h
+		return nil
 	}
 	if err := c.checkHead(h); err != nil {
 		return err

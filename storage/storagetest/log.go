@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -52,6 +53,7 @@ func Log(t *testing.T, fresh func(t *testing.T) LogPlace) {
 		{"shares no memory with callers", logCopies},
 		{"has a head that depends on every record", logHead},
 		{"records signed heads", logSignedHead},
+		{"records a head that was signed long before", logLateHead},
 		{"refuses heads that it never had", logBadHead},
 		{"appends nothing for a context that ended", logContext},
 		{"refuses everything once closed", logClosed},
@@ -477,6 +479,26 @@ func logSignedHead(t *testing.T, l *logTest) {
 	record(sign(l.Head(), string(bytes.Repeat([]byte{1}, storage.MaxSignature))))
 	l.reopen()
 	record(sign(l.Head(), "after reopening"))
+}
+
+// logLateHead: a head is recorded after others have appended so much since it was signed
+// that it lies far behind; the log opens all the same, and still has it.
+func logLateHead(t *testing.T, l *logTest) {
+	for i := range 8 {
+		h := l.Head()
+		h.Signature = fmt.Appendf(nil, "signature %d", i)
+		for range i {
+			l.append(strings.Repeat("x", 2000), strings.Repeat("y", 2000))
+		}
+		if err := l.AppendHead(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+		l.reopen()
+		if got, ok := l.SignedHead(); !ok || !got.Equal(h) {
+			t.Fatalf("signed head %+v after opening again, want %+v", got, h)
+		}
+		l.append("z")
+	}
 }
 
 func logBadHead(t *testing.T, l *logTest) {
