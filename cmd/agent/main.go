@@ -105,16 +105,9 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	log.Info("signet-agent starts", "version", version.Current().String(), "trust_domain", td.Name(), "node", c.Node, "pid", os.Getpid())
 
-	// One agent at a time: a predecessor that is still leaving would save its state
-	// over this one's.
-	lock, err := run.LockFolder(filepath.Dir(c.Socket), handover)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-
 	// What a predecessor saved: with it the agent serves before it reaches the
-	// authority.
+	// authority. One agent at a time has it: a predecessor that is still leaving would
+	// save its state over this one's.
 	saved, err := openSaved(c, td, log)
 	if err != nil {
 		return err
@@ -221,7 +214,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 	)
 	streams.Register(server)
 	checks.Register(server)
-	listener, err := run.ListenUnix(c.Socket, 0o666)
+	listener, err := run.ListenUnix(c.Socket, 0o666, handover)
 	if err != nil {
 		return err
 	}

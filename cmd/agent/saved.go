@@ -59,7 +59,7 @@ func openSaved(c config, td spiffeid.TrustDomain, log *slog.Logger) (*saved, err
 		log.Warn("stateDir is empty: after a restart this agent serves nobody before it has reached the authority")
 		return s, nil
 	}
-	file, err := holder.OpenStateFile(c.StateDir, holder.StateOptions{AllowSwap: c.AllowSwap, NotBelow: []string{filepath.Dir(c.Socket)}, Log: log})
+	file, err := holder.OpenStateFile(c.StateDir, holder.StateOptions{AllowSwap: c.AllowSwap, NotBelow: []string{filepath.Dir(c.Socket)}, Wait: handover, Log: log})
 	if errors.Is(err, holder.ErrNoState) {
 		log.Warn("no state is saved: after a restart this agent serves nobody before it has reached the authority", "err", err)
 		return s, nil

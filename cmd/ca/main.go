@@ -121,7 +121,7 @@ func serve(ctx context.Context, path string, accept accepted, stderr io.Writer) 
 	health.AddAlarm("authority", authority.Alarms)
 	health.Add("pods and token keys", world.ready)
 
-	adminListener, err := run.ListenUnix(c.AdminSocket, 0o600)
+	adminListener, err := run.ListenUnix(c.AdminSocket, 0o600, 0)
 	if err != nil {
 		return err
 	}

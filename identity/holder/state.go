@@ -30,6 +30,9 @@ var ErrNoState = errors.New("agent state cannot be kept")
 // ErrNewerState says that the state was saved by a newer version of Signet.
 var ErrNewerState = errors.New("agent state has a newer format")
 
+// ErrStateInUse says that another process has the folder of the state.
+var ErrStateInUse = errors.New("another process has it")
+
 // errSwap is the reason to remove a state that was saved already.
 var errSwap = errors.New("this machine has swap")
 
@@ -80,13 +83,15 @@ type StateOptions struct {
 	// agent's sockets, which every pod mounts: the state must be in none of
 	// them.
 	NotBelow []string
+	// Wait is how long another process that has the folder may take to leave.
+	Wait time.Duration
 	// Log gets warnings; nil logs nothing.
 	Log *slog.Logger
 }
 
 // StateFile is a file for a [State] on a file system that is only memory. Its
-// methods are safe for concurrent use. One process at a time may have it open;
-// nothing enforces that, since the folder belongs to one agent.
+// methods are safe for concurrent use. One process at a time has it open: the folder,
+// which nobody else can open, is locked (flock).
 type StateFile struct {
 	dir  string
 	opt  StateOptions
@@ -95,6 +100,7 @@ type StateFile struct {
 
 	mu   sync.Mutex // one Save or Load at a time
 	root *os.Root   // of dir: what was checked is what is used
+	lock *os.File   // the folder, locked
 }
 
 // host is what the checks need to know of the machine; tests have their own.
@@ -126,7 +132,8 @@ func realHost() host {
 // or ramfs. Where the machine has swap, a tmpfs must be mounted with noswap
 // (Linux 6.4) unless opt.AllowSwap.
 //
-// The error wraps [ErrNoState] if the file system or swap is the reason. Any
+// The error wraps [ErrNoState] if the file system or swap is the reason, and
+// [ErrStateInUse] if another process has the folder and did not leave in opt.Wait. Any
 // other error is a mistake in the configuration, and says how to mend it.
 func OpenStateFile(dir string, opt StateOptions) (*StateFile, error) {
 	return openStateFile(dir, opt, realHost())
@@ -145,6 +152,9 @@ func openStateFile(dir string, opt StateOptions, host host) (f *StateFile, err e
 	defer func() {
 		if err == nil {
 			return
+		}
+		if f.lock != nil {
+			err = errors.Join(err, f.lock.Close())
 		}
 		if f.root != nil {
 			err = errors.Join(err, f.root.Close())
@@ -185,6 +195,12 @@ func openStateFile(dir string, opt StateOptions, host host) (f *StateFile, err e
 	if err != nil {
 		return f, err
 	}
+	// Only now, when it is certain that nobody else can open the folder and hold the
+	// lock; and before anything in it is touched, which may be a predecessor's.
+	if err := f.take(opt.Wait); err != nil {
+		made = false // somebody has it
+		return f, err
+	}
 	// What a crash in the middle of Save left may hold keys.
 	if err := f.discard(); err != nil {
 		return f, err
@@ -199,7 +215,24 @@ func openStateFile(dir string, opt StateOptions, host host) (f *StateFile, err e
 func (f *StateFile) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.root.Close()
+	return errors.Join(f.lock.Close(), f.root.Close())
+}
+
+// take locks the folder, until it is closed or the process ends.
+func (f *StateFile) take(wait time.Duration) (err error) {
+	if f.lock, err = f.root.Open("."); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(wait); ; time.Sleep(20 * time.Millisecond) {
+		switch err := unix.Flock(int(f.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
+			return fmt.Errorf("locking it: %w", err)
+		case !time.Now().Before(deadline):
+			return fmt.Errorf("%w; stop that one first, or choose another folder", ErrStateInUse)
+		}
+	}
 }
 
 // check verifies that keys are safe in the folder at this moment. swap says that

@@ -113,7 +113,7 @@ func openOn(t *testing.T, dir string, fake *holder.FakeHost) *holder.StateFile {
 		t.Fatalf("OpenStateFile: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := f.Close(); err != nil {
+		if err := f.Close(); err != nil && !errors.Is(err, fs.ErrClosed) { // its process may have ended
 			t.Error(err)
 		}
 	})
@@ -190,6 +190,7 @@ func TestStateRoundTrip(t *testing.T) {
 		if err := f.Save(want); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
+		must(t, f.Close())
 		// Another process reads it.
 		got, err := openOn(t, dir, &holder.FakeHost{}).Load()
 		if err != nil {
@@ -505,6 +506,7 @@ func TestPieceOfACrashIsRemoved(t *testing.T) {
 	want := fullState(a)
 	must(t, f.Save(want))
 	must(t, os.WriteFile(filepath.Join(dir, "state.new"), []byte("half of a sta"), 0o600))
+	must(t, f.Close())
 	f = openOn(t, dir, &holder.FakeHost{})
 	if names := list(t, dir); len(names) != 1 {
 		t.Errorf("after the start there is %v", names)
@@ -679,6 +681,32 @@ func TestStateIsNotBelowAPublicFolder(t *testing.T) {
 	}
 }
 
+// TestAStateFolderIsForOneProcess: a successor waits for whoever has the folder, and
+// touches nothing of it before: what looks like the rest of a crash may be a Save.
+func TestAStateFolderIsForOneProcess(t *testing.T) {
+	t.Parallel()
+	dir := stateDir(t)
+	first, err := holder.OpenStateFileOn(dir, holder.StateOptions{}, &holder.FakeHost{})
+	must(t, err)
+	under := filepath.Join(dir, "state.new")
+	must(t, os.WriteFile(under, []byte("half"), 0o600))
+	for _, wait := range []time.Duration{0, 50 * time.Millisecond} {
+		f, err := holder.OpenStateFileOn(dir, holder.StateOptions{Wait: wait}, &holder.FakeHost{})
+		if !errors.Is(err, holder.ErrStateInUse) || errors.Is(err, holder.ErrNoState) || f != nil {
+			t.Errorf("opened twice: %v, %v", f, err)
+		}
+	}
+	if _, err := os.Lstat(under); err != nil {
+		t.Errorf("what the other is writing: %v", err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { _ = first.Close() })
+	again, err := holder.OpenStateFileOn(dir, holder.StateOptions{Wait: time.Minute}, &holder.FakeHost{})
+	if err != nil {
+		t.Fatalf("a predecessor that leaves is waited for: %v", err)
+	}
+	must(t, again.Close())
+}
+
 func TestSwapThatIsTurnedOnEndsTheState(t *testing.T) {
 	t.Parallel()
 	a := newAuthority()
@@ -738,6 +766,7 @@ func TestRestartWhileTheAuthorityIsAway(t *testing.T) {
 	must(t, before.Save(holder.State{Trust: a.trust, Pods: pods, SVIDs: h.Export()}))
 	served := have(t, h, a, caller(w))
 	stop()
+	must(t, before.Close())
 
 	a.set(func() { a.before = func(context.Context, []identity.Request) error { return errDown } })
 	s, err := openOn(t, dir, &holder.FakeHost{}).Load()

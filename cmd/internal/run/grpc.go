@@ -12,6 +12,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+// lookAtSocket is how often it is looked whether a socket is still this process's.
+const lookAtSocket = time.Second
+
 // Streams ends the streams of a server that leaves: those of proxies never end by
 // themselves, and whoever waits for them keeps its successor waiting. Make it with
 // [NewStreams], have its Intercept around every other interceptor, and give it to
@@ -56,14 +59,30 @@ func (s endingStream) Context() context.Context { return s.ctx }
 
 // ServeGRPC serves on l until ctx ends, then stops accepting, ends the streams of
 // streams, which may be nil, lets RPCs in flight end for at most drain, and cuts what
-// is left. A nil error means that ctx ended.
+// is left. A nil error means that ctx ended. Another process that takes the place of a
+// socket of [ListenUnix] is an error within seconds: nobody would find this one.
 func ServeGRPC(ctx context.Context, s *grpc.Server, l net.Listener, drain time.Duration, streams *Streams) error {
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
-	select {
-	case err := <-done:
-		return fmt.Errorf("serving on %s: %w", l.Addr(), err)
-	case <-ctx.Done():
+	look := time.NewTicker(lookAtSocket)
+	defer look.Stop()
+	for serving := true; serving; {
+		select {
+		case err := <-done:
+			return fmt.Errorf("serving on %s: %w", l.Addr(), err)
+		case <-look.C:
+			u, ok := l.(*unixListener)
+			if !ok {
+				continue
+			}
+			if err := u.replaced(); err != nil {
+				s.Stop()
+				<-done
+				return fmt.Errorf("serving on %s: %w", u.path, err)
+			}
+		case <-ctx.Done():
+			serving = false
+		}
 	}
 	graceful := make(chan struct{})
 	go func() {

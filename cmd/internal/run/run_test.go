@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -174,7 +175,7 @@ func TestTheEndIsInOrder(t *testing.T) {
 
 func TestUnixSocketIsReplacedOnlyWhenNobodyServes(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.sock")
-	l, err := run.ListenUnix(path, 0o666)
+	l, err := run.ListenUnix(path, 0o666, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +192,7 @@ func TestUnixSocketIsReplacedOnlyWhenNobodyServes(t *testing.T) {
 			c.Close()
 		}
 	}()
-	if _, err := run.ListenUnix(path, 0o600); err == nil || !strings.Contains(err.Error(), "another process is serving") {
+	if _, err := run.ListenUnix(path, 0o600, 0); err == nil || !strings.Contains(err.Error(), "another process is serving") {
 		t.Errorf("a socket in use: %v", err)
 	}
 	if err := l.Close(); err != nil {
@@ -207,7 +208,7 @@ func TestUnixSocketIsReplacedOnlyWhenNobodyServes(t *testing.T) {
 	}
 	stale.SetUnlinkOnClose(false)
 	stale.Close()
-	l, err = run.ListenUnix(path, 0o600)
+	l, err = run.ListenUnix(path, 0o600, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +216,7 @@ func TestUnixSocketIsReplacedOnlyWhenNobodyServes(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := run.ListenUnix(path, 0o600); err == nil {
+	if _, err := run.ListenUnix(path, 0o600, 0); err == nil {
 		t.Error("a file was replaced by a socket")
 	}
 	if b, _ := os.ReadFile(path); string(b) != "precious" {
@@ -310,12 +311,12 @@ func TestWriteFileIsAllOrNothing(t *testing.T) {
 // owner do, must not remove the socket of whoever listens by now.
 func TestALatePredecessorLeavesItsSuccessorAlone(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.sock")
-	first, err := run.ListenUnix(path, 0o600)
+	first, err := run.ListenUnix(path, 0o600, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	first.Close()
-	second, err := run.ListenUnix(path, 0o600)
+	second, err := run.ListenUnix(path, 0o600, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -326,23 +327,70 @@ func TestALatePredecessorLeavesItsSuccessorAlone(t *testing.T) {
 	}
 }
 
-func TestAFolderIsForOneProcess(t *testing.T) {
+// TestASocketIsWaitedForWhileItsServerLeaves: a predecessor that is leaving is no
+// reason to fail, whoever has its folder open and locked.
+func TestASocketIsWaitedForWhileItsServerLeaves(t *testing.T) {
 	dir := t.TempDir()
-	lock, err := run.LockFolder(dir, 0)
+	path := filepath.Join(dir, "s.sock")
+	pod, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := run.LockFolder(dir, 50*time.Millisecond); err == nil || !strings.Contains(err.Error(), "another process has it") {
-		t.Errorf("locked twice: %v", err)
+	defer pod.Close()
+	if err := syscall.Flock(int(pod.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
 	}
-	time.AfterFunc(50*time.Millisecond, func() { lock.Close() })
-	again, err := run.LockFolder(dir, 10*time.Second)
+	first, err := run.ListenUnix(path, 0o666, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer first.Close()
+		for range 2 { // looks whether anybody serves
+			c, err := first.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			c.Close()
+		}
+	}()
+	second, err := run.ListenUnix(path, 0o666, time.Minute)
 	if err != nil {
 		t.Fatalf("a predecessor that leaves is waited for: %v", err)
 	}
-	again.Close()
-	if _, err := run.LockFolder(dir+"-x", 0); err == nil {
-		t.Error("a folder that does not exist was locked")
+	defer second.Close()
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWhoLosesItsSocketLearnsIt: of two that begin in the same moment one does not go
+// on unseen, and does not take the other's socket along when it ends.
+func TestWhoLosesItsSocketLearnsIt(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s.sock")
+	lost, err := run.ListenUnix(path, 0o666, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The other looked before the first was there.
+	won, err := run.ListenUnix(filepath.Join(dir, "t.sock"), 0o666, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer won.Close()
+	if err := os.Rename(filepath.Join(dir, "t.sock"), path); err != nil {
+		t.Fatal(err)
+	}
+	if err := run.ServeGRPC(t.Context(), grpc.NewServer(), lost, time.Second, nil); err == nil || !strings.Contains(err.Error(), "in the place of this one") {
+		t.Errorf("serving without a socket returned %v", err)
+	}
+	lost.Close()
+	if c, err := net.Dial("unix", path); err != nil {
+		t.Errorf("the other's socket: %v", err)
+	} else {
+		c.Close()
 	}
 }
 
