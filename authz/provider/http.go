@@ -133,13 +133,12 @@ func (h *httpAsker) request(ctx context.Context, of *authv3.AttributeContext_Htt
 	case !strings.HasPrefix(path, "/") || !plain([]byte(path)):
 		return nil, errors.New("an HTTP provider cannot be asked about a path that does not begin with /, or that holds a space or a control character")
 	}
-	target := h.prefix + path
-	if strings.HasPrefix(target, "//") {
-		// As it stands it would be taken for a host; so the host goes before it.
-		target = "//" + h.host + target
+	u, err := h.target(h.prefix + path)
+	if err != nil {
+		return nil, err
 	}
 	r := (&http.Request{
-		Method: method, URL: &url.URL{Scheme: h.scheme, Host: h.host, Opaque: target},
+		Method: method, URL: u,
 		Host: host, Header: http.Header{}, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(ctx)
 	r.Header["User-Agent"] = nil // none of our own
@@ -156,6 +155,28 @@ func (h *httpAsker) request(ctx context.Context, of *authv3.AttributeContext_Htt
 		r.Header.Set(k, v)
 	}
 	return r, h.addBody(r, of, headers)
+}
+
+// target is the provider's URL whose request line holds the path byte by byte, in
+// origin form.
+func (h *httpAsker) target(path string) (*url.URL, error) {
+	u := &url.URL{Scheme: h.scheme, Host: h.host}
+	if !strings.HasPrefix(path, "//") {
+		u.Opaque = path
+		return u, nil
+	}
+	// Package url writes what is opaque and begins with two slashes in absolute form,
+	// and there a server takes the host from the target, whatever Host says (RFC 9112
+	// section 3.2.2). So it gets a path, which it writes as it likes.
+	u.RawPath, u.RawQuery, u.ForceQuery = path, "", false
+	if raw, query, ok := strings.Cut(path, "?"); ok {
+		u.RawPath, u.RawQuery, u.ForceQuery = raw, query, true
+	}
+	var err error
+	if u.Path, err = url.PathUnescape(u.RawPath); err != nil || u.RequestURI() != path {
+		return nil, errors.New("an HTTP provider cannot be asked about a path that begins with // and holds what does not stand in a path (RFC 3986 section 3.3)")
+	}
+	return u, nil
 }
 
 // addBody adds the body of the request, where that is wanted.
