@@ -18,6 +18,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"golang.org/x/net/http/httpguts"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -154,7 +155,18 @@ func (h *httpAsker) request(ctx context.Context, of *authv3.AttributeContext_Htt
 		}
 		r.Header.Set(k, v)
 	}
+	if !sendable(r.Host) {
+		return nil, errors.New("an HTTP provider cannot be asked about a host that is empty or that holds what cannot stand in Host (RFC 9110 section 7.2)")
+	}
 	return r, h.addBody(r, of, headers)
+}
+
+// sendable reports whether net/http sends a host as it is: it sends none instead of
+// one with other bytes, the provider's own instead of an empty one, and IPv6
+// addresses without their zone.
+func sendable(host string) bool {
+	zone := strings.HasPrefix(host, "[") && strings.Contains(host, "%")
+	return host != "" && !zone && httpguts.ValidHostHeader(host)
 }
 
 // target is the provider's URL whose request line holds the path byte by byte, in

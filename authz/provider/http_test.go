@@ -150,6 +150,46 @@ func TestHTTPProviderSeesThePath(t *testing.T) {
 	}
 }
 
+// TestHTTPProviderSeesTheHost: no host becomes another one, or none, on the way.
+func TestHTTPProviderSeesTheHost(t *testing.T) {
+	t.Parallel()
+	asked, got := 0, ""
+	handler := func(_ http.ResponseWriter, r *http.Request) { asked, got = asked+1, r.Host }
+	w := httpWorld(t, handler)
+	of := func(host string) *authv3.CheckRequest {
+		return request("/ask", func(h *authv3.AttributeContext_HttpRequest) {
+			h.Host = strings.ToValidUTF8(host, "!")
+			h.HeaderMap.Headers[2] = header(":authority", host)
+		})
+	}
+	for _, host := range []string{"shop.example", "SHOP.example:80", "shop.example.", "[::1]:8080", "10.0.0.1", "a_b", "a%20b", "a,b;c=d", "shop.example:"} {
+		if w.check(of(host)); !w.last.Allowed || got != host {
+			t.Errorf("%q: the provider got %q: %v", host, got, w.last.err)
+		}
+	}
+	asked = 0
+	bad := []string{"", "user@shop.example", "shop.example/x", "shop example", "shop.example\\", "münchen.example", "a\xffb", "[fe80::1%eth0]:80", "[fe80::1%25eth0]", "a?b", "a#b", "a\r\nb", "{}", "<a>", "a\"b"}
+	for _, host := range bad {
+		w.closed(of(host), extauthz.ReasonProviderFailed)
+	}
+	if asked != 0 {
+		t.Errorf("the provider was asked %d times about hosts that cannot be sent", asked)
+	}
+	// Where the provider gets a fixed host, the request's does not matter.
+	w = httpWorld(t, handler, func(s *provider.HTTP) {
+		s.IncludeAdditionalHeadersInCheck = map[string]string{"Host": "provider.example"}
+	})
+	if w.check(of("user@shop.example")); !w.last.Allowed || got != "provider.example" {
+		t.Errorf("the provider got %q: %v", got, w.last.err)
+	}
+	for _, host := range bad {
+		s := &provider.HTTP{Address: provider.Address{Service: "127.0.0.1", Port: 80}, IncludeAdditionalHeadersInCheck: map[string]string{"host": host}}
+		if _, err := provider.New(provider.Config{Providers: []provider.Spec{{Name: "them", HTTP: s}}}); err == nil {
+			t.Errorf("the fixed host %q is taken", host)
+		}
+	}
+}
+
 func TestHTTPProviderInOrder(t *testing.T) {
 	t.Parallel()
 	status := 200

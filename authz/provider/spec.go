@@ -163,6 +163,9 @@ func (h *HTTP) check() error {
 		}
 	}
 	for _, n := range slices.Sorted(maps.Keys(h.IncludeAdditionalHeadersInCheck)) {
+		if strings.EqualFold(n, "host") && !sendable(h.IncludeAdditionalHeadersInCheck[n]) {
+			return fmt.Errorf("includeAdditionalHeadersInCheck: %q is no host that can be sent: write HOST or HOST:PORT", h.IncludeAdditionalHeadersInCheck[n])
+		}
 		if !httpguts.ValidHeaderFieldName(n) || !httpguts.ValidHeaderFieldValue(h.IncludeAdditionalHeadersInCheck[n]) {
 			return fmt.Errorf("includeAdditionalHeadersInCheck: %q cannot be sent as a header", n)
 		}
