@@ -126,7 +126,8 @@ func TestGRPCProviderThatLies(t *testing.T) {
 		err  string
 	}{
 		{"says nothing in time", func(t *testing.T) provider.Address {
-			a := serve(t, func(ctx context.Context, _ []byte) ([]byte, error) { <-ctx.Done(); return marshal(okAnswer), nil })
+			// Not until its own context ends, which may be before the client's does.
+			a := serve(t, func(context.Context, []byte) ([]byte, error) { <-t.Context().Done(); return marshal(okAnswer), nil })
 			a.Timeout = 50 * time.Millisecond
 			return a
 		}, "did not answer in time"},
