@@ -52,11 +52,13 @@ type issuedBy struct {
 	at      time.Time
 }
 
-func newCAReplicas(t *testing.T, n int) *caReplicas {
+// newCAReplicas makes the configurations of n replicas, and their cluster, to whose members
+// args are given.
+func newCAReplicas(t *testing.T, n int, args ...string) *caReplicas {
 	t.Helper()
 	s := &standalone{tb: t, bin: programs(t), dir: t.TempDir(), http: map[string]string{}, procs: map[string]*process{}}
 	r := &caReplicas{standalone: s, root: externaltest.Root(t, "offline", externaltest.P256), start0: time.Now(),
-		cluster: etcdtest.Start(t, etcdtest.Options{Members: 3, TLS: true, Args: []string{"--heartbeat-interval=50", "--election-timeout=500"}})}
+		cluster: etcdtest.Start(t, etcdtest.Options{Members: 3, TLS: true, Args: append([]string{"--heartbeat-interval=50", "--election-timeout=500"}, args...)})}
 	var err error
 	if s.issuer, _, err = devissuer.Create(filepath.Join(s.dir, "issuer"), devissuer.Options{}); err != nil {
 		t.Fatal(err)
@@ -107,7 +109,12 @@ func (r *caReplicas) listen(name string) string {
 
 func (r *caReplicas) serve(name string) {
 	r.tb.Helper()
-	p := &process{cmd: exec.Command(filepath.Join(r.bin, "signet-ca"), "serve", "--config", filepath.Join(r.dir, name+".yaml")), done: make(chan struct{})}
+	program := r.ca
+	if program == "" {
+		program = filepath.Join(r.bin, "signet-ca")
+	}
+	p := &process{cmd: exec.Command(program, "serve", "--config", filepath.Join(r.dir, name+".yaml")), done: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), r.env...)
 	p.cmd.Stderr = &p.log
 	p.run(r.tb)
 	r.procs[name] = p

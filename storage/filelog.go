@@ -212,10 +212,10 @@ func (l *FileLog) usable() error {
 		return ErrReadOnly
 	}
 	if l.stopped != nil {
-		return fmt.Errorf("%w (first failure: %w); opening the log anew: %w", ErrNotDurable, l.failed, l.stopped)
+		return fmt.Errorf("%w (first failure: %w); opening the log anew: %w", l.notDurable(), l.failed, l.stopped)
 	}
 	if l.failed != nil {
-		return fmt.Errorf("%w (first failure: %w)", ErrNotDurable, l.failed)
+		return fmt.Errorf("%w (first failure: %w)", l.notDurable(), l.failed)
 	}
 	return nil
 }
@@ -423,7 +423,7 @@ func (l *FileLog) fail(err error) error {
 	}
 	l.failed = err
 	l.metrics.failing(true)
-	return fmt.Errorf("%w: %w", ErrNotDurable, err)
+	return fmt.Errorf("%w: %w", l.notDurable(), err)
 }
 
 // tail is the segment that is being written.

@@ -12,6 +12,23 @@ const (
 	reopenMost  = 2 * time.Second
 )
 
+// notDurable is ErrNotDurable, in the words for who reads it.
+func (l *FileLog) notDurable() error {
+	if l.remote {
+		return remoteNotDurable{}
+	}
+	return ErrNotDurable
+}
+
+// remoteNotDurable is the ErrNotDurable of a log that opens itself anew.
+type remoteNotDurable struct{}
+
+func (remoteNotDurable) Error() string {
+	return "not durable: a write failed, and the log is opened anew until that succeeds"
+}
+
+func (remoteNotDurable) Unwrap() error { return ErrNotDurable }
+
 // unlock gives the folder up, if it is held.
 func (l *FileLog) unlock() error {
 	if l.lock == nil {

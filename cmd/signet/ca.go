@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
@@ -50,7 +51,8 @@ func (a *authority) Close() error { return a.conn.Close() }
 // failed says what did not work, and what to do.
 func (a *authority) failed(err error) error {
 	s := status.Convert(err)
-	if s.Code() == codes.Unavailable {
+	// An authority that answers says itself what keeps it from doing something.
+	if s.Code() == codes.Unavailable && strings.HasPrefix(s.Message(), "connection error") {
 		return fmt.Errorf("asking the authority at %s: %s (is it running, and is --socket right? only its owner may ask)", a.socket, s.Message())
 	}
 	return fmt.Errorf("asking the authority at %s: %s", a.socket, s.Message())

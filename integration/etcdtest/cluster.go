@@ -41,6 +41,7 @@ type Cluster struct {
 
 	tb     testing.TB
 	dir    string
+	tools  string           // folder of etcdctl and etcdutl
 	client *clientv3.Client // of the administrator
 	tls    *tls.Config
 }
@@ -52,26 +53,33 @@ type Member struct {
 	Endpoint string
 
 	name     string
+	data     string // its folder; set while it does not run
 	peer     string // HOST:PORT where it listens for the others
 	announce string // HOST:PORT where they reach it, through its proxy
 	id       string // as members name each other; empty before the cluster runs
 	proxy    *peerProxy
 }
 
-// find is the program.
-var find = sync.OnceValues(func() (string, error) {
+// found are the programs.
+type found struct{ etcd, tools string }
+
+var find = sync.OnceValues(func() (f found, err error) {
 	root, err := parts.Root()
 	if err != nil {
-		return "", err
+		return f, err
 	}
 	etcd, err := parts.FindEtcd(root)
-	return etcd.Path, err
+	if err != nil {
+		return f, err
+	}
+	tools, err := parts.FindEtcdTools(root)
+	return found{etcd.Path, tools.Path}, err
 })
 
 // Start runs a cluster. Without the program the test is skipped, in CI it fails.
 func Start(tb testing.TB, opt Options) *Cluster {
 	tb.Helper()
-	program, err := find()
+	programs, err := find()
 	switch {
 	case err == nil:
 	case errors.Is(err, parts.ErrMissing) && os.Getenv("CI") == "":
@@ -79,7 +87,7 @@ func Start(tb testing.TB, opt Options) *Cluster {
 	default:
 		tb.Fatal(err)
 	}
-	c := &Cluster{tb: tb, dir: tb.TempDir()}
+	c := &Cluster{tb: tb, dir: tb.TempDir(), tools: programs.tools}
 	if opt.TLS {
 		if err := c.newKeys(); err != nil {
 			tb.Fatal(err)
@@ -88,7 +96,7 @@ func Start(tb testing.TB, opt Options) *Cluster {
 	tb.Cleanup(c.end)
 	// Another process may take a port between the choice and the start.
 	for try := 0; ; try++ {
-		if err = c.run(program, opt); err == nil {
+		if err = c.run(programs.etcd, opt); err == nil {
 			return c
 		}
 		c.end()
@@ -134,11 +142,10 @@ func (c *Cluster) run(program string, opt Options) error {
 		all = append(all, m.name+"=http://"+m.announce)
 	}
 	for _, m := range c.Members {
-		data, err := os.MkdirTemp(c.dir, m.name+"-")
-		if err != nil {
+		if m.data, err = os.MkdirTemp(c.dir, m.name+"-"); err != nil {
 			return err
 		}
-		args := []string{"--name", m.name, "--data-dir", data, "--initial-cluster", strings.Join(all, ","), "--initial-cluster-token", "test",
+		args := []string{"--name", m.name, "--initial-cluster", strings.Join(all, ","), "--initial-cluster-token", "test",
 			"--listen-client-urls", m.Endpoint, "--advertise-client-urls", m.Endpoint,
 			"--listen-peer-urls", "http://" + m.peer, "--initial-advertise-peer-urls", "http://" + m.announce,
 			"--unsafe-no-fsync", "--log-level", "warn", "--log-outputs", "stderr"}
@@ -146,7 +153,7 @@ func (c *Cluster) run(program string, opt Options) error {
 			args = append(args, "--cert-file", c.CertFile, "--key-file", c.KeyFile, "--trusted-ca-file", c.CAFile, "--client-cert-auth")
 		}
 		args = append(args, opt.Args...)
-		m.Process = &process.Process{Name: "etcd " + m.name, Command: func() *exec.Cmd { return exec.Command(program, args...) },
+		m.Process = &process.Process{Name: "etcd " + m.name, Command: func() *exec.Cmd { return exec.Command(program, append(args, "--data-dir", m.data)...) },
 			Ready: func() error { return c.ask(m) }}
 	}
 	if c.client, err = clientv3.New(clientv3.Config{Endpoints: c.Endpoints(), TLS: c.tls, DialTimeout: 5 * time.Second, Logger: zap.NewNop()}); err != nil {
@@ -247,6 +254,61 @@ func (c *Cluster) Cut(m *Member) {
 func (c *Cluster) Mend() {
 	for _, m := range c.Members {
 		m.proxy.mend()
+	}
+}
+
+// Ctl runs etcdctl against all members, and returns what it prints.
+func (c *Cluster) Ctl(tb testing.TB, args ...string) string {
+	tb.Helper()
+	args = append(args, "--endpoints", strings.Join(c.Endpoints(), ","), "--command-timeout", process.Patience.String())
+	if c.tls != nil {
+		args = append(args, "--cacert", c.CAFile, "--cert", c.CertFile, "--key", c.KeyFile)
+	}
+	return c.tool(tb, "etcdctl", args...)
+}
+
+func (c *Cluster) tool(tb testing.TB, name string, args ...string) string {
+	tb.Helper()
+	out, err := exec.CommandContext(tb.Context(), filepath.Join(c.tools, name), args...).CombinedOutput()
+	if err != nil {
+		tb.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// Snapshot saves what the cluster holds to a file.
+func (c *Cluster) Snapshot(tb testing.TB, file string) {
+	tb.Helper()
+	args := []string{"snapshot", "save", file, "--endpoints", c.Members[0].Endpoint}
+	if c.tls != nil {
+		args = append(args, "--cacert", c.CAFile, "--cert", c.CertFile, "--key", c.KeyFile)
+	}
+	c.tool(tb, "etcdctl", args...)
+}
+
+// Restore ends all members, has etcdutl make each a folder from a snapshot, and starts
+// them. args are further arguments of etcdutl.
+func (c *Cluster) Restore(tb testing.TB, file string, args ...string) {
+	tb.Helper()
+	var all []string
+	for _, m := range c.Members {
+		m.Kill(tb)
+		all = append(all, m.name+"=http://"+m.announce)
+	}
+	for _, m := range c.Members {
+		dir, err := os.MkdirTemp(c.dir, m.name+"-restored-")
+		if err != nil {
+			tb.Fatal(err)
+		}
+		m.data = filepath.Join(dir, "data") // which etcdutl makes
+		c.tool(tb, "etcdutl", append([]string{"snapshot", "restore", file, "--name", m.name, "--data-dir", m.data, "--initial-cluster", strings.Join(all, ","),
+			"--initial-cluster-token", "test", "--initial-advertise-peer-urls", "http://" + m.announce}, args...)...)
+	}
+	for _, m := range c.Members {
+		m.Launch(tb)
+	}
+	for _, m := range c.Members {
+		m.WaitReady(tb)
 	}
 }
 

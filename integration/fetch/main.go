@@ -38,6 +38,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	envoy := func() (parts.Part, error) { return parts.FetchEnvoy(ctx, stderr) }
 	tools := func() (parts.Part, error) { return parts.Tools(ctx, toolsModule, stderr) }
 	etcd := func() (parts.Part, error) { return parts.BuildEtcd(ctx, ".", stderr) }
+	etcdTools := func() (parts.Part, error) { return parts.BuildEtcdTools(ctx, ".", stderr) }
 	apiServer := func() (parts.Part, error) { return parts.BuildAPIServer(ctx, ".", stderr) }
 	stepCA := func() (parts.Part, error) { return parts.BuildStepCA(ctx, ".", stderr) }
 	istio := func() (parts.Part, error) { return parts.BuildIstio(ctx, ".", stderr) }
@@ -47,7 +48,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch {
 	case len(args) == 0:
-		for _, fetch := range []func() (parts.Part, error){envoy, softHSM, tools, etcd, apiServer, istio, stepCA} {
+		for _, fetch := range []func() (parts.Part, error){envoy, softHSM, tools, etcd, etcdTools, apiServer, istio, stepCA} {
 			part, err := fetch()
 			if err != nil {
 				return err

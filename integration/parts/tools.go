@@ -33,6 +33,18 @@ func BuildEtcd(ctx context.Context, root string, progress io.Writer) (Part, erro
 	return build(ctx, etcd(root), "etcd", EtcdVersion, progress)
 }
 
+// FindEtcdTools looks for the folder of etcdctl and etcdutl, of the same module, in the
+// cache. The error wraps [ErrMissing] if they were not built yet.
+func FindEtcdTools(root string) (Part, error) {
+	return find(etcdTools(root), "etcd's tools", EtcdVersion)
+}
+
+// BuildEtcdTools is [FindEtcdTools], and builds what is missing. progress gets a line
+// before.
+func BuildEtcdTools(ctx context.Context, root string, progress io.Writer) (Part, error) {
+	return build(ctx, etcdTools(root), "etcd's tools", EtcdVersion, progress)
+}
+
 // FindAPIServer looks for the kube-apiserver of the module below root, the
 // product's folder, in the cache. The error wraps [ErrMissing] if it was not built
 // yet.
@@ -80,6 +92,13 @@ func etcd(root string) goModule {
 	return goModule{
 		name: "etcd-" + EtcdVersion, title: "etcd " + EtcdVersion + " (a minute)", dir: filepath.Join(root, "integration", "etcd"),
 		packages: []string{"go.etcd.io/etcd/server/v3"}, output: "etcd", ldflags: "-s -w",
+	}
+}
+
+func etcdTools(root string) goModule {
+	return goModule{
+		name: "etcd-tools-" + EtcdVersion, title: "etcdctl and etcdutl " + EtcdVersion, dir: filepath.Join(root, "integration", "etcd"),
+		packages: []string{"go.etcd.io/etcd/etcdctl/v3", "go.etcd.io/etcd/etcdutl/v3"}, ldflags: "-s -w",
 	}
 }
 

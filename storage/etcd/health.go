@@ -2,8 +2,10 @@ package etcd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,14 +21,17 @@ const (
 	lookEvery = 300 * time.Millisecond
 )
 
-// Err is nil while etcd answers, else the reason why not. It says nothing about the
-// next call.
+// Err is nil while etcd answers and has space, else the reason why not. It says nothing
+// about the next call.
 func (s *Store) Err() error {
 	if s.life.Err() != nil {
 		return storage.ErrClosed
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if errors.Is(s.away, errFull) {
+		return fmt.Errorf("nothing can be recorded: %w", s.away)
+	}
 	if s.away != nil {
 		return fmt.Errorf("etcd does not answer; nothing can be recorded: %w", s.away)
 	}
@@ -60,6 +65,9 @@ func (s *Store) probe() {
 		ctx, cancel := context.WithTimeout(s.life, s.timeout)
 		_, err := s.client.Get(clientv3.WithRequireLeader(ctx), s.revisionKey(), clientv3.WithKeysOnly())
 		cancel()
+		if err == nil {
+			err = s.full(used)
+		}
 		if s.life.Err() != nil {
 			return
 		}
@@ -67,17 +75,41 @@ func (s *Store) probe() {
 		before := s.away
 		s.away = err
 		s.mu.Unlock()
+		full := errors.Is(err, errFull)
 		switch {
+		case full && !errors.Is(before, errFull):
+			s.log.Error("etcd is full; nothing can be recorded, and so nothing issued, until it has space again", "err", err)
 		case err != nil && before == nil:
 			s.log.Error("etcd does not answer; nothing can be recorded, and so nothing issued, until it does", "err", err)
 		case err == nil && before != nil:
-			s.log.Info("etcd answers again")
+			s.log.Info("etcd answers and takes records again")
 		}
-		if err != nil {
+		if err != nil && !full {
 			s.suspicious()
 		}
 	}
 }
+
+// full is an error if the cluster's alarm says that it has no space. A member that does
+// not answer says nothing: who writes hears of it.
+func (s *Store) full(members []string) error {
+	for _, m := range members {
+		ctx, cancel := context.WithTimeout(s.life, s.timeout)
+		status, err := s.client.Status(ctx, m)
+		cancel()
+		if err != nil {
+			continue
+		}
+		if slices.ContainsFunc(status.Errors, noSpace) {
+			return errFull
+		}
+		return nil
+	}
+	return nil
+}
+
+// noSpace reports whether what a member says of itself is that alarm.
+func noSpace(e string) bool { return strings.Contains(e, "alarm:NOSPACE") }
 
 // suspicious has the members looked at.
 func (s *Store) suspicious() {
@@ -99,7 +131,7 @@ func (s *Store) use(before []string) []string {
 	var wg sync.WaitGroup
 	for i, m := range s.members {
 		wg.Go(func() {
-			if status, err := s.client.Status(ctx, m); err == nil && status.Leader != 0 && len(status.Errors) == 0 {
+			if status, err := s.client.Status(ctx, m); err == nil && status.Leader != 0 && !slices.ContainsFunc(status.Errors, func(e string) bool { return !noSpace(e) }) {
 				good[i] = m
 			}
 		})

@@ -36,7 +36,7 @@ func (s *Store) Lease(ctx context.Context, name string, ttl time.Duration) (stor
 		} else if done := s.ended(ctx); done != nil {
 			err = done
 		}
-		return nil, fmt.Errorf("waiting for lease %q in etcd: %w", name, err)
+		return nil, fmt.Errorf("waiting for lease %q in etcd: %w", name, explained(err))
 	}
 }
 

@@ -29,7 +29,7 @@ func newMetrics(r prometheus.Registerer, away func() bool) (*metrics, error) {
 	}
 	failed := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "signet_storage_failed",
-		Help: "1 while etcd does not answer: nothing is recorded, and so nothing issued."},
+		Help: "1 while etcd does not answer or is full: nothing is recorded, and so nothing issued."},
 		func() float64 {
 			if away() {
 				return 1

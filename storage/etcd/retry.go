@@ -19,6 +19,20 @@ import (
 // errMissing is fs.ErrNotExist as something that is wrong with a store.
 var errMissing = fmt.Errorf("nothing was begun there: %w", fs.ErrNotExist)
 
+// errFull is why nothing can be recorded in a cluster whose database has reached its
+// quota. etcd then refuses everything but reading and deleting, on every member, until an
+// administrator says that there is space again.
+var errFull = errors.New("etcd is full (alarm NOSPACE) and takes nothing more: have it forget old revisions (etcdctl compact), defragment every member (etcdctl defrag), " +
+	"or give it more (--quota-backend-bytes), then disarm the alarm (etcdctl alarm disarm)")
+
+// explained says what to do about an answer of etcd that needs an administrator.
+func explained(err error) error {
+	if errors.Is(rpctypes.Error(err), rpctypes.ErrNoSpace) {
+		return fmt.Errorf("%w: %w", errFull, err)
+	}
+	return err
+}
+
 // finalError is the answer, and not a reason to ask again.
 type finalError struct{ err error }
 
@@ -78,7 +92,7 @@ func (s *Store) try(ctx context.Context, f func(ctx context.Context) error) erro
 			return answer.err
 		}
 		if refused(err) {
-			return err
+			return explained(err)
 		}
 		s.suspicious()
 		pause = min(2*pause, time.Second)
