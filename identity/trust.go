@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"time"
 
@@ -23,6 +24,7 @@ type Trust struct {
 	td       spiffeid.TrustDomain
 	roots    []*x509.Certificate
 	crls     []*x509.RevocationList
+	revoked  map[string]struct{} // of crls, by revokedName
 	tainted  []string // subject key identifiers, sorted
 	spread   time.Duration
 }
@@ -55,7 +57,28 @@ func (t *Trust) WithCRLs(lists []*x509.RevocationList) (*Trust, error) {
 	}
 	out := *t
 	out.crls = append([]*x509.RevocationList(nil), lists...)
+	out.revoked = map[string]struct{}{}
+	for _, c := range lists {
+		for _, r := range c.RevokedCertificateEntries {
+			out.revoked[revokedName(c.AuthorityKeyId, r.SerialNumber)] = struct{}{}
+		}
+	}
 	return &out, nil
+}
+
+// revokedName is how a certificate is called by its issuer's key identifier and its
+// serial.
+func revokedName(issuer []byte, serial *big.Int) string {
+	return string(issuer) + "\x00" + string(serial.Bytes())
+}
+
+// Revokes reports whether the list of a certificate's issuer has it.
+func (t *Trust) Revokes(c *x509.Certificate) bool {
+	if len(t.revoked) == 0 {
+		return false
+	}
+	_, found := t.revoked[revokedName(c.AuthorityKeyId, c.SerialNumber)]
+	return found
 }
 
 // CRLs are the certificate revocation lists of the own trust domain; none where its

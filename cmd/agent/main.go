@@ -156,7 +156,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		},
 		Tainted: func(t *identity.Trust) (bool, <-chan struct{}) {
 			changed := svids.Changed()
-			return svids.Holds(t.Taints), changed
+			return svids.Holds(t), changed
 		},
 		Version: version.Current().String(), Log: log, Metrics: reg,
 	})
@@ -242,7 +242,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 			func(ctx context.Context) error { return tokens.watch(ctx, world.policies, pods, c.Node) },
 			func(ctx context.Context) error { return bans.Follow(ctx, client.Bans) },
 			func(ctx context.Context) error { return retry(ctx, client, svids) },
-			func(ctx context.Context) error { return replaceTainted(ctx, client, svids) },
+			func(ctx context.Context) error { return review(ctx, client, svids) },
 			func(ctx context.Context) error { return saved.keep(ctx, client, svids, pods, c.Node, world.exports) },
 		),
 		[]run.Job{
@@ -265,20 +265,18 @@ func retry(ctx context.Context, client *caclient.Client, svids *holder.Holder) e
 	}
 }
 
-// replaceTainted has SVIDs replaced that a tainted authority issued.
-func replaceTainted(ctx context.Context, client *caclient.Client, svids *holder.Holder) error {
+// review has SVIDs replaced that are good no more, by what is trusted or banned now.
+func review(ctx context.Context, client *caclient.Client, svids *holder.Holder) error {
 	for {
-		trust, trustChanged := client.Trust()
+		_, trustChanged := client.Trust()
+		bans, bansChanged := client.Bans()
 		svidsChanged := svids.Changed() // one under way may be of before
-		if trust != nil {
-			if tainted, spread := trust.Tainted(); len(tainted) > 0 {
-				svids.Replace(trust.Taints, spread)
-			}
-		}
+		svids.Review(bans)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-trustChanged:
+		case <-bansChanged:
 		case <-svidsChanged:
 		}
 	}

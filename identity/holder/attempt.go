@@ -33,6 +33,7 @@ var errNoTrust = errors.New("the trust bundle is not known yet")
 // outcome is what became of one item.
 type outcome struct {
 	svid    *x509svid.SVID
+	trust   *identity.Trust // under which svid verified
 	expires time.Time
 	renewAt time.Time // as the authority chose it
 	advice  time.Duration
@@ -104,6 +105,7 @@ func judge(r identity.Result, key *ecdsa.PrivateKey, id spiffeid.ID, trust *iden
 		return outcome{result: resultInvalid, err: err}
 	}
 	return outcome{
+		trust:   trust,
 		svid:    &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key},
 		expires: expires,
 		renewAt: r.RenewAt,
@@ -225,6 +227,9 @@ func (h *Holder) finish(ctx context.Context, b *batch) {
 		h.log.Log(ctx, level(worthALine(e.failures)), "no svid", "spiffe_id", e.id, "result", it.result,
 			"pod_uid", it.evidence.pod, "failures", e.failures, "retry_in", e.next.Sub(now), "err", it.err)
 	}
+	if b.trust != h.trust() {
+		h.signal() // whoever asks Holds was told to wait for this
+	}
 	if b.err == nil {
 		h.hurry(now)
 	} else if ctx.Err() == nil {
@@ -235,7 +240,8 @@ func (h *Holder) finish(ctx context.Context, b *batch) {
 // take makes the outcome the SVID of its identity. The caller holds mu.
 func (h *Holder) take(it *item, now time.Time) {
 	e := it.e
-	e.svid, e.expires, e.missed, e.hurried = it.svid, it.expires, false, false
+	e.svid, e.expires, e.missed = it.svid, it.expires, false
+	e.taken, e.good, e.hurried = now, it.trust, inTime
 	e.over, e.dark = h.elapsed()+it.expires.Sub(now), false
 	e.renewAt = renewAt(now, it.expires, it.renewAt, random())
 	e.next, e.failures, e.failure, e.outage = e.renewAt, 0, nil, false
@@ -246,9 +252,12 @@ func (h *Holder) take(it *item, now time.Time) {
 	}
 	e.signal()
 	h.signal()
-	h.log.Info("svid issued", "spiffe_id", e.id, "serial", fmt.Sprintf("%x", it.svid.Certificates[0].SerialNumber),
+	h.log.Info("svid issued", "spiffe_id", e.id, "serial", serialOf(it.svid.Certificates[0]),
 		"not_after", e.expires, "renew_at", e.renewAt, "renewal", it.renewal)
 }
+
+// serialOf is a certificate's serial as logs and bans have it.
+func serialOf(c *x509.Certificate) string { return fmt.Sprintf("%x", c.SerialNumber) }
 
 // fail decides when and with what evidence to try again. The caller holds mu.
 func (h *Holder) fail(it *item, outage bool, now time.Time) {

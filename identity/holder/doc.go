@@ -40,6 +40,9 @@
 // its end ask within a second. The last SVID is served until it expires, never
 // longer.
 //
+// [Holder.Review] brings renewals forward: within a second for an SVID that does not
+// verify any more, is revoked or banned, spread for one of a tainted authority.
+//
 // # Saved state
 //
 // A [StateFile] keeps what an agent needs to serve before it has reached an

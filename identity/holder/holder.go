@@ -3,7 +3,6 @@ package holder
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -112,23 +111,26 @@ type entry struct {
 	id      spiffeid.ID
 	changed chan struct{} // closed when SVID would answer differently
 
-	svid    *x509svid.SVID // nil while there is none, or none that is valid
-	expires time.Time      // of svid: the earliest NotAfter of its chain
-	renewAt time.Time      // of svid
-	over    time.Duration  // of elapsed, when svid expires
-	dark    bool           // svid is over by the clock, and that much time cannot have elapsed
-	missed  bool           // an SVID expired before it could be renewed
-	hurried bool           // svid is to be replaced before renewAt
+	svid    *x509svid.SVID  // nil while there is none, or none that is valid
+	expires time.Time       // of svid: the earliest NotAfter of its chain
+	renewAt time.Time       // of svid
+	over    time.Duration   // of elapsed, when svid expires
+	dark    bool            // svid is over by the clock, and that much time cannot have elapsed
+	missed  bool            // an SVID expired before it could be renewed
+	taken   time.Time       // when svid came; zero if it was saved
+	good    *identity.Trust // under which svid was found to verify
+	hurried haste           // svid is to be replaced before renewAt
 
 	asked    time.Time // when it was first asked for; zero if it was saved
 	next     time.Time // when to ask the issuer
 	inFlight bool
-	failures int       // attempts since the last success
-	failure  error     // the last of them
-	outage   bool      // the last attempt failed as a whole batch
-	turn     int       // refusals since the last success: which evidence is next
-	stuck    bool      // all evidence was refused as hopeless
-	tried    time.Time // when the last attempt ended
+	under    *identity.Trust // of the attempt that is in flight or was last
+	failures int             // attempts since the last success
+	failure  error           // the last of them
+	outage   bool            // the last attempt failed as a whole batch
+	turn     int             // refusals since the last success: which evidence is next
+	stuck    bool            // all evidence was refused as hopeless
+	tried    time.Time       // when the last attempt ended
 
 	pod        string // the pod that asked last: the first to be named as evidence
 	token      string // a token that may serve as evidence; never logged
@@ -198,7 +200,8 @@ func (h *Holder) seed(saved Held, now time.Time) error {
 	if s == nil || s.PrivateKey == nil || len(s.Certificates) == 0 {
 		return errors.New("it has no certificate or no key")
 	}
-	expires, err := verify(s.Certificates, s.PrivateKey.Public(), s.ID, h.trust(), now)
+	trust := h.trust()
+	expires, err := verify(s.Certificates, s.PrivateKey.Public(), s.ID, trust, now)
 	switch {
 	case err != nil:
 		return err
@@ -211,7 +214,7 @@ func (h *Holder) seed(saved Held, now time.Time) error {
 	case len(h.entries) >= h.limit:
 		return ErrFull
 	}
-	e := &entry{id: s.ID, changed: make(chan struct{}), svid: s, expires: expires, renewAt: saved.RenewAt}
+	e := &entry{id: s.ID, changed: make(chan struct{}), svid: s, expires: expires, renewAt: saved.RenewAt, good: trust}
 	// A renewal that was due while the agent was away is due now; only what is
 	// no time at all is replaced.
 	if e.renewAt.IsZero() || !e.renewAt.Before(expires) {
@@ -291,36 +294,6 @@ func (h *Holder) Retry() {
 	defer h.mu.Unlock()
 	h.hurry(h.now())
 	h.poke()
-}
-
-// Replace has every identity whose SVID matches renewed at a random moment of spread, or
-// before if it was due earlier. Asking again changes nothing for an SVID.
-func (h *Holder) Replace(matches func(leaf *x509.Certificate) bool, spread time.Duration) {
-	now := h.now()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, e := range h.entries {
-		if e.svid == nil || e.hurried || !matches(e.svid.Certificates[0]) {
-			continue
-		}
-		e.hurried = true
-		if soon := now.Add(time.Duration(random() * float64(spread))); soon.Before(e.next) {
-			e.next = soon
-		}
-	}
-	h.poke()
-}
-
-// Holds reports whether an SVID that matches is held.
-func (h *Holder) Holds(matches func(leaf *x509.Certificate) bool) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, e := range h.entries {
-		if e.svid != nil && matches(e.svid.Certificates[0]) {
-			return true
-		}
-	}
-	return false
 }
 
 // hurry brings the attempts forward that wait for an outage to end. The caller

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/identity"
 )
 
 const (
@@ -106,7 +108,8 @@ type batch struct {
 	items   []*item
 	retry   bool // of identities that failed before
 	timeout time.Duration
-	err     error // why all of it failed
+	trust   *identity.Trust // when it began
+	err     error           // why all of it failed
 }
 
 // item is one request of a batch and, after the attempt, its outcome.
@@ -237,6 +240,7 @@ func urgency(a, b *entry) int {
 // fill moves entries into b until it is full, and returns how many. The caller
 // holds mu.
 func (h *Holder) fill(b *batch, entries []*entry, now time.Time) (n int) {
+	b.trust = h.trust()
 	size := 0
 	shortest := time.Duration(0)
 	for _, e := range entries {
@@ -255,7 +259,7 @@ func (h *Holder) fill(b *batch, entries []*entry, now time.Time) (n int) {
 				shortest = left
 			}
 		}
-		e.inFlight = true
+		e.inFlight, e.under = true, b.trust
 		it := &item{e: e, id: e.id, evidence: v, renewal: e.svid != nil || e.missed}
 		if e.svid != nil {
 			it.held = e.expires
