@@ -23,6 +23,9 @@ type report struct {
 	warnings []Problem // for Lint
 	// unloadable says that Envoy cannot load what Istio makes of the resource.
 	unloadable bool
+	// anyone says that the resource could be about any workload, whatever selector and
+	// targets can be read.
+	anyone bool
 	// first is the first problem.
 	reason Reason
 	first  string
@@ -138,8 +141,7 @@ func (p *parser) policy(object map[string]any, at source, k key, apiGroup, versi
 			res.ruleLines = append(res.ruleLines, at.line(fmt.Sprintf("spec.jwtRules[%d]", i)))
 		}
 	}
-	if r.reason != "" && (r.refused("spec.selector") || r.refused("spec.targetRef") || r.refused("spec.targetRefs") ||
-		len(res.targets) > 0 && len(res.selector) > 0) {
+	if r.reason != "" && (r.anyone || r.refused("spec.selector") || r.refused("spec.targetRef") || r.refused("spec.targetRefs")) {
 		// It could have selected anything.
 		res.selector, res.targets = nil, nil
 	}
@@ -298,7 +300,7 @@ func labelName(s string) bool {
 
 // spec decodes the specification into message, strictly, and returns it as it was
 // written, without nulls. A document without one has the empty one, as in Istio;
-// so has one whose specification is refused, but for the selector.
+// so has one whose specification is refused, but for what says whom it is about.
 func (r *report) spec(object map[string]any, message proto.Message, s *schema) tree {
 	value, given := object["spec"]
 	if !given {
@@ -310,6 +312,8 @@ func (r *report) spec(object map[string]any, message proto.Message, s *schema) t
 	}
 	r.conform(value, s, "spec")
 	spec, _ := value.(map[string]any)
+	// Of a field that is there twice nobody knows which is meant.
+	r.anyone = slices.ContainsFunc(r.problems, func(p Problem) bool { return p.Field == "spec" })
 	refused := r.refused("spec")
 	err := unmarshalSpec(spec, message)
 	if err == nil {
@@ -318,17 +322,24 @@ func (r *report) spec(object map[string]any, message proto.Message, s *schema) t
 	if !refused {
 		r.invalid("spec", "correct the field", "%s", clipPlain(err.Error()))
 	}
-	// Keep the selector, if that alone can be read.
+	// Keep what says whom it is about, if that alone can be read.
 	proto.Reset(message)
-	if selector, given := spec["selector"]; given && !r.refused("spec.selector") {
-		spec = map[string]any{"selector": selector}
-		if unmarshalSpec(spec, message) == nil {
-			return spec
+	kept := tree{}
+	for _, field := range aboutFields {
+		if v, given := spec[field]; given && !r.refused("spec."+field) {
+			kept[field] = v
 		}
-		proto.Reset(message)
 	}
+	if len(kept) == 0 || unmarshalSpec(kept, message) == nil {
+		return kept
+	}
+	proto.Reset(message)
+	r.anyone = true
 	return nil
 }
+
+// aboutFields are the fields of a specification that say whom it is about.
+var aboutFields = []string{"selector", "targetRef", "targetRefs"}
 
 // unmarshalSpec decodes a specification whose unknown fields have been refused.
 // Istio's reader takes times as Go writes them, such as 1m.

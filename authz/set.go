@@ -62,8 +62,8 @@ type entry struct {
 //     nothing: the last good version goes on (StateStale). Without one the
 //     workloads that it selects are denied (StateRefused).
 //   - One that exists twice is treated as invalid, with a problem that names
-//     both places. If the two select differently, refusing denies the whole
-//     namespace.
+//     both places. If the two select differently, or have other targets, refusing
+//     denies the whole namespace.
 //   - A document that cannot be read could be any policy. If as many resources
 //     of its origin went missing, it was one of them, and they all go on as they
 //     were. If not, it could be a new DENY for anyone: everything is denied, until
@@ -160,11 +160,11 @@ func duplicate(texts []*resource) *resource {
 		return key{a.origin, "", ""}.compare(key{b.origin, "", ""})
 	})
 	d := &resource{key: texts[0].key, origin: texts[0].origin, line: texts[0].line, reason: ReasonDuplicate}
-	d.selector = texts[0].selector
-	for _, t := range texts[1:] {
-		if !slices.Equal(t.selector, d.selector) {
-			d.selector = nil
-		}
+	same := !slices.ContainsFunc(texts[1:], func(t *resource) bool {
+		return !slices.Equal(t.selector, texts[0].selector) || !slices.Equal(t.targets, texts[0].targets)
+	})
+	if same {
+		d.selector, d.targets = texts[0].selector, texts[0].targets
 	}
 	d.detail = fmt.Sprintf("exists %d times: at %s and at %s", len(texts), texts[0].place(), texts[1].place())
 	return d

@@ -119,12 +119,13 @@ func (r *report) annotations(metadata map[string]any, kind string) {
 func (r *report) targets(s *typev1beta1.WorkloadSelector, ref *typev1beta1.PolicyTargetReference, refs []*typev1beta1.PolicyTargetReference, spec tree) {
 	r.matchLabels(s)
 	n := 0
-	for _, field := range []string{"selector", "targetRef", "targetRefs"} {
+	for _, field := range aboutFields {
 		if spec.has(field) {
 			n++
 		}
 	}
 	if n > 1 {
+		r.anyone = true
 		r.invalid("spec", "keep one of them", "only one of selector, targetRef and targetRefs can be set")
 	}
 	if ref != nil {
