@@ -197,8 +197,14 @@ func (s admin) answer(what string, err error, attrs ...any) error {
 
 // ListBans implements signet.ca.v1.Admin.
 func (s admin) ListBans(_ context.Context, q *capb.ListBansRequest) (*capb.ListBansResponse, error) {
-	b := s.a.banned()
-	resp := &capb.ListBansResponse{Revision: b.said, Agents: s.a.agents.bansStatus()}
+	agents := s.a.agents.bansStatus()
+	b := s.a.banned() // after the agents, who may know a newer one than there was
+	for _, g := range agents {
+		if g.GetRevision() > b.said {
+			g.Revision = 0 // of another store, or of what was lost with a restore: it says nothing of these
+		}
+	}
+	resp := &capb.ListBansResponse{Revision: b.said, Agents: agents}
 	for _, subject := range slices.Sorted(maps.Keys(b.records)) {
 		if q.GetAll() || b.records[subject].Ended == nil {
 			resp.Bans = append(resp.Bans, b.record(subject))

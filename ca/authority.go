@@ -416,10 +416,10 @@ func (a *Authority) start(ctx context.Context) error {
 	if err := a.acceptClockAtStart(ctx); err != nil {
 		return err
 	}
-	if err := a.loadBans(ctx); err != nil {
+	if err := a.loadAuthorities(ctx); err != nil {
 		return err
 	}
-	if err := a.loadAuthorities(ctx); err != nil {
+	if err := a.loadBans(ctx); err != nil {
 		return err
 	}
 	var err error

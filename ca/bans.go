@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
@@ -36,7 +37,7 @@ const (
 	// retryBanned is when one may ask again to whom nothing is issued.
 	retryBanned = time.Minute
 	// banTries is how often a change is tried that others are quicker with.
-	banTries = 4
+	banTries = 16
 	// reloadTime is how long a change of bans may take to be read back; tendBans tries again.
 	reloadTime = 5 * time.Second
 )
@@ -44,8 +45,10 @@ const (
 // bansState is the bans of the store, as of a revision. It is not changed.
 type bansState struct {
 	revision uint64
-	// said is the revision when those in force became these, by which agents call them.
+	// said is the revision of the bans, by which agents call those in force.
 	said uint64
+	// number is the record of that, if there is one, and numberAt its revision in the store.
+	number, numberAt uint64
 	// records are all that are remembered, by subject.
 	records map[string]banRecord
 	// set are those in force.
@@ -73,16 +76,26 @@ func (a *Authority) banned() *bansState {
 // loadBans reads the bans and puts them in force. bansMu is held, or nobody else runs
 // yet.
 func (a *Authority) loadBans(ctx context.Context) error {
-	entries, revision, err := a.store.List(ctx, revocation.BanPrefix)
+	all, revision, err := a.store.List(ctx, revocation.BanStore)
 	if err != nil {
 		return fmt.Errorf("reading bans: %w", err)
 	}
-	parts, _, err := a.store.List(ctx, revocation.SerialsPrefix)
-	if err != nil {
-		return fmt.Errorf("reading bans: %w", err)
+	s := &bansState{revision: revision, records: make(map[string]banRecord, len(all)), serials: map[string]int{}, own: map[string][]revocation.Serial{}}
+	var entries, parts []storage.Entry
+	for _, e := range all {
+		switch {
+		case strings.HasPrefix(e.Key, revocation.BanPrefix):
+			entries = append(entries, e)
+		case strings.HasPrefix(e.Key, revocation.SerialsPrefix):
+			parts = append(parts, e)
+		case e.Key == replica.BanRevisionKey:
+			if s.number, err = replica.ParseBanRevision(e); err != nil {
+				return err
+			}
+			s.numberAt = e.Revision
+		}
 	}
 	now := a.clock.past()
-	s := &bansState{revision: revision, records: make(map[string]banRecord, len(entries)), serials: map[string]int{}, own: map[string][]revocation.Serial{}}
 	var list []identity.Ban
 	for _, e := range entries {
 		b, err := revocation.ParseBan(e)
@@ -127,11 +140,52 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		list = append(list, ban)
 	}
 	s.set, s.said = identity.NewBans(list), s.revision
-	if old := a.bans.Value(); old != nil && old.set.Equal(s.set) {
-		s.set, s.said = old.set, old.said // agents need not hear of it
+	old := a.bans.Value()
+	same := old != nil && old.set.Equal(s.set)
+	if same {
+		s.set = old.set
+	}
+	switch {
+	case s.number > 0:
+		s.said = s.number
+		if t := a.trust.Value(); t != nil {
+			// A restore leaps with the sequence of trust: what agents heard since the backup
+			// was made has no number in common with what is said from now on.
+			s.said += t.Sequence() / sequenceLeap * sequenceLeap
+		}
+	case same:
+		s.said = old.said // agents need not hear of it
 	}
 	a.bans.Store(s)
 	return nil
+}
+
+// commitBans is a commit that changes the bans in force, and their revision with them.
+// bansMu is held.
+func (a *Authority) commitBans(ctx context.Context, s *bansState, conds []storage.Cond, ops []storage.Op) error {
+	// It stays above the store's revision, which builds say that do not know this record,
+	// for as long as replicas of both kinds run.
+	value, err := replica.EncodeBanRevision(max(s.number, s.revision) + 1)
+	if err != nil {
+		return err
+	}
+	_, err = a.store.Commit(ctx, append(conds, storage.Cond{Key: replica.BanRevisionKey, Revision: s.numberAt}),
+		append(ops, storage.Op{Key: replica.BanRevisionKey, Value: value}))
+	return err
+}
+
+// numberBans gives the bans of a state of an earlier build a revision of their own. Agents
+// know them by revisions of the store, so it begins where that is.
+func (a *Authority) numberBans(ctx context.Context) error {
+	a.bansMu.Lock()
+	defer a.bansMu.Unlock()
+	if a.banned().number > 0 {
+		return nil
+	}
+	if err := a.commitBans(ctx, a.banned(), nil, nil); err != nil && !errors.Is(err, storage.ErrConflict) {
+		return fmt.Errorf("numbering bans: %w", err)
+	}
+	return a.loadBans(ctx)
 }
 
 // followBans takes up what other replicas change, until ctx ends. It has a watch of its
@@ -139,7 +193,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 func (a *Authority) followBans(ctx context.Context) error {
 	for ctx.Err() == nil {
 		after := a.banned().revision
-		for e, err := range a.store.Watch(ctx, "ban", after) {
+		for e, err := range a.store.Watch(ctx, revocation.BanStore, after) {
 			if err != nil {
 				break // what was missed is read below
 			}
@@ -376,11 +430,11 @@ func (a *Authority) changeBan(ctx context.Context, subject string, edit func(old
 			if err != nil {
 				return false, fmt.Errorf("%w: changing the ban of %s: %w", ErrUnavailable, subject, err)
 			}
-			for _, e := range gone[:min(len(gone), storage.MaxOps-1)] {
+			for _, e := range gone[:min(len(gone), storage.MaxOps-2)] {
 				ops = append(ops, storage.Op{Key: e.Key, Delete: true})
 			}
 		}
-		_, err = a.store.Commit(ctx, []storage.Cond{{Key: key, Revision: was.revision}}, ops)
+		err = a.commitBans(ctx, a.banned(), []storage.Cond{{Key: key, Revision: was.revision}}, ops)
 		if errors.Is(err, storage.ErrConflict) && try < banTries {
 			if err := a.loadBans(ctx); err != nil {
 				return false, err
@@ -479,7 +533,7 @@ func (a *Authority) tendBans(ctx context.Context) error {
 		}
 	}
 	a.alarm("banned nodes", a.nodes.keep(s))
-	errs = append(errs, a.logBans(ctx), a.forgetBans(ctx, ended, now))
+	errs = append(errs, a.numberBans(ctx), a.logBans(ctx), a.forgetBans(ctx, ended, now))
 	return errors.Join(errs...)
 }
 

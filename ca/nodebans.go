@@ -197,13 +197,26 @@ func (a *Authority) collectSerials(ctx context.Context, node identity.BanSubject
 		parts = [][]revocation.Serial{nil} // that they were collected
 	}
 	for i, part := range slices.Backward(parts) { // the first is last: it says that all are there
-		_, err := a.store.Commit(ctx, []storage.Cond{{Key: revocation.BanKey(was.Subject), Revision: was.revision}},
-			[]storage.Op{{Key: revocation.SerialsKey(was.Subject, a.instance, i), Value: revocation.EncodeSerials(part)}})
-		if err != nil {
-			return nil, fmt.Errorf("%w: banning the certificates of %s: %w", ErrUnavailable, node, err)
+		op := storage.Op{Key: revocation.SerialsKey(was.Subject, a.instance, i), Value: revocation.EncodeSerials(part)}
+		for try := 1; ; try++ {
+			err := a.commitBans(ctx, a.banned(), []storage.Cond{{Key: revocation.BanKey(was.Subject), Revision: was.revision}}, []storage.Op{op})
+			if errors.Is(err, storage.ErrConflict) && try < banTries {
+				// Other replicas collect theirs at the same time.
+				if err = a.loadBans(ctx); err == nil && a.banned().records[was.Subject].revision == was.revision {
+					continue
+				}
+				err = errors.Join(err, storage.ErrConflict)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%w: banning the certificates of %s: %w", ErrUnavailable, node, err)
+			}
+			break
+		}
+		if err := a.loadBans(ctx); err != nil {
+			return nil, err
 		}
 	}
-	return records, a.loadBans(ctx)
+	return records, nil
 }
 
 // revokeAll revokes certificates by their records, those that can be, in one list.

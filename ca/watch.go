@@ -49,7 +49,7 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 		if keys.Issuer != "" {
 			m.TokenKeys = tokenKeysToProto(keys)
 		}
-		if sent == nil || bans.said != sent.said {
+		if sent == nil || bans.said != sent.said || bans.set != sent.set {
 			m.Bans = bans.toProto(a.clock.past())
 		}
 		if err := stream.Send(m); err != nil {

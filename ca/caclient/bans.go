@@ -18,9 +18,10 @@ import (
 // in 8 bytes, and then a capb.Bans whose times are by this machine's clock.
 const bansVersion = 1
 
-// restored is by how much a restore raises the trust sequence: bans that are older than
-// those which are known count only then.
-const restored = 1 << 20
+// restored is half of that by which a restore raises the trust sequence: bans that are older
+// than those which are known count only then. The other half is for what trust went through
+// between the backup and the loss, which the restored authority does not count.
+const restored = 1 << 19
 
 // heldBans are the bans as an authority said them last. They are not changed.
 type heldBans struct {

@@ -184,3 +184,36 @@ func TestOlderBansDoNotTakeThePlaceOfNewer(t *testing.T) {
 		t.Error("a newer state did not count")
 	}
 }
+
+// TestBansOfARestoredAuthority: it counts from where the backup was, in bans and in trust,
+// which leaps; whatever trust went through since the backup, its bans count.
+func TestBansOfARestoredAuthority(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	c, err := caclient.New(a.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, _ := a.Trust()
+	believe := func(sequence uint64) {
+		t.Helper()
+		p := &capb.Trust{Sequence: sequence, TrustDomain: td.Name(), Bundles: []*capb.Bundle{{TrustDomain: td.Name()}}}
+		for _, r := range trust.Roots() {
+			p.Bundles[0].X509Authorities = append(p.Bundles[0].X509Authorities, r.Raw)
+		}
+		if err := c.Believe(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	believe(12)
+	c.Heed(&capb.Bans{Revision: 5000})
+	believe(10 + 1<<20)
+	c.Heed(&capb.Bans{Revision: 12, Bans: []*capb.Ban{{Subject: &capb.Ban_Node{Node: "n"}}}})
+	if b, _ := c.Bans(); b.Len() != 1 {
+		t.Error("the bans of a restored authority do not count")
+	}
+	c.Heed(&capb.Bans{Revision: 11})
+	if b, _ := c.Bans(); b.Len() != 1 {
+		t.Error("older bans of the restored authority count")
+	}
+}

@@ -8,6 +8,9 @@ var ParseBans = parseBans
 // Heed takes bans that an authority says.
 func (c *Client) Heed(p *capb.Bans) { c.heed(p) }
 
+// Believe takes a state of trust that an authority says.
+func (c *Client) Believe(p *capb.Trust) error { return c.believe(p) }
+
 // Order is in which order an agent tries replicas.
 type Order struct{ o *order }
 

@@ -118,6 +118,9 @@ func (m Migration) ToShared(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	defer func() { err = errors.Join(err, source.Close()) }()
+	if err := numberBans(ctx, source); err != nil {
+		return out, err
+	}
 	entries, journal, err := readAll(ctx, source)
 	if err != nil {
 		return out, err
@@ -499,6 +502,9 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	again := before.ID == id.ID
+	if err := numberBans(ctx, m.Store); err != nil {
+		return out, err
+	}
 	// From here on nobody joins.
 	if err := mark(ctx, m.Store, moved{Version: 1, ID: id.ID, To: m.Dir}); err != nil {
 		return out, err

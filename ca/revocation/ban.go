@@ -20,6 +20,9 @@ const (
 	SerialsPrefix = "ban-serials/"
 )
 
+// BanStore is what each key begins with that has to do with bans.
+const BanStore = "ban"
+
 // Versions of the two formats.
 const (
 	banVersion     = 1
