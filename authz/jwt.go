@@ -68,7 +68,7 @@ func (t TokenRule) compiled() *TokenRule {
 	t.params, t.cookies = slices.Clone(j.GetFromParams()), slices.Clone(j.GetFromCookies())
 	if len(t.headers)+len(t.params)+len(t.cookies) == 0 {
 		t.headers = []tokenHeader{{"authorization", []byte("Bearer ")}}
-		t.params = []string{"access_token"}
+		t.params = []string{DefaultParam}
 	}
 	// A place that is named twice is one.
 	slices.SortFunc(t.headers, func(a, b tokenHeader) int {
@@ -206,8 +206,47 @@ func (t *TokenRule) Complete(r *Request) bool {
 	}
 	return (r.Known&FieldHeaders != 0 || len(t.headers)+len(t.cookies) == 0) &&
 		// A path that is not known byte by byte still shows its parameters.
-		(r.Known&FieldPath != 0 || r.Path != nil || len(t.params) == 0)
+		(r.Known&FieldPath != 0 || r.Path != nil || len(t.params) == 0) && !t.mayBeHidden(r)
 }
+
+// DefaultParam is the query parameter for tokens (RFC 6750 section 2.3), in which a
+// rule that names no place looks.
+const DefaultParam = "access_token"
+
+// HiddenParam stands in a query whose values are hidden for a parameter without a
+// value, of any name but [DefaultParam].
+const HiddenParam = "*"
+
+// mayBeHidden reports whether a parameter that the rule looks at may be one that is
+// hidden.
+func (t *TokenRule) mayBeHidden(r *Request) bool {
+	if !r.QueryHidden || !slices.ContainsFunc(t.params, func(name string) bool { return name != DefaultParam }) {
+		return false
+	}
+	_, query, _ := bytes.Cut(r.Path, []byte("?"))
+	for pair := range bytes.SplitSeq(query, []byte("&")) {
+		if string(pair) == HiddenParam {
+			return true
+		}
+	}
+	return false
+}
+
+// Places are the headers, in lower case, and the query parameters in which the rule
+// looks for tokens; for tokens in cookies the header is cookie.
+func (t *TokenRule) Places() (headers, params []string) {
+	for _, h := range t.headers {
+		headers = append(headers, h.name)
+	}
+	if len(t.cookies) > 0 {
+		headers = append(headers, "cookie")
+	}
+	return headers, t.params
+}
+
+// IsParam reports whether the name of a query parameter, as it stands in a path, is
+// name for those who look for tokens.
+func IsParam(encoded []byte, name string) bool { return unescapesTo(encoded, name) }
 
 // looksAt reports whether the rule looks for tokens in a header.
 func (t *TokenRule) looksAt(name string) bool {

@@ -70,7 +70,7 @@ func (g generator) replayRequest() authz.Request {
 	case 0:
 		r.Headers = append(r.Headers, authz.Header{Name: pick(g, []string{"authorization", "cookie"}), Value: []byte(pick(g, []string{"Bearer x", "Basic x", "c=x", "c=x; d=y"}))})
 	case 1:
-		r.Path = []byte("/a?" + pick(g, []string{"access_token=x", "x=y", "access%5ftoken=secret&y", "#access_token=x", "&&x"}))
+		r.Path = []byte("/a?" + pick(g, []string{"access_token=x", "x=y", "access%5ftoken=secret&y", "#access_token=x", "&&x", "x", "*", "y&x=1&z", "access_token&q=1"}))
 	case 2:
 		r.Method = []byte("OPTIONS")
 		r.Headers = append(r.Headers, authz.Header{Name: "origin", Value: []byte("o")}, authz.Header{Name: "access-control-request-method", Value: []byte("GET")})
@@ -152,6 +152,12 @@ func TestRecordsDecideAgain(t *testing.T) {
 			show = record.Shown{AllHeaders: g.IntN(2) == 0, AllClaims: g.IntN(2) == 0, Query: g.IntN(2) == 0,
 				Headers: map[string]bool{"x-a": g.IntN(2) == 0}, Claims: map[string]bool{"iss": true, "sub": true, "a": g.IntN(2) == 0, "aud": true},
 				Redacted: map[string]bool{"authorization": true, "cookie": true, "x-b": true}}
+			if g.IntN(2) == 0 {
+				for rule := range p.TokenRules() {
+					headers, params := rule.Places()
+					show.TokenHeaders, show.TokenParams = append(show.TokenHeaders, headers...), append(show.TokenParams, params...)
+				}
+			}
 			line = rec.Append(nil, show)
 			if back, err = record.Decode(line); err != nil {
 				t.Fatalf("%v: %s", err, where(line))

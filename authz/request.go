@@ -129,7 +129,8 @@ type Request struct {
 	// looked for there.
 	Path []byte
 	// QueryHidden says that the values in the query of Path, and its fragment, are
-	// not those of the request; the names of its parameters are. So it is in a record.
+	// not those of the request; the names of its parameters are, but for [HiddenParam].
+	// So it is in a record.
 	QueryHidden bool
 	// Host is :authority (HTTP/1: Host), with its port if it has one. nil means
 	// that there is none, empty that it is present without a value.

@@ -9,8 +9,9 @@
 //
 // A record holds what policies read of a request, and of the rest the names only:
 // [Shown] says of which headers and claims the values stand there. Headers that carry
-// secrets are never shown. Paths stand without the values of their query, unless
-// told otherwise. What is hidden is unknown when the record is replayed, so that
+// secrets are never shown, nor headers and parameters in which a RequestAuthentication
+// of the workload looks for tokens. Paths stand without the values of their query,
+// unless told otherwise. What is hidden is unknown when the record is replayed, so that
 // a policy that reads it decides as about a proxy that did not send it: never more
 // openly than about the request itself.
 //

@@ -29,6 +29,9 @@ type Shown struct {
 	AllHeaders, AllClaims bool
 	// Redacted are headers, in lower case, that are never shown.
 	Redacted map[string]bool
+	// TokenHeaders, in lower case, and TokenParams are where the rules of the workload
+	// look for tokens ([authz.TokenRule.Places]); they are never shown either.
+	TokenHeaders, TokenParams []string
 	// Query shows the values of the parameters of a query.
 	Query bool
 }
@@ -274,8 +277,8 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 	}
 	sni, method, host := long(authz.FieldSNI, r.SNI), long(authz.FieldMethod, r.Method), long(authz.FieldHost, r.Host)
 	path, hidden := r.Path, r.QueryHidden
-	if !show.Query && !hidden {
-		path, hidden = withoutValues(path)
+	if !hidden {
+		path, hidden = show.path(path)
 	}
 	path = long(authz.FieldPath, path)
 	headers := r.Headers
@@ -365,10 +368,11 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 	e.close()
 }
 
-// schemeOf is what is shown of a hidden header Authorization, so that a token that
-// was refused still is one: its scheme. It shares no memory with the header.
-func schemeOf(h *authz.Header) []byte {
-	if h.Name != "authorization" {
+// schemeOf is what is shown of a hidden header Authorization, or of another one for
+// tokens, so that a token that was refused still is one: its scheme. It shares no
+// memory with the header.
+func (s *Shown) schemeOf(h *authz.Header) []byte {
+	if h.Name != "authorization" && !slices.Contains(s.TokenHeaders, h.Name) {
 		return nil
 	}
 	for _, s := range []string{"Bearer ", "Basic ", "DPoP ", "Digest ", "Negotiate "} {
@@ -381,7 +385,7 @@ func schemeOf(h *authz.Header) []byte {
 
 // header reports whether a header's value is shown.
 func (s *Shown) header(name string) bool {
-	return !s.Redacted[name] && (s.AllHeaders || s.Headers[name] || essential(name) || slices.Contains(s.Read, authz.Name{Field: authz.FieldHeaders, Name: name}))
+	return !s.Redacted[name] && !slices.Contains(s.TokenHeaders, name) && (s.AllHeaders || s.Headers[name] || essential(name) || slices.Contains(s.Read, authz.Name{Field: authz.FieldHeaders, Name: name}))
 }
 
 // claim reports whether a claim is shown.
@@ -406,7 +410,7 @@ func (e *encoder) header(h *authz.Header, show *Shown) {
 	switch {
 	case form == authz.HeaderHidden:
 	case !show.header(h.Name) || len(value) > maxValue:
-		form, value = authz.HeaderHidden, schemeOf(h)
+		form, value = authz.HeaderHidden, show.schemeOf(h)
 	}
 	if f := forms[form]; f != "" {
 		e.text("form", f)
@@ -499,29 +503,44 @@ func (e *encoder) value(v *structpb.Value, depth int) bool {
 	return true
 }
 
-// withoutValues is a path whose query has the names of its parameters only. hidden
-// is false where nothing was taken away.
-func withoutValues(path []byte) (out []byte, hidden bool) {
+// path is what is shown of a path: the names of the parameters of its query, or all
+// but the values of those for tokens. What has no value may be a secret itself, so
+// only a name that says nothing stands there; another one is HiddenParam. hidden is
+// false where nothing was taken away.
+func (s *Shown) path(path []byte) (out []byte, hidden bool) {
 	i := bytes.IndexAny(path, "?#")
-	if i < 0 {
+	if i < 0 || s.Query && len(s.TokenParams) == 0 {
 		return path, false
 	}
 	out = slices.Clone(path[:i])
 	if path[i] == '#' {
 		return out, true
 	}
-	query, _, _ := bytes.Cut(path[i+1:], []byte("#"))
+	query, _, fragment := bytes.Cut(path[i+1:], []byte("#"))
+	hidden = !s.Query || fragment
 	out = append(out, '?')
 	for n := 0; len(query) > 0; n++ {
 		var pair []byte
 		pair, query, _ = bytes.Cut(query, []byte("&"))
-		name, _, ok := bytes.Cut(pair, []byte("="))
+		name, value, ok := bytes.Cut(pair, []byte("="))
 		if n > 0 {
 			out = append(out, '&')
 		}
-		if out = append(out, name...); ok {
-			out = append(out, '=')
+		token := slices.ContainsFunc(s.TokenParams, func(p string) bool { return authz.IsParam(name, p) })
+		switch {
+		case s.Query && !token:
+			out = append(out, pair...)
+		case ok:
+			out = append(append(out, name...), '=')
+			hidden = hidden || len(value) > 0
+		case token || len(name) == 0 || authz.IsParam(name, authz.DefaultParam):
+			out = append(out, name...)
+		default:
+			out = append(out, authz.HiddenParam...)
 		}
+	}
+	if !hidden {
+		return path, false
 	}
 	return out, true
 }

@@ -44,11 +44,12 @@ type Config struct {
 	// [DefaultAllowedPerSecond].
 	Allowed          float64
 	AllowedPerSecond int
-	// Redacted are headers whose values are never shown; nil means
-	// [DefaultRedacted].
+	// Redacted are headers whose values are never shown, beside those in which
+	// RequestAuthentications look for tokens; nil means [DefaultRedacted].
 	Redacted []string
 	// Headers and Claims are shown beside those that policies read, and Query has
-	// the values of queries shown.
+	// the values of queries shown. Of a check that no policy was asked about, so that
+	// it is not known where tokens are looked for, neither headers nor values are.
 	Headers, Claims []string
 	Query           bool
 	// QueueBytes bounds what waits to be recorded, here and at each output; 0 means
@@ -243,6 +244,17 @@ func (r *Recorder) record(it *item) {
 	}
 	show := r.show
 	show.Read = it.program.Names()
+	if it.program == nil {
+		// Nobody knows where tokens are looked for.
+		show.Headers, show.Query = nil, false
+	}
+	for rule := range it.program.TokenRules() {
+		headers, params := rule.Places()
+		show.TokenHeaders, show.TokenParams = append(show.TokenHeaders, headers...), append(show.TokenParams, params...)
+	}
+	if slices.Contains(show.TokenHeaders, "x-request-id") {
+		rec.RequestID = ""
+	}
 	l := line{text: rec.Append(nil, show), record: rec}
 	for _, o := range r.outputs {
 		o.add(l)

@@ -199,6 +199,94 @@ signet_dry_run_decisions_total{action="DENY",decision="deny",enforced="allow"} 1
 `)
 }
 
+// tokenPolicies look for tokens in every kind of place, and have policies that read
+// those places.
+const tokenPolicies = `apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: shop}
+spec: {jwtRules: [{issuer: a, fromHeaders: [{name: X-JWT}, {name: x-prefixed, prefix: "Bearer "}, {name: x-request-id, prefix: t}], fromParams: [jwt, "a b"], fromCookies: [sid]}, {issuer: b}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: reads, namespace: shop}
+spec: {action: DENY, rules: [{when: [{key: "request.headers[x-jwt]", values: ["x*"]}, {key: "request.headers[x-prefixed]", values: ["x"]},
+  {key: "request.headers[cookie]", values: ["x"]}, {key: "request.headers[authorization]", values: ["x"]}, {key: "request.headers[x-role]", values: ["x"]}]}]}
+`
+
+// TestTokensAreNotRecorded: whatever is configured, and whatever policies read, no
+// record has what stands where tokens are looked for.
+func TestTokensAreNotRecorded(t *testing.T) {
+	t.Parallel()
+	rs, problems := authz.Parse("p.yaml", []byte(tokenPolicies))
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	set, _ := authz.Set{}.Update(rs)
+	role := []string{"x-role", "role-shown", "x-shown", "header-shown"}
+	for _, tt := range []struct {
+		path    string
+		headers []string
+		want    string
+	}{
+		{"/1?q=v", []string{"x-jwt", "token-secret"}, "/1?q=v"},
+		{"/2?q=v", []string{"x-prefixed", "Bearer token-secret"}, "/2?q=v"},
+		{"/3?q=v&jwt=token-secret&p", nil, "/3?q=v&jwt=&p"},
+		{"/4?access%5Ftoken=token-secret&access_token=token-secret#secret", nil, "/4?access%5Ftoken=&access_token="},
+		{"/5?%61%20b=token-secret&", nil, "/5?%61%20b="},
+		{"/6?jwt&q=v", []string{"cookie", "sid=token-secret"}, "/6?jwt&q=v"},
+		{"/7", []string{"x-request-id", "token-secret"}, "/7"},
+		// What was refused before any policy was asked.
+		{"/8?jwt=token-secret", []string{"x-jwt", "token-secret", ":path", "/other"}, ""},
+	} {
+		var out bytes.Buffer
+		w := newService(t, record.Config{Outputs: []record.Output{record.Stream("stdout", &out)}, Allowed: 1, Query: true, Redacted: []string{},
+			Headers: []string{"x-jwt", "cookie", "authorization", "x-prefixed", "x-request-id", "x-shown"}})
+		w.snapshot, _ = authz.Compile(set, authz.Options{})
+		w.check(tt.path, append(tt.headers, role...)...)
+		w.finish()
+		line := out.String()
+		if strings.Contains(line, "secret") {
+			t.Errorf("%s: %s", tt.path, line)
+		}
+		r, err := record.Decode([]byte(line))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Allowed || string(r.Request.Path) != tt.want || r.Unread == (tt.want != "") {
+			t.Errorf("%s: %s", tt.path, line)
+		}
+		if !r.Unread && (r.Reason != authz.ReasonTokenRefused || !strings.Contains(line, "role-shown") || !strings.Contains(line, "header-shown")) {
+			t.Errorf("%s: %s", tt.path, line)
+		}
+		if d, ok := record.Replay(w.snapshot.For(r.Workload), &r); ok && d.Allowed {
+			t.Errorf("%s: decided again it is allowed: %s", tt.path, line)
+		}
+	}
+}
+
+// TestQueriesAreHidden: a parameter without a value may be a secret, as a value is.
+func TestQueriesAreHidden(t *testing.T) {
+	t.Parallel()
+	for path, want := range map[string]string{
+		"/reset?secret": "/reset?*", "/reset?secret&a=secret&secret": "/reset?*&a=&*", "/reset?": "/reset?", "/reset?a=secret&&b=": "/reset?a=&&b=",
+		"/reset?access_token&%61ccess_token&access_token_secret": "/reset?access_token&%61ccess_token&*", "/reset#secret": "/reset", "/reset?secret#secret": "/reset?*",
+		"/reset?%73ecret": "/reset?*", "/reset?a?secret": "/reset?*", "/reset": "/reset", "/?secret": "/?*",
+	} {
+		s := sample()
+		s.Request.Path, s.Request.Headers = []byte(path), nil
+		r, err := record.Decode(s.Append(nil, record.Shown{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := string(r.Request.Path); got != want || r.Request.QueryHidden != strings.ContainsAny(path, "?#") {
+			t.Errorf("%s: recorded %s, hidden %t; want %s", path, got, r.Request.QueryHidden, want)
+		}
+		if r, err = record.Decode(s.Append(nil, record.Shown{Query: true})); err != nil || string(r.Request.Path) != path || r.Request.QueryHidden {
+			t.Errorf("%s: recorded with its query as %s, %t: %v", path, r.Request.Path, r.Request.QueryHidden, err)
+		}
+	}
+}
+
 // TestAllowedAreSampled: denials always, allowed requests by their share and bound.
 func TestAllowedAreSampled(t *testing.T) {
 	t.Parallel()
