@@ -79,7 +79,8 @@ type Authority struct {
 	rotationMu sync.Mutex // held during a step of package rotation; before trustMu
 	began      time.Time
 	parsed     atomic.Pointer[parsedRotation]
-	lists      lists // changed together with journal where replicas share it
+	badAnswers badAnswers // guarded by rotationMu
+	lists      lists      // changed together with journal where replicas share it
 	// What Run does when other replicas or their agents did something.
 	takenBack, heard, asked, askedToRevoke poke
 	revoked                                identity.Watched[revocation.Set]
@@ -541,6 +542,9 @@ func (a *Authority) Run(ctx context.Context) error {
 		})
 		if a.cfg.RootReplica == a.instance {
 			g.Go(func() error { return a.when(ctx, "requests", a.asked, answerAfter, a.answerRequests) })
+			g.Go(func() error {
+				return a.every(ctx, "requests again", answerAgain, func(context.Context) error { a.asked.now(); return nil })
+			})
 		}
 	}
 	g.Go(func() error {

@@ -38,6 +38,8 @@ func (a *Authority) SignHead(ctx context.Context) error {
 }
 func (a *Authority) VerifyHead(h storage.Head) bool { return a.verifyHead(h) }
 func (a *Authority) RenewIntermediate(ctx context.Context) error {
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
 	return a.renewIntermediate(ctx)
 }
 
@@ -210,4 +212,29 @@ func (a *Authority) RequestHash() []byte {
 	}
 	sum := sha256.Sum256(e.Request)
 	return sum[:]
+}
+
+// AskAgainAt is when the replica with the root is asked for an intermediate again after
+// answers that could not be taken, and how many there were.
+func (a *Authority) AskAgainAt() (at time.Time, bad int) {
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
+	return a.badAnswers.until, a.badAnswers.times
+}
+
+// SetAskAgain has it asked again at a time.
+func (a *Authority) SetAskAgain(at time.Time) {
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
+	a.badAnswers.until = at
+}
+
+// PauseAfter is how long nothing is asked for after so many bad answers in a row.
+func PauseAfter(n int) time.Duration {
+	var b badAnswers
+	now := time.Now()
+	for range n {
+		b.add(errBadAnswer, now)
+	}
+	return b.until.Sub(now)
 }

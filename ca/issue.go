@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -39,6 +40,8 @@ type certificate struct {
 	requester []byte
 	door      string
 	tokenAt   time.Time // zero: not recorded
+	// forInstance is the replica for which an intermediate is signed; 0: this one.
+	forInstance uint8
 }
 
 // prepared is a certificate as it will be signed: step 2. tbs has been linted.
@@ -136,7 +139,7 @@ func (a *Authority) prepare(now time.Time, iss *issuer, c certificate) (prepared
 	case capb.IssuanceRecord_KIND_ROOT:
 		t, want.URI = profile.Root(a.cfg.TrustDomain, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	case capb.IssuanceRecord_KIND_INTERMEDIATE:
-		t, want.URI = profile.Intermediate(a.cfg.TrustDomain, a.instance, p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
+		t, want.URI = profile.Intermediate(a.cfg.TrustDomain, cmp.Or(c.forInstance, a.instance), p.serial, p.notBefore, p.notAfter), a.cfg.TrustDomain.IDString()
 	default:
 		t, want.URI = profile.Leaf(c.id, c.dnsNames, p.serial, p.notBefore, p.notAfter), c.id.String()
 		if c.ttl > a.cfg.SVID.MaxTTL {
@@ -217,7 +220,7 @@ func (a *Authority) record(ctx context.Context, ps []prepared) ([]recorded, erro
 		p := &ps[i]
 		r := &capb.IssuanceRecord{
 			Kind: p.kind, Serial: p.serial, Node: p.node, Evidence: p.evidence, PodUid: p.podUID, Requester: p.requester,
-			NotBefore: p.notBefore.Unix(), NotAfter: p.notAfter.Unix(), KeyHash: p.keyHash[:],
+			NotBefore: p.notBefore.Unix(), NotAfter: p.notAfter.Unix(), KeyHash: p.keyHash[:], ForInstance: uint32(p.forInstance),
 		}
 		if !p.id.IsZero() {
 			r.SpiffeId = p.id.String()

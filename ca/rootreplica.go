@@ -37,6 +37,14 @@ const (
 	// have the root sign more often. askEvery is how often the answer is looked for.
 	answerAfter = 200 * time.Millisecond
 	askEvery    = 250 * time.Millisecond
+	// answerAgain is how often requests are looked for that could not be answered: no
+	// change of the journal needs to follow them.
+	answerAgain = 10 * time.Second
+	// askAgain is how long nothing is asked for after an answer that could not be taken,
+	// twice as long after each that follows, up to askAgainMost: each costs a signature of
+	// the root and a record, and what is wrong is for people to mend.
+	askAgain     = time.Second
+	askAgainMost = 5 * time.Minute
 	// leaseWait is how long an operator's step waits for another replica's.
 	leaseWait = 10 * time.Second
 )
@@ -46,7 +54,27 @@ var (
 	errElsewhere = errors.New("another replica has the root's key (authority.rootReplica)")
 	// errNoRoot is why a replica cannot join yet.
 	errNoRoot = errors.New("there is no root yet: start the replica that has its key (authority.rootReplica)")
+	// errBadAnswer is why the present intermediate goes on although there is an answer.
+	errBadAnswer = errors.New("the answer of the replica with the root (authority.rootReplica) cannot be used")
 )
+
+// badAnswers is what is known of answers in a row that could not be taken.
+type badAnswers struct {
+	last  error
+	times int
+	until time.Time // before which nothing is asked for
+	// revision is that of the last one: as long as it is there, there is no other.
+	revision uint64
+}
+
+// add notes another one.
+func (b *badAnswers) add(err error, now time.Time) {
+	wait := askAgainMost
+	if b.times < 16 {
+		wait = min(wait, askAgain<<b.times)
+	}
+	b.last, b.times, b.until = err, b.times+1, now.Add(wait)
+}
 
 // signed is the answer to a request for an intermediate.
 type signed struct {
@@ -192,10 +220,14 @@ func (a *Authority) newRequest() (journal.Entry, error) {
 
 // askRoot has the replica with the root's key sign another intermediate: it puts a
 // request into the journal, and takes the answer when there is one. That there is none
-// yet is no error: the present intermediate goes on. rotationMu is held, or nobody else
-// runs yet.
+// yet is no error: the present intermediate goes on. One that cannot be taken is an error
+// that wraps errBadAnswer, and so it is for as long as nothing is asked for because of
+// that. rotationMu is held, or nobody else runs yet.
 func (a *Authority) askRoot(ctx context.Context) error {
 	e, waits := a.current().Request()
+	if bad := a.badAnswers; !waits && time.Now().Before(bad.until) {
+		return fmt.Errorf("%w; it is asked again at %s", bad.last, bad.until.UTC().Format(time.RFC3339))
+	}
 	if !waits {
 		e, err := a.newRequest()
 		if err != nil {
@@ -209,6 +241,7 @@ func (a *Authority) askRoot(ctx context.Context) error {
 	}
 	iss, entry, err := a.rootsAnswer(ctx, e)
 	if err != nil {
+		err = fmt.Errorf("%w: %w", errBadAnswer, err)
 		// Whatever is wrong with it, another key and request get another answer.
 		drop := func(j *journal.Journal) error {
 			j.Authorities = slices.DeleteFunc(j.Authorities, func(o journal.Entry) bool { return o.State == journal.StatePending && o.Key == e.Key })
@@ -217,21 +250,28 @@ func (a *Authority) askRoot(ctx context.Context) error {
 		if editErr := a.edit(ctx, drop); editErr != nil {
 			return errors.Join(err, editErr)
 		}
+		a.badAnswers.add(err, time.Now())
 		return a.dropKey(e, err)
 	}
 	if iss == nil {
 		return nil
 	}
+	a.badAnswers = badAnswers{}
 	return a.use(ctx, &staged{issuer: iss, entry: entry, root: a.root.Load().cert})
 }
 
 // rootsAnswer is the intermediate that was signed for a request; nil if there is none yet. An
-// error wraps what is wrong with the one that there is.
-func (a *Authority) rootsAnswer(ctx context.Context, e journal.Entry) (*issuer, journal.Entry, error) {
+// error wraps what is wrong with the one that there is, and is told of each once.
+func (a *Authority) rootsAnswer(ctx context.Context, e journal.Entry) (iss *issuer, entry journal.Entry, err error) {
 	got, err := a.store.Get(ctx, signedKey(a.instance))
-	if err != nil {
+	if err != nil || got.Revision == a.badAnswers.revision {
 		return nil, e, nil // none, or it cannot be read now: it is looked for again
 	}
+	defer func() {
+		if err != nil {
+			a.badAnswers.revision = got.Revision
+		}
+	}()
 	s, err := parseSigned(got)
 	if err != nil {
 		return nil, e, err
@@ -277,7 +317,7 @@ func (a *Authority) awaitIntermediate(ctx context.Context) error {
 		iss := a.intermediate.Load()
 		return iss != nil && a.clock.past().Before(iss.cert.NotAfter)
 	}
-	for told := false; !valid(); {
+	for said := ""; !valid(); {
 		err := a.followJournal(ctx)
 		if err == nil {
 			err = a.adoptRoot()
@@ -288,8 +328,8 @@ func (a *Authority) awaitIntermediate(ctx context.Context) error {
 		if valid() {
 			break
 		}
-		if err != nil || !told {
-			told = true
+		if text := fmt.Sprint(err); text != said {
+			said = text
 			a.cfg.Log.Warn("nothing can be issued before the replica with the root has signed an intermediate for this one", "root_replica", a.cfg.RootReplica, "err", err)
 		}
 		select {
@@ -359,7 +399,7 @@ func (a *Authority) signFor(ctx context.Context, instance uint8, e journal.Entry
 	if err != nil {
 		return fmt.Errorf("%w; it is left unanswered", err)
 	}
-	out, err := a.issue(ctx, root, []certificate{{kind: capb.IssuanceRecord_KIND_INTERMEDIATE, evidence: capb.IssuanceRecord_EVIDENCE_SELF, pub: pub, ttl: a.cfg.IntermediateTTL}})
+	out, err := a.issue(ctx, root, []certificate{{kind: capb.IssuanceRecord_KIND_INTERMEDIATE, evidence: capb.IssuanceRecord_EVIDENCE_SELF, pub: pub, ttl: a.cfg.IntermediateTTL, forInstance: instance}})
 	if err == nil {
 		err = out[0].err
 	}
@@ -395,7 +435,7 @@ func (a *Authority) watchRequest(now time.Time) {
 	case left < life/3:
 		part = "a third"
 	}
-	if !waits || part == "" {
+	if !waits && a.badAnswers.last == nil || part == "" {
 		a.alarm("root replica", nil)
 		return
 	}

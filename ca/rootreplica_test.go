@@ -1,13 +1,16 @@
 package ca_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -196,7 +199,7 @@ func TestWhatAnswersARequest(t *testing.T) {
 		must(shared.Store.Commit(t.Context(), nil, []storage.Op{{Key: key, Value: bytes}}))
 	}
 	// The first call asks; the second looks at what is there by then.
-	before := b.Intermediate()
+	before, bad := b.Intermediate(), 0
 	for name, c := range map[string]struct {
 		edit func(ans *answer)
 		says string // empty: it is not an answer, and waited for
@@ -226,13 +229,60 @@ func TestWhatAnswersARequest(t *testing.T) {
 		if (b.RequestHash() == nil) != (c.says != "") {
 			t.Errorf("%s: the request stays: %v", name, b.RequestHash() != nil)
 		}
+		if c.says == "" {
+			continue
+		}
+		// Whoever cannot take it does not ask again at once: each request costs a signature.
+		bad++
+		if at, n := b.AskAgainAt(); n != bad || at.IsZero() {
+			t.Errorf("%s: after %d bad answers it knows of %d", name, bad, n)
+		}
+		b.SetAskAgain(time.Now().Add(time.Hour))
+		if err := b.RenewIntermediate(t.Context()); err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "it is asked again at") {
+			t.Errorf("%s, before it is time: %v", name, err)
+		}
+		if b.RequestHash() != nil {
+			t.Errorf("%s: it is asked again at once", name)
+		}
+		// When another one is due that is an alarm: the present one is good yet.
+		later := time.Now().Add(45 * time.Minute)
+		b.SetClock(func() time.Time { return later }, later)
+		err = b.RotateDue(t.Context())
+		if alarms := fmt.Sprint(b.Alarms()); err != nil || !strings.Contains(alarms, "cannot be used") || !strings.Contains(alarms, "less than a third is left") {
+			t.Errorf("%s: when it is due: %v, alarms %s", name, err, alarms)
+		}
+		b.SetClock(time.Now, time.Now())
+		b.SetAskAgain(time.Time{})
+	}
+	for n, want := range map[int]time.Duration{1: time.Second, 2: 2 * time.Second, 9: 256 * time.Second, 10: 5 * time.Minute, 100: 5 * time.Minute} {
+		if got := ca.PauseAfter(n); got != want {
+			t.Errorf("after %d bad answers nothing is asked for for %v, want %v", n, got, want)
+		}
 	}
 	// And one that is right is taken, whatever became of what was there.
 	put([]byte("not JSON"))
 	stopA = a.run()
 	defer func() { stopA() }()
 	defer b.run()()
-	eventually(t, "b to have another", func() bool { return b.RenewIntermediate(t.Context()) == nil && !b.Intermediate().Equal(before) })
+	eventually(t, "b to have another", func() bool {
+		b.SetAskAgain(time.Time{})
+		return b.RenewIntermediate(t.Context()) == nil && !b.Intermediate().Equal(before)
+	})
+	if _, n := b.AskAgainAt(); n != 0 {
+		t.Errorf("after a good answer it remembers %d bad ones", n)
+	}
+	// The log of the one says for whom it signed, and so does the certificate.
+	hash, named := sha256.Sum256(b.Intermediate().RawSubjectPublicKeyInfo), false
+	for r := range records(a) {
+		inter := r.GetKind() == capb.IssuanceRecord_KIND_INTERMEDIATE
+		if r.GetForInstance() != 0 && (r.GetForInstance() != 2 || !inter) || inter && r.GetForInstance() == 0 && !bytes.Equal(r.GetSerial(), ca.Serial(a.Intermediate())) {
+			t.Errorf("a record for instance %d: %v", r.GetForInstance(), r)
+		}
+		named = named || bytes.Equal(r.GetKeyHash(), hash[:]) && r.GetForInstance() == 2
+	}
+	if cn := b.Intermediate().Subject.CommonName; !named || !strings.HasPrefix(cn, "intermediate 2 ") {
+		t.Errorf("no record says that %q was signed for instance 2", cn)
+	}
 	for _, w := range []*world{a, b} {
 		intact(t, w)
 	}

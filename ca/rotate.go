@@ -156,12 +156,13 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 	}
 	v := a.rotationView(now)
 	// What cannot be done of a root is an alarm as long as the present one is good; that
-	// there is no intermediate soon is a failure.
+	// there is no intermediate soon is a failure. A bad answer of the replica with the root
+	// is like none: the present one goes on.
 	var failed, troubles []error
 	for _, step := range s.Due(a.instance, v) {
 		switch err := a.rotationStep(ctx, step, now); {
 		case err == nil, errors.Is(err, errElsewhere):
-		case step.Do == rotation.DoSucceed:
+		case step.Do == rotation.DoSucceed && !errors.Is(err, errBadAnswer):
 			failed = append(failed, err)
 		default:
 			troubles = append(troubles, err)

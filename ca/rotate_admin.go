@@ -167,6 +167,7 @@ func (a *Authority) ownIntermediate(id string) bool {
 // replica is waited for: what is due is done meanwhile, so the caller looks again.
 func (a *Authority) renewNow(ctx context.Context) (id string, err error) {
 	before := a.intermediate.Load()
+	a.badAnswers.until = time.Time{} // whoever asks may have mended it
 	err = a.renewIntermediate(ctx)
 	waits := func() bool { return !a.holdsRoot() && a.intermediate.Load() == before && a.staged.Load() == nil }
 	// Another replica signs it where that has the root's key.

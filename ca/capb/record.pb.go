@@ -253,6 +253,9 @@ type IssuanceRecord struct {
 	TokenAt int64 `protobuf:"varint,12,opt,name=token_at,json=tokenAt,proto3" json:"token_at,omitempty"`
 	// door is the protocol by which it was asked for; empty for signet.ca.v1.
 	Door string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
+	// for_instance is the replica for which the one that has the key of the root signed an
+	// intermediate; 0 where a replica signed its own.
+	ForInstance uint32 `protobuf:"varint,14,opt,name=for_instance,json=forInstance,proto3" json:"for_instance,omitempty"`
 	// decision is what KIND_DECISION records.
 	Decision      *Decision `protobuf:"bytes,20,opt,name=decision,proto3" json:"decision,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -378,6 +381,13 @@ func (x *IssuanceRecord) GetDoor() string {
 		return x.Door
 	}
 	return ""
+}
+
+func (x *IssuanceRecord) GetForInstance() uint32 {
+	if x != nil {
+		return x.ForInstance
+	}
+	return 0
 }
 
 func (x *IssuanceRecord) GetDecision() *Decision {
@@ -713,7 +723,7 @@ var File_record_proto protoreflect.FileDescriptor
 
 const file_record_proto_rawDesc = "" +
 	"\n" +
-	"\frecord.proto\x12\fsignet.ca.v1\"\x85\x06\n" +
+	"\frecord.proto\x12\fsignet.ca.v1\"\xa8\x06\n" +
 	"\x0eIssuanceRecord\x125\n" +
 	"\x04kind\x18\x01 \x01(\x0e2!.signet.ca.v1.IssuanceRecord.KindR\x04kind\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\fR\x06serial\x12\x1b\n" +
@@ -729,7 +739,8 @@ const file_record_proto_rawDesc = "" +
 	" \x01(\x03R\bnotAfter\x12\x19\n" +
 	"\bkey_hash\x18\v \x01(\fR\akeyHash\x12\x19\n" +
 	"\btoken_at\x18\f \x01(\x03R\atokenAt\x12\x12\n" +
-	"\x04door\x18\r \x01(\tR\x04door\x122\n" +
+	"\x04door\x18\r \x01(\tR\x04door\x12!\n" +
+	"\ffor_instance\x18\x0e \x01(\rR\vforInstance\x122\n" +
 	"\bdecision\x18\x14 \x01(\v2\x16.signet.ca.v1.DecisionR\bdecision\"\x8a\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +

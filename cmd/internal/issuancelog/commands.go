@@ -166,6 +166,9 @@ func writeText(ctx context.Context, out io.Writer, s Source, q *capb.ListLogRequ
 		if e.NotAfter != nil {
 			end = e.NotAfter.Format(time.RFC3339)
 		}
+		if e.ForInstance != 0 {
+			what = fmt.Sprintf("for instance %d", e.ForInstance)
+		}
 		if e.Decision != nil {
 			what = e.Decision.What + ": " + e.Decision.Reason
 		}

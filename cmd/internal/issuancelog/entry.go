@@ -34,7 +34,9 @@ type entry struct {
 	KeyHash   string     `json:"keyHash,omitempty"`
 	TokenAt   *time.Time `json:"tokenAt,omitempty"`
 	Door      string     `json:"door,omitempty"`
-	Decision  *decision  `json:"decision,omitempty"`
+	// ForInstance is the replica for which the one with the root signed an intermediate.
+	ForInstance uint32    `json:"forInstance,omitempty"`
+	Decision    *decision `json:"decision,omitempty"`
 }
 
 type decision struct {
@@ -60,7 +62,7 @@ func entryOf(p *capb.LogEntry) entry {
 		Serial: hex.EncodeToString(r.GetSerial()), SPIFFEID: r.GetSpiffeId(), Node: r.GetNode(), PodUID: r.GetPodUid(),
 		Requester: hex.EncodeToString(r.GetRequester()), Authority: hex.EncodeToString(r.GetAuthority()),
 		KeyHash: hex.EncodeToString(r.GetKeyHash()), Door: r.GetDoor(), NotBefore: seconds(r.GetNotBefore()), NotAfter: seconds(r.GetNotAfter()),
-		TokenAt: seconds(r.GetTokenAt())}
+		TokenAt: seconds(r.GetTokenAt()), ForInstance: r.GetForInstance()}
 	if r.GetEvidence() != capb.IssuanceRecord_EVIDENCE_UNSPECIFIED {
 		e.Evidence = word(r.GetEvidence().String(), "EVIDENCE_")
 	}

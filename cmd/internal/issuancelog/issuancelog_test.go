@@ -79,6 +79,8 @@ func sample() *log {
 				KeyHash: bytes.Repeat([]byte{4}, 32), TokenAt: 1795478000, Door: "istio"}},
 			{Instance: 1, Sequence: 3, Time: at, Record: &capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: &capb.Decision{
 				What: capb.Decision_WHAT_LOG_LOSS_ACCEPTED, Instance: 1, Sequence: 9, Hash: bytes.Repeat([]byte{6}, 32), Reason: "the disk died"}}},
+			{Instance: 1, Sequence: 4, Time: at, Record: &capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_INTERMEDIATE, Serial: bytes.Repeat([]byte{8}, 17),
+				Evidence: capb.IssuanceRecord_EVIDENCE_SELF, Authority: bytes.Repeat([]byte{3}, 20), NotBefore: 1795478400, NotAfter: 1795482000, KeyHash: bytes.Repeat([]byte{9}, 32), ForInstance: 2}},
 		},
 		report: &capb.VerifyResponse{},
 	}
@@ -107,7 +109,7 @@ func TestListIsSafeToLookAt(t *testing.T) {
 	t.Parallel()
 	l := sample()
 	out, err := run(l, "list", "--id", "spiffe://x/y", "--serial", "0a0b", "--since", "24h", "--limit", "5", "--from", "7")
-	if err != nil || strings.Contains(out, "\x1b") || !strings.Contains(out, `uid\x1b[31m`) || !strings.Contains(out, "log-loss-accepted: the disk died") {
+	if err != nil || strings.Contains(out, "\x1b") || !strings.Contains(out, `uid\x1b[31m`) || !strings.Contains(out, "log-loss-accepted: the disk died") || !strings.Contains(out, "for instance 2") {
 		t.Errorf("%q, %v", out, err)
 	}
 	if q := l.asked; q.GetSpiffeId() != "spiffe://x/y" || !bytes.Equal(q.GetSerial(), []byte{10, 11}) || q.GetLimit() != 5 || q.GetFrom() != 7 ||
