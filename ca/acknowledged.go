@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -164,7 +163,7 @@ func (as *agents) say(ctx context.Context, serials []string) error {
 		var ops []storage.Op
 		next := as.news(serials)
 		for _, r := range next {
-			b, err := json.Marshal(r)
+			b, err := storage.EncodeRecord(r, r.rest)
 			if err != nil {
 				return err
 			}

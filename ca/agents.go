@@ -42,6 +42,7 @@ type agent struct {
 
 	serial   []byte
 	revision uint64 // of the record in the store
+	rest     storage.Rest
 }
 
 // until is when the last SVID of the agent's node can end that was issued on the
@@ -101,7 +102,7 @@ func agentSerial(key string) ([]byte, error) {
 
 func parseAgent(e storage.Entry) (*agent, error) {
 	var r agent
-	err := json.Unmarshal(e.Value, &r)
+	rest, err := storage.ParseRecord(e.Value, &r)
 	if err == nil && r.Version > agentVersion {
 		err = fmt.Errorf("%w: it has version %d, this build reads up to %d; run the newer signet-ca", storage.ErrNewerFormat, r.Version, agentVersion)
 	}
@@ -111,7 +112,7 @@ func parseAgent(e storage.Entry) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading agent %s: %w", e.Key, err)
 	}
-	r.revision = e.Revision
+	r.revision, r.rest = e.Revision, rest
 	return &r, nil
 }
 

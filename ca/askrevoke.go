@@ -38,18 +38,21 @@ type askedRevocation struct {
 	// Refused is why it is not revoked, NotIssued that there is no such certificate.
 	Refused   string `json:"refused,omitempty"`
 	NotIssued bool   `json:"notIssued,omitempty"`
+
+	rest storage.Rest
 }
 
 func askedKey(serial []byte) string { return askedPrefix + hex.EncodeToString(serial) }
 
-func parseAsked(e storage.Entry) (r askedRevocation, err error) {
-	r, err = parseVersioned[askedRevocation](e, askedVersion, func(r askedRevocation) int { return r.Version })
+func parseAsked(e storage.Entry) (askedRevocation, error) {
+	r, rest, err := parseVersioned[askedRevocation](e, askedVersion, func(r askedRevocation) int { return r.Version })
 	if err == nil && e.Key != askedKey(r.Serial) {
 		err = errors.New("it is of another serial")
 	}
 	if err != nil {
 		return askedRevocation{}, fmt.Errorf("reading %s: %w", e.Key, err)
 	}
+	r.rest = rest
 	return r, nil
 }
 
@@ -163,7 +166,7 @@ func (a *Authority) answerRevocations(ctx context.Context) error {
 			if r.NotIssued = errors.Is(err, errNotIssued); r.NotIssued || errors.Is(err, errNotRevoked) {
 				r.Refused, err = err.Error(), nil
 				op.Delete = false
-				if op.Value, err = json.Marshal(r); err != nil {
+				if op.Value, err = storage.EncodeRecord(r, r.rest); err != nil {
 					return err
 				}
 			}

@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -225,6 +224,8 @@ type clockState struct {
 	Time time.Time `json:"time"`
 	// Accepted are the clocks that operators accepted, newest last.
 	Accepted []acceptedClock `json:"accepted,omitempty"`
+
+	rest storage.Rest
 }
 
 // acceptedClock is a clock that an operator accepted. Where it was before the newest
@@ -245,10 +246,11 @@ type keptClock struct {
 }
 
 func parseClock(e storage.Entry) (clockState, error) {
-	s, err := parseVersioned[clockState](e, clockVersion, func(s clockState) int { return s.Version })
+	s, rest, err := parseVersioned[clockState](e, clockVersion, func(s clockState) int { return s.Version })
 	if err != nil {
 		return clockState{}, fmt.Errorf("reading what was known of the time: %w", err)
 	}
+	s.rest = rest
 	return s, nil
 }
 
@@ -306,7 +308,7 @@ func (a *Authority) rereadClock(ctx context.Context) error {
 func (a *Authority) commitClock(ctx context.Context, next clockState) error {
 	k := &a.keptClock
 	next.Version = clockVersion
-	b, err := json.Marshal(next)
+	b, err := storage.EncodeRecord(next, next.rest)
 	if err == nil {
 		var revision uint64
 		if revision, err = a.store.Commit(ctx, []storage.Cond{{Key: clockKey, Revision: k.revision}}, []storage.Op{{Key: clockKey, Value: b}}); err == nil {
@@ -384,11 +386,13 @@ func (a *Authority) acceptClock(ctx context.Context, record uint64, reason, by s
 	if err != nil {
 		return fmt.Errorf("accepting the clock: %w", err)
 	}
-	next := clockState{Time: t.UTC(), Accepted: append(slices.Clone(k.state.Accepted), acceptedClock{Clock: t.UTC(), Newest: a.log.Head().Time, Reason: reason, By: by})}
-	if n := len(next.Accepted) - maxAccepted; n > 0 {
-		next.Accepted = next.Accepted[n:]
-	}
+	accepted := acceptedClock{Clock: t.UTC(), Newest: a.log.Head().Time, Reason: reason, By: by}
 	for try := 1; ; try++ {
+		next := k.state // as it is after a conflict
+		next.Time, next.Accepted = t.UTC(), append(slices.Clone(next.Accepted), accepted)
+		if n := len(next.Accepted) - maxAccepted; n > 0 {
+			next.Accepted = next.Accepted[n:]
+		}
 		if err = a.commitClock(ctx, next); !errors.Is(err, storage.ErrConflict) || try == 4 {
 			break // others keep the time there, too
 		}
@@ -441,7 +445,7 @@ func renewClock(entries []storage.Entry) ([]storage.Op, error) {
 			return nil, err
 		}
 		s.Time = time.Now().UTC().Round(0)
-		b, err := json.Marshal(s)
+		b, err := storage.EncodeRecord(s, s.rest)
 		return []storage.Op{{Key: clockKey, Value: b}}, err
 	}
 	return nil, nil

@@ -238,3 +238,12 @@ func PauseAfter(n int) time.Duration {
 	}
 	return b.until.Sub(now)
 }
+
+// SayAcknowledged stores what agents said.
+func (a *Authority) SayAcknowledged(ctx context.Context) error { return a.sayAcknowledged(ctx) }
+
+// TendClock keeps the time, if it is due.
+func (a *Authority) TendClock(ctx context.Context) error { return a.tendClock(ctx) }
+
+// ReloadBans takes up the bans that are stored.
+func (a *Authority) ReloadBans(ctx context.Context) error { return a.reloadBans(ctx) }

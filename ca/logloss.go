@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -44,6 +43,8 @@ type logLoss struct {
 	Lost *lostHead `json:"lost,omitempty"`
 	// Accepted are the newest ones that an operator accepted.
 	Accepted []lostHead `json:"accepted,omitempty"`
+
+	rest storage.Rest
 }
 
 type lostHead struct {
@@ -137,15 +138,16 @@ func (a *Authority) loadLosses(ctx context.Context) error {
 }
 
 func parseLoss(e storage.Entry) (logLoss, error) {
-	l, err := parseVersioned[logLoss](e, lossVersion, func(l logLoss) int { return l.Version })
+	l, rest, err := parseVersioned[logLoss](e, lossVersion, func(l logLoss) int { return l.Version })
 	if err != nil {
 		return logLoss{}, fmt.Errorf("reading what was lost of the log: %w", err)
 	}
+	l.rest = rest
 	return l, nil
 }
 
 func parseRetired(e storage.Entry) (retired, error) {
-	r, err := parseVersioned[retired](e, retiredVersion, func(r retired) int { return r.Version })
+	r, _, err := parseVersioned[retired](e, retiredVersion, func(r retired) int { return r.Version })
 	if err == nil && (retiredKey(r.Instance) != e.Key || len(r.Hash) != 32) {
 		err = errors.New("it names another instance")
 	}
@@ -155,21 +157,22 @@ func parseRetired(e storage.Entry) (retired, error) {
 	return r, nil
 }
 
-// parseVersioned decodes a record of the store that carries its version.
-func parseVersioned[T any](e storage.Entry, newest int, version func(T) int) (v T, err error) {
-	if err := json.Unmarshal(e.Value, &v); err != nil {
-		return v, err
+// parseVersioned decodes a record of the store that carries its version. Whoever changes
+// it writes it with its rest.
+func parseVersioned[T any](e storage.Entry, newest int, version func(T) int) (v T, rest storage.Rest, err error) {
+	if rest, err = storage.ParseRecord(e.Value, &v); err != nil {
+		return v, "", err
 	}
 	if n := version(v); n > newest || n < 1 {
-		return v, fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, n, newest)
+		return v, "", fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, n, newest)
 	}
-	return v, nil
+	return v, rest, nil
 }
 
 // commitLoss makes a new state durable. mu is held, or nobody else runs yet.
 func (a *Authority) commitLoss(ctx context.Context, next logLoss) error {
 	next.Version = lossVersion
-	b, err := json.Marshal(next)
+	b, err := storage.EncodeRecord(next, next.rest)
 	if err != nil {
 		return fmt.Errorf("recording what was lost of the log: %w", err)
 	}
@@ -290,7 +293,8 @@ func (a *Authority) acceptLoss(ctx context.Context, sequence uint64, reason stri
 	}
 	accepted := *lost
 	accepted.AcceptedAt, accepted.Reason = later(now, lost.Time).UTC(), reason
-	next := logLoss{Accepted: append(slices.Clone(l.state.Accepted), accepted)}
+	next := l.state
+	next.Lost, next.Accepted = nil, append(slices.Clone(next.Accepted), accepted)
 	if n := len(next.Accepted) - maxAccepted; n > 0 {
 		next.Accepted = next.Accepted[n:]
 	}

@@ -11,6 +11,10 @@
 // commit names the revisions that it was decided on, so two writers can never
 // overwrite each other unseen. [Bolt] is the embedded engine, for one process.
 //
+// Values are opaque to an engine. [ParseRecord] and [EncodeRecord] are for those who keep
+// JSON objects in them and change some of it: what a later version of the program has
+// added stays.
+//
 // # Log
 //
 // A Log takes opaque records, numbers them from 1 without gaps and returns from

@@ -217,3 +217,32 @@ func TestBansOfARestoredAuthority(t *testing.T) {
 		t.Error("older bans of the restored authority count")
 	}
 }
+
+// TestWhatIsNotKnownOfBansIsSaved, for the next version of the agent to read.
+func TestWhatIsNotKnownOfBansIsSaved(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	unknown := []byte{0xc2, 0x3e, 1, 'x'} // field 1000, of no version yet
+	said := &capb.Bans{Revision: 3, Bans: []*capb.Ban{{Subject: &capb.Ban_Node{Node: "n"}, Until: timestamppb.New(time.Now().Add(time.Hour))}}}
+	said.ProtoReflect().SetUnknown(unknown)
+	said.Bans[0].ProtoReflect().SetUnknown(unknown)
+	cfg := a.config()
+	for range 2 { // as it was said, and as it was read
+		c, err := caclient.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cfg.SavedBans == nil {
+			c.Heed(said)
+		}
+		saved, _ := c.SavedBans()
+		got := &capb.Bans{}
+		if err := proto.Unmarshal(saved[9:], got); err != nil {
+			t.Fatal(err)
+		}
+		if string(got.ProtoReflect().GetUnknown()) != string(unknown) || string(got.GetBans()[0].ProtoReflect().GetUnknown()) != string(unknown) {
+			t.Errorf("saved as %v", got)
+		}
+		cfg.SavedBans = saved
+	}
+}

@@ -168,6 +168,11 @@ func Parse(b []byte) (Journal, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&j); err != nil {
+		// encoding/json has no error of its own for an unknown field; what is no journal in any
+		// version is found without asking for that.
+		if json.Unmarshal(b, &Journal{}) == nil {
+			err = fmt.Errorf("%w: a newer signet-ca has written what this build does not know (%w); run that one, and until then this journal is neither followed nor changed here", storage.ErrNewerFormat, err)
+		}
 		return Journal{}, fmt.Errorf("reading the journal: %w", err)
 	}
 	return j, j.upgrade()

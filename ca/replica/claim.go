@@ -32,12 +32,14 @@ type record struct {
 	ID      string `json:"id"`
 	// Journal is the replica's own part of the journal; none before it has begun.
 	Journal map[string]json.RawMessage `json:"journal,omitempty"`
+
+	rest storage.Rest
 }
 
 func recordKey(instance uint8) string { return fmt.Sprintf("%s%03d", recordPrefix, instance) }
 
 func parseRecord(e storage.Entry) (r record, err error) {
-	if err = json.Unmarshal(e.Value, &r); err == nil && (r.Version < 1 || r.Version > recordVersion) {
+	if r.rest, err = storage.ParseRecord(e.Value, &r); err == nil && (r.Version < 1 || r.Version > recordVersion) {
 		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, r.Version, recordVersion)
 	}
 	if err == nil && r.ID == "" {

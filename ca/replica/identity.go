@@ -2,7 +2,6 @@ package replica
 
 import (
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,6 +21,8 @@ type Identity struct {
 	ID string `json:"id"`
 	// Begun says that the replica has a part of the journal: it must be there from then on.
 	Begun bool `json:"begun"`
+
+	rest storage.Rest
 }
 
 // OpenIdentity reads the identity of a folder, and makes one if it has none.
@@ -32,7 +33,7 @@ func OpenIdentity(dir string) (i Identity, err error) {
 		return i, i.Save(dir)
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &i)
+		i.rest, err = storage.ParseRecord(b, &i)
 	}
 	if err == nil && (i.Version != 1 || i.ID == "") {
 		err = fmt.Errorf("version %d: %w", i.Version, storage.ErrNewerFormat)
@@ -45,7 +46,7 @@ func OpenIdentity(dir string) (i Identity, err error) {
 
 // Save makes the identity that of a folder, durably and as one change.
 func (i Identity) Save(dir string) error {
-	b, err := json.Marshal(i)
+	b, err := storage.EncodeRecord(i, i.rest)
 	if err != nil {
 		return err
 	}

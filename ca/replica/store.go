@@ -302,7 +302,7 @@ func (s *Store) splitOp(ctx context.Context, ops []storage.Op, op int, old stora
 		return nil, wrote, err
 	}
 	r.Journal = own
-	ownBytes, err := json.Marshal(r)
+	ownBytes, err := storage.EncodeRecord(r, r.rest)
 	if err != nil {
 		return nil, wrote, err
 	}

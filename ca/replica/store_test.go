@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -293,5 +294,25 @@ func TestWatchTellsOfEveryPart(t *testing.T) {
 	}
 	if fmt.Sprint(got) != "[journal agents/1]" {
 		t.Errorf("the watch tells of %v", got)
+	}
+}
+
+// TestAnIdentityOfALaterVersion keeps what this one does not know of it.
+func TestAnIdentityOfALaterVersion(t *testing.T) {
+	t.Parallel()
+	dir := privateDir(t)
+	if err := os.WriteFile(filepath.Join(dir, "replica"), []byte(`{"version":1,"id":"x","begun":false,"later":{"a":1}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	i, err := replica.OpenIdentity(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.Begun = true
+	if err := i.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "replica")); err != nil || string(b) != `{"begun":true,"id":"x","later":{"a":1},"version":1}` {
+		t.Errorf("%s, %v", b, err)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -49,6 +48,8 @@ type Ban struct {
 	Ended *BanEnd `json:"ended,omitempty"`
 	// Logged says that the issuance log has the decision that led to this.
 	Logged bool `json:"logged"`
+
+	rest storage.Rest // a changed copy of a ban keeps it
 }
 
 // BanEnd is how a ban ended.
@@ -82,7 +83,7 @@ func (b Ban) Encode() ([]byte, error) {
 	if err := b.check(); err != nil {
 		return nil, fmt.Errorf("recording the ban of %.100q: %w", b.Subject, err)
 	}
-	return json.Marshal(b)
+	return storage.EncodeRecord(b, b.rest)
 }
 
 func (b Ban) check() error {
@@ -103,7 +104,7 @@ func (b Ban) check() error {
 // ParseBan reads a ban of the store.
 func ParseBan(s storage.Entry) (Ban, error) {
 	var b Ban
-	err := json.Unmarshal(s.Value, &b)
+	rest, err := storage.ParseRecord(s.Value, &b)
 	switch {
 	case err != nil:
 	case b.Version > banVersion || b.Version < 1:
@@ -116,6 +117,7 @@ func ParseBan(s storage.Entry) (Ban, error) {
 	if err != nil {
 		return Ban{}, fmt.Errorf("reading ban %s: %w", strings.TrimPrefix(s.Key, BanPrefix), err)
 	}
+	b.rest = rest
 	return b, nil
 }
 
