@@ -3,6 +3,7 @@ package ca_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -13,8 +14,8 @@ import (
 	"github.com/signet-mesh/signet/storage"
 )
 
-// secondRead has something happen before the second time that all of the state is
-// read after it was armed.
+// secondRead has something happen before the second time that the journal is read after
+// it was armed.
 type secondRead struct {
 	storage.Store
 	happens func()
@@ -23,17 +24,18 @@ type secondRead struct {
 	left int // guarded by mu
 }
 
-func (s *secondRead) List(ctx context.Context, prefix string) ([]storage.Entry, uint64, error) {
+func (s *secondRead) List(ctx context.Context, prefixes ...string) ([]storage.Entry, uint64, error) {
 	s.mu.Lock()
-	now := s.left == 1 && prefix == ""
-	if prefix == "" {
+	read := slices.Contains(prefixes, "journal")
+	now := s.left == 1 && read
+	if read {
 		s.left--
 	}
 	s.mu.Unlock()
 	if now {
 		s.happens()
 	}
-	return s.Store.List(ctx, prefix)
+	return s.Store.List(ctx, prefixes...)
 }
 
 // lapsed is a store on which the lease of another's rotation has run out.

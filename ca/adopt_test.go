@@ -64,7 +64,7 @@ func (s *lostAnswer) Commit(ctx context.Context, conds []storage.Cond, ops []sto
 	return 0, fmt.Errorf("no answer: %w", storage.ErrUnknown)
 }
 
-func (s *lostAnswer) List(ctx context.Context, prefix string) ([]storage.Entry, uint64, error) {
+func (s *lostAnswer) List(ctx context.Context, prefixes ...string) ([]storage.Entry, uint64, error) {
 	s.mu.Lock()
 	deaf := s.deaf
 	s.deaf = false
@@ -72,7 +72,7 @@ func (s *lostAnswer) List(ctx context.Context, prefix string) ([]storage.Entry, 
 	if deaf {
 		return nil, 0, errors.New("no quorum")
 	}
-	return s.Store.List(ctx, prefix)
+	return s.Store.List(ctx, prefixes...)
 }
 
 // TestAReplicaSignsWithWhatTheJournalSays, also where the change that said so was reported

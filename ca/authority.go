@@ -60,6 +60,7 @@ type Authority struct {
 	journal         journal.Journal // written by Open, and then by edit alone; guarded by journalMu
 	journalRevision uint64          // guarded by journalMu
 	journalReads    uint64          // how often journal was replaced; guarded by journalMu
+	journalSeen     uint64          // revision of the shared state when it was read; guarded by journalMu
 
 	bans   identity.Watched[*bansState]
 	bansMu sync.Mutex // held while bans are changed
@@ -80,7 +81,9 @@ type Authority struct {
 	began      time.Time
 	parsed     atomic.Pointer[parsedRotation]
 	badAnswers badAnswers // guarded by rotationMu
-	lists      lists      // changed together with journal where replicas share it
+	// heldUpSince is from when on the lease for a step that is due could not be had; guarded by rotationMu.
+	heldUpSince time.Time
+	lists       lists // changed together with journal where replicas share it
 	// What Run does when other replicas or their agents did something.
 	takenBack, heard, asked, askedToRevoke poke
 	revoked                                identity.Watched[revocation.Set]

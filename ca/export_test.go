@@ -247,3 +247,19 @@ func (a *Authority) TendClock(ctx context.Context) error { return a.tendClock(ct
 
 // ReloadBans takes up the bans that are stored.
 func (a *Authority) ReloadBans(ctx context.Context) error { return a.reloadBans(ctx) }
+
+// FollowChange takes up a change of the journal that a watch tells of.
+func (a *Authority) FollowChange(ctx context.Context, revision uint64) error {
+	return a.followed(ctx, storage.Event{Entry: storage.Entry{Key: journal.Key, Revision: revision}})
+}
+
+// HeldUpSince has the lease for a step that is due missing since another time, if it is
+// missing, and returns since when it was.
+func (a *Authority) HeldUpSince(t time.Time) (was time.Time) {
+	a.rotationMu.Lock()
+	defer a.rotationMu.Unlock()
+	if was = a.heldUpSince; !was.IsZero() {
+		a.heldUpSince = t
+	}
+	return was
+}

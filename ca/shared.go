@@ -275,18 +275,29 @@ func (a *Authority) reread(ctx context.Context) error {
 		}
 		return err
 	}
+	_, _, err := a.rereadWith(ctx)
+	return err
+}
+
+// rereadWith is reread where replicas share their state. It returns what else there is
+// below prefixes, all of one moment, and the revision of that.
+func (a *Authority) rereadWith(ctx context.Context, also ...string) (entries []storage.Entry, revision uint64, err error) {
 	// A sequence means one set of lists, so both are of one moment.
-	entries, _, err := a.store.List(ctx, "")
+	prefixes := append([]string{journal.Key, revocation.ListPrefix}, also...)
+	if a.cfg.CRL.Enabled {
+		prefixes = append(prefixes, revocation.Prefix)
+	}
+	entries, revision, err = a.store.List(ctx, prefixes...)
 	if err != nil {
-		return fmt.Errorf("reading the journal: %w", err)
+		return nil, 0, fmt.Errorf("reading the journal: %w", err)
 	}
 	i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Key == journal.Key })
 	if i < 0 {
-		return journal.ErrNone
+		return nil, 0, journal.ErrNone
 	}
 	j, err := journal.Parse(entries[i].Value)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
 	var lists []storage.Entry
 	var revoked []revocation.Entry
@@ -297,22 +308,23 @@ func (a *Authority) reread(ctx context.Context) error {
 		case strings.HasPrefix(e.Key, revocation.Prefix) && a.cfg.CRL.Enabled:
 			r, err := revocation.Parse(e)
 			if err != nil {
-				return err
+				return nil, 0, err
 			}
 			revoked = append(revoked, r)
 		}
 	}
 	by, err := parseLists(lists)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
 	if now := a.journal.Sequence; j.Sequence < now {
-		return fmt.Errorf("%w: the state in etcd is of trust sequence %d, and %d was in force: etcd was restored from an older copy, and what came since would be taken back, "+
+		return nil, 0, fmt.Errorf("%w: the state in etcd is of trust sequence %d, and %d was in force: etcd was restored from an older copy, and what came since would be taken back, "+
 			"revocations too; this replica goes on with what it had and changes nothing: have etcd go on with the newer state, and do not restart replicas before", errWentBack, j.Sequence, now)
 	}
 	a.setJournal(j, entries[i].Revision)
+	a.journalSeen = revision
 	a.lists.read(by, revoked)
-	return nil
+	return entries, revision, nil
 }
 
 // follow takes up what other replicas change, until ctx ends.
@@ -351,12 +363,9 @@ func (a *Authority) follow(ctx context.Context) error {
 
 // catchUp makes what is known here what is stored, and returns the revision of that.
 func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
-	entries, revision, err := a.store.List(ctx, "")
+	// Trust is taken up first: in the rest may be something that this build cannot read.
+	entries, revision, err := a.followState(ctx, agentPrefix, revocation.Prefix)
 	if err != nil {
-		return 0, fmt.Errorf("reading the state: %w", err)
-	}
-	// Trust first: what is below may have something that this build cannot read.
-	if err := a.followJournal(ctx); err != nil {
 		return 0, err
 	}
 	var agents []storage.Entry
@@ -387,6 +396,12 @@ func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 	switch {
 	case e.Key == journal.Key:
+		a.journalMu.Lock()
+		seen := e.Revision <= a.journalSeen
+		a.journalMu.Unlock()
+		if seen {
+			return nil // of several changes that came together
+		}
 		err := a.followJournal(ctx)
 		a.asked.now()
 		return err
@@ -428,14 +443,21 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 
 // followJournal takes up a change of the journal, and publishes what it made of trust.
 func (a *Authority) followJournal(ctx context.Context) error {
+	_, _, err := a.followState(ctx)
+	return err
+}
+
+// followState is followJournal with what else there is below prefixes, all of one moment,
+// and the revision of that.
+func (a *Authority) followState(ctx context.Context, also ...string) (entries []storage.Entry, revision uint64, err error) {
 	a.trustMu.Lock()
 	defer a.trustMu.Unlock()
 	a.journalMu.Lock()
-	err := a.reread(ctx)
+	entries, revision, err = a.rereadWith(ctx, also...)
 	sequence := a.journal.Sequence
 	a.journalMu.Unlock()
-	if err != nil || sequence == a.trust.Value().Sequence() {
-		return err
+	if err == nil && sequence != a.trust.Value().Sequence() {
+		err = a.publishTrust()
 	}
-	return a.publishTrust()
+	return entries, revision, err
 }

@@ -174,9 +174,10 @@ func (b *Bolt) Get(ctx context.Context, key string) (e Entry, err error) {
 	return e, nil
 }
 
-// List returns the entries whose keys start with prefix. See Store.
-func (b *Bolt) List(ctx context.Context, prefix string) (entries []Entry, revision uint64, err error) {
-	if err := CheckPrefix(prefix); err != nil {
+// List returns the entries whose keys start with one of the prefixes. See Store.
+func (b *Bolt) List(ctx context.Context, prefixes ...string) (entries []Entry, revision uint64, err error) {
+	disjoint, err := Prefixes(prefixes)
+	if err != nil {
 		return nil, 0, fmt.Errorf("listing store %s: %w", b.path, err)
 	}
 	err = b.view(ctx, func(tx *bbolt.Tx) error {
@@ -185,17 +186,19 @@ func (b *Bolt) List(ctx context.Context, prefix string) (entries []Entry, revisi
 			return err
 		}
 		c := tx.Bucket(stateBucket).Cursor()
-		for k, v := c.Seek([]byte(prefix)); k != nil && strings.HasPrefix(string(k), prefix); k, v = c.Next() {
-			e, err := parseEntry(k, v)
-			if err != nil {
-				return err
+		for _, prefix := range disjoint {
+			for k, v := c.Seek([]byte(prefix)); k != nil && strings.HasPrefix(string(k), prefix); k, v = c.Next() {
+				e, err := parseEntry(k, v)
+				if err != nil {
+					return err
+				}
+				entries = append(entries, e)
 			}
-			entries = append(entries, e)
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, 0, fmt.Errorf("listing %q in store %s: %w", prefix, b.path, err)
+		return nil, 0, fmt.Errorf("listing %q in store %s: %w", prefixes, b.path, err)
 	}
 	return entries, revision, nil
 }

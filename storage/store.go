@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -62,10 +64,11 @@ type Store interface {
 	// Get returns the entry of a key, or ErrNotFound.
 	Get(ctx context.Context, key string) (Entry, error)
 
-	// List returns every entry whose key starts with prefix, in the order of the
-	// keys' bytes, all of one moment, and that moment's revision: a Watch after
-	// it sees every later change. An empty prefix means all.
-	List(ctx context.Context, prefix string) (entries []Entry, revision uint64, err error)
+	// List returns every entry whose key starts with one of the prefixes, of which there
+	// is at least one, each once and in the order of the keys' bytes, all of one moment,
+	// and that moment's revision: a Watch after it sees every later change. An empty
+	// prefix means all.
+	List(ctx context.Context, prefixes ...string) (entries []Entry, revision uint64, err error)
 
 	// Commit applies all ops, if all conds hold, else nothing and ErrConflict.
 	// It returns the store's revision, which a commit that changes something
@@ -111,6 +114,24 @@ func CheckKey(key string) error {
 		return errors.New("key is empty")
 	}
 	return CheckPrefix(key)
+}
+
+// Prefixes are those of a List without what another one has already, in the order of
+// the keys below them, for engines.
+func Prefixes(prefixes []string) ([]string, error) {
+	if len(prefixes) == 0 || len(prefixes) > MaxOps {
+		return nil, fmt.Errorf("%d prefixes; 1 to %d are allowed", len(prefixes), MaxOps)
+	}
+	var out []string
+	for _, p := range slices.Sorted(slices.Values(prefixes)) {
+		if err := CheckPrefix(p); err != nil {
+			return nil, err
+		}
+		if len(out) == 0 || !strings.HasPrefix(p, out[len(out)-1]) {
+			out = append(out, p)
+		}
+	}
+	return out, nil
 }
 
 // CheckPrefix says what is wrong with the prefix of a List or a Watch, for engines.

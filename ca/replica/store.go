@@ -49,7 +49,7 @@ func hidden(key string) bool {
 func (s *Store) Get(ctx context.Context, key string) (storage.Entry, error) {
 	switch key {
 	case journalKey:
-		entries, _, err := s.Store.List(ctx, "")
+		entries, _, err := s.Store.List(ctx, journalKey, recordPrefix)
 		if err != nil {
 			return storage.Entry{}, err
 		}
@@ -69,12 +69,22 @@ func (s *Store) Get(ctx context.Context, key string) (storage.Entry, error) {
 	return s.Store.Get(ctx, key)
 }
 
-// List is that of storage.Store.
-func (s *Store) List(ctx context.Context, prefix string) ([]storage.Entry, uint64, error) {
-	if !strings.HasPrefix(journalKey, prefix) && !strings.HasPrefix(lossKey, prefix) {
-		return s.Store.List(ctx, prefix)
+// List is that of storage.Store. Of what is shared it reads no more than it is asked for,
+// and the parts of the journal.
+func (s *Store) List(ctx context.Context, prefixes ...string) ([]storage.Entry, uint64, error) {
+	from, shown := slices.Clone(prefixes), false
+	for _, p := range prefixes {
+		if strings.HasPrefix(journalKey, p) {
+			from, shown = append(from, journalKey, recordPrefix), true
+		}
+		if strings.HasPrefix(lossKey, p) {
+			from, shown = append(from, s.lossKey()), true
+		}
 	}
-	all, revision, err := s.Store.List(ctx, "")
+	if !shown {
+		return s.Store.List(ctx, prefixes...)
+	}
+	all, revision, err := s.Store.List(ctx, from...)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -87,7 +97,9 @@ func (s *Store) List(ctx context.Context, prefix string) ([]storage.Entry, uint6
 		s.seen = p
 		s.mu.Unlock()
 	}
-	return slices.DeleteFunc(entries, func(e storage.Entry) bool { return !strings.HasPrefix(e.Key, prefix) }), revision, nil
+	return slices.DeleteFunc(entries, func(e storage.Entry) bool {
+		return !slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(e.Key, p) })
+	}), revision, nil
 }
 
 // entries are those of the shared state as this replica sees them, with the revisions of

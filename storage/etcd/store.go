@@ -323,19 +323,20 @@ func (s *Store) get(ctx context.Context, key string, e *storage.Entry) error {
 	})
 }
 
-// List returns the entries whose keys start with prefix. See storage.Store.
-func (s *Store) List(ctx context.Context, prefix string) (entries []storage.Entry, revision uint64, err error) {
-	if err = storage.CheckPrefix(prefix); err == nil {
+// List returns the entries whose keys start with one of the prefixes. See storage.Store.
+func (s *Store) List(ctx context.Context, prefixes ...string) (entries []storage.Entry, revision uint64, err error) {
+	disjoint, err := storage.Prefixes(prefixes)
+	if err == nil {
 		err = s.settle(ctx)
 	}
 	if err == nil {
 		err = s.try(ctx, func(ctx context.Context) (err error) {
-			entries, revision, err = s.list(ctx, prefix)
+			entries, revision, err = s.list(ctx, disjoint)
 			return err
 		})
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("listing %q in etcd: %w", prefix, err)
+		return nil, 0, fmt.Errorf("listing %q in etcd: %w", prefixes, err)
 	}
 	return entries, revision, nil
 }
@@ -344,39 +345,46 @@ func (s *Store) List(ctx context.Context, prefix string) (entries []storage.Entr
 // what etcd sends at once whatever their size.
 const listPage = 256
 
-// list reads page by page as of the revision of the first one.
-func (s *Store) list(ctx context.Context, prefix string) (entries []storage.Entry, revision uint64, err error) {
-	start, end := s.entryKey(prefix), clientv3.GetPrefixRangeEnd(s.entryKey(prefix))
-	resp, err := s.client.Txn(ctx).Then(clientv3.OpGet(s.revisionKey()),
-		clientv3.OpGet(start, clientv3.WithRange(end), clientv3.WithLimit(listPage))).Commit()
+// list reads page by page as of the revision of the first ones, which one request asks
+// for.
+func (s *Store) list(ctx context.Context, prefixes []string) (entries []storage.Entry, revision uint64, err error) {
+	first := []clientv3.Op{clientv3.OpGet(s.revisionKey())}
+	for _, p := range prefixes {
+		first = append(first, clientv3.OpGet(s.entryKey(p), clientv3.WithRange(clientv3.GetPrefixRangeEnd(s.entryKey(p))), clientv3.WithLimit(max(1, listPage/int64(len(prefixes))))))
+	}
+	resp, err := s.client.Txn(ctx).Then(first...).Commit()
 	if err != nil {
 		return nil, 0, err
 	}
 	if revision, err = s.parseRevision(resp.Responses[0].GetResponseRange().Kvs); err != nil {
 		return nil, 0, err
 	}
-	page, at := resp.Responses[1].GetResponseRange(), resp.Header.Revision
-	for {
-		for _, kv := range page.Kvs {
-			e, err := s.parseEntry(kv)
-			if err != nil {
-				return nil, 0, final(err)
+	for i, p := range prefixes {
+		page := resp.Responses[i+1].GetResponseRange()
+		kvs, more := page.Kvs, page.More
+		for {
+			for _, kv := range kvs {
+				e, err := s.parseEntry(kv)
+				if err != nil {
+					return nil, 0, final(err)
+				}
+				entries = append(entries, e)
 			}
-			entries = append(entries, e)
+			if !more {
+				break
+			}
+			start, end := string(kvs[len(kvs)-1].Key)+"\x00", clientv3.GetPrefixRangeEnd(s.entryKey(p))
+			next, err := s.client.Get(ctx, start, clientv3.WithRange(end), clientv3.WithLimit(listPage), clientv3.WithRev(resp.Header.Revision))
+			if errors.Is(err, rpctypes.ErrCompacted) {
+				return nil, 0, errors.New("compacted while it was read") // once more, from the start
+			}
+			if err != nil {
+				return nil, 0, err
+			}
+			kvs, more = next.Kvs, next.More
 		}
-		if !page.More {
-			return entries, revision, nil
-		}
-		start = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
-		next, err := s.client.Get(ctx, start, clientv3.WithRange(end), clientv3.WithLimit(listPage), clientv3.WithRev(at))
-		if errors.Is(err, rpctypes.ErrCompacted) {
-			return nil, 0, errors.New("compacted while it was read") // once more, from the start
-		}
-		if err != nil {
-			return nil, 0, err
-		}
-		page.Kvs, page.More = next.Kvs, next.More
 	}
+	return entries, revision, nil
 }
 
 // parseRevision is the store's revision: that of the key that every commit writes.

@@ -37,9 +37,9 @@ func (s *countedStore) Get(ctx context.Context, key string) (storage.Entry, erro
 	return s.ClosableStore.Get(ctx, key)
 }
 
-func (s *countedStore) List(ctx context.Context, prefix string) ([]storage.Entry, uint64, error) {
+func (s *countedStore) List(ctx context.Context, prefixes ...string) ([]storage.Entry, uint64, error) {
 	s.c.reads.Add(1)
-	return s.ClosableStore.List(ctx, prefix)
+	return s.ClosableStore.List(ctx, prefixes...)
 }
 
 func (s *countedStore) Commit(ctx context.Context, conds []storage.Cond, ops []storage.Op) (uint64, error) {

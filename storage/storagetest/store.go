@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -55,6 +56,7 @@ func Store(t *testing.T, fresh func(t *testing.T) StorePlace) {
 		{"takes and refuses by size", storeSizes},
 		{"refuses bad keys", storeKeys},
 		{"lists by prefix in order", storeList},
+		{"lists several prefixes as of one moment", storeListSeveral},
 		{"loses no update of concurrent writers", storeConcurrent},
 		{"keeps everything across reopening", storeReopen},
 		{"does what a map does", storeModel},
@@ -343,6 +345,75 @@ func storeList(t *testing.T, s *storeTest) {
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("List(%q) = %q, want %q", prefix, got, want)
+		}
+	}
+}
+
+// storeListSeveral lists what is below several prefixes: each entry once, in order, more
+// than an engine reads at once, and all of one commit while others change both sides.
+func storeListSeveral(t *testing.T, s *storeTest) {
+	for _, none := range [][]string{nil, {"a", "\n"}, make([]string, storage.MaxOps+1)} {
+		if _, _, err := s.List(t.Context(), none...); err == nil {
+			t.Errorf("List(%q) has no error", none)
+		}
+	}
+	const each = 300
+	all := map[string]bool{}
+	for _, p := range []string{"a/", "b", "b/", "c/", "d/"} {
+		for i := 0; i < each; i += 100 {
+			var ops []storage.Op
+			for k := i; k < i+100; k++ {
+				key := fmt.Sprintf("%s%03d", p, k)
+				ops, all[key] = append(ops, set(key, "0")), true
+			}
+			s.commit(nil, ops...)
+		}
+	}
+	for _, prefixes := range [][]string{{"d/", "a/"}, {"b", "b/", "b/1"}, {"c/299", "c/299", "c/3", "a/0"}, {"", "b"}, {"x", "y"}} {
+		var want, got []string
+		for _, k := range slices.Sorted(maps.Keys(all)) {
+			if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(k, p) }) {
+				want = append(want, k)
+			}
+		}
+		entries, _, err := s.List(t.Context(), prefixes...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			got = append(got, e.Key)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("List(%q) has %d entries, %.100q…, want %d, %.100q…", prefixes, len(got), got, len(want), want)
+		}
+	}
+	// Both keys are always changed together.
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer close(done)
+		for i := range 60 {
+			v := fmt.Sprint(i)
+			if _, err := s.Commit(t.Context(), nil, []storage.Op{set("a/000", v), set("d/299", v)}); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	defer wg.Wait()
+	for ended := false; !ended; {
+		select {
+		case <-done:
+			ended = true // and look once more
+		default:
+		}
+		entries, rev, err := s.List(t.Context(), "d/", "a/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, last := entries[0], entries[len(entries)-1]
+		if len(entries) != 2*each || string(first.Value) != string(last.Value) || first.Revision != last.Revision && string(first.Value) != "0" || first.Revision > rev {
+			t.Fatalf("at revision %d %d entries: %s=%s@%d, %s=%s@%d", rev, len(entries), first.Key, first.Value, first.Revision, last.Key, last.Value, last.Revision)
 		}
 	}
 }
