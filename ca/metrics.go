@@ -18,6 +18,7 @@ type metrics struct {
 	overrides    *prometheus.CounterVec
 	waitsFor     prometheus.Gauge
 	lacking      prometheus.Gauge
+	heldUp       prometheus.Counter
 }
 
 // newMetrics registers with r, or nowhere if r is nil.
@@ -43,11 +44,13 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "Nodes whose agents have not acknowledged the root that is published and not used yet."}),
 		lacking: prometheus.NewGauge(prometheus.GaugeOpts{Name: "signet_ca_active_root_lacking_nodes",
 			Help: "Nodes whose agents have not acknowledged the active root: what is issued does not verify there."}),
+		heldUp: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_ca_rotation_held_up_total",
+			Help: "Steps of a rotation that were due here and left to another replica, because that held the lease for one."}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "signet_ca_issue_seconds",
 			Help: "Time to answer a batch.", Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14)}),
 	}
 	if r != nil {
-		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.retiredLost, m.logFailures, m.batch, m.overrides, m.waitsFor, m.lacking)
+		r.MustRegister(m.issued, m.refused, m.signFailures, m.lintFailures, m.keysForgot, m.retiredLost, m.logFailures, m.batch, m.overrides, m.waitsFor, m.lacking, m.heldUp)
 	}
 	return m
 }

@@ -47,6 +47,9 @@ const (
 	askAgainMost = 5 * time.Minute
 	// leaseWait is how long an operator's step waits for another replica's.
 	leaseWait = 10 * time.Second
+	// heldUpAlarm is how long a step may be due and not be done because the lease for it
+	// cannot be had: much longer than any step takes.
+	heldUpAlarm = time.Minute
 )
 
 var (
@@ -170,7 +173,7 @@ func (a *Authority) adoptRoot() error {
 
 // alone does a step of a rotation that only one replica may do at a time, and is none of
 // this one if another has the root's key. With wait of 0 whoever else is at it is left
-// to it. still reports whether there is something to do after what others did.
+// to it, for heldUpAlarm; then that is an error. still reports whether there is something to do after what others did.
 func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() (bool, error), step func() error) error {
 	if !a.cfg.shared() {
 		return step()
@@ -183,11 +186,12 @@ func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() 
 	lease, err := a.store.Lease(within, "rotation", 10*time.Second)
 	if err != nil {
 		if wait == 0 && within.Err() != nil && ctx.Err() == nil {
-			return nil
+			return a.heldUp()
 		}
 		return fmt.Errorf("waiting for another replica's step of a rotation: %w", err)
 	}
 	defer func() { _ = lease.Release(context.WithoutCancel(ctx)) }() // it expires in any case
+	a.heldUpSince = time.Time{}
 	if err := a.followJournal(ctx); err != nil {
 		return err
 	}
@@ -203,6 +207,22 @@ func (a *Authority) alone(ctx context.Context, wait time.Duration, still func() 
 		return err
 	}
 	return step()
+}
+
+// heldUp is nil if the lease for a step that is due could not be had and that is not for
+// long yet. rotationMu is held.
+func (a *Authority) heldUp() error {
+	a.metrics.heldUp.Inc()
+	now := time.Now()
+	if a.heldUpSince.IsZero() {
+		a.heldUpSince = now
+		a.cfg.Log.Info("a step of a rotation is due, and left to another replica, which is at one")
+	}
+	if now.Sub(a.heldUpSince) < heldUpAlarm {
+		return nil
+	}
+	return fmt.Errorf("a step of a rotation is due since %s and not done: another replica holds the lease for it and does not do it, or etcd does not give it: see which replica was at a rotation last (`signet ca authority list`, its log), and end it if it hangs",
+		a.heldUpSince.UTC().Format(time.RFC3339))
 }
 
 // newRequest makes a key and a request for an intermediate below the root.

@@ -24,6 +24,7 @@ import (
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/storage"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.step.sm/crypto/kms/apiv1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -361,5 +362,47 @@ func TestAnAuthorityBecomesTheFirstOfSeveral(t *testing.T) {
 	})
 	for _, w := range []*world{a, b} {
 		intact(t, w)
+	}
+}
+
+// TestAStepThatAnotherReplicaHoldsUp is left to it, and after a while an alarm says so.
+func TestAStepThatAnotherReplicaHoldsUp(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	reg := prometheus.NewRegistry()
+	a := newWorld(t, brisk, newDevice().configure, func(c *ca.Config) { c.Shared, c.Metrics = shared, reg })
+	held := must(shared.Store.Lease(t.Context(), "rotation", 10*time.Second))
+	half := time.Now().Add(5 * time.Hour) // of eight
+	a.SetClock(func() time.Time { return half }, half)
+	alarm := func() string { return fmt.Sprint(a.Alarms()) }
+	due := func() {
+		t.Helper()
+		if err := a.RotateDue(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	due()
+	if since := a.HeldUpSince(time.Now().Add(-time.Hour)); since.IsZero() || strings.Contains(alarm(), "not done") || len(must(a.Stages())) != 1 {
+		t.Errorf("held up since %v: %s, %v", since, alarm(), must(a.Stages()))
+	}
+	due()
+	if !strings.Contains(alarm(), "is due since") || !strings.Contains(alarm(), "another replica holds the lease") || len(must(a.Stages())) != 1 {
+		t.Errorf("after an hour: %s, %v", alarm(), must(a.Stages()))
+	}
+	n := 0.0
+	for _, f := range must(reg.Gather()) {
+		if f.GetName() == "signet_ca_rotation_held_up_total" {
+			n = f.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+	if n < 2 {
+		t.Errorf("it was held up at least twice, and %v is counted", n)
+	}
+	if err := held.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	due()
+	if since := a.HeldUpSince(time.Now()); !since.IsZero() || strings.Contains(alarm(), "not done") || len(must(a.Stages())) != 2 {
+		t.Errorf("afterwards it is held up since %v: %s, %v", since, alarm(), must(a.Stages()))
 	}
 }

@@ -159,7 +159,11 @@ func (a *Authority) rotateDue(ctx context.Context) error {
 	// there is no intermediate soon is a failure. A bad answer of the replica with the root
 	// is like none: the present one goes on.
 	var failed, troubles []error
-	for _, step := range s.Due(a.instance, v) {
+	due := s.Due(a.instance, v)
+	if !slices.ContainsFunc(due, func(step rotation.Step) bool { return step.Do != rotation.DoSucceed }) {
+		a.heldUpSince = time.Time{} // somebody has done it
+	}
+	for _, step := range due {
 		switch err := a.rotationStep(ctx, step, now); {
 		case err == nil, errors.Is(err, errElsewhere):
 		case step.Do == rotation.DoSucceed && !errors.Is(err, errBadAnswer):
