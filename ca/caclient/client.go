@@ -226,14 +226,23 @@ func (c *Client) Run(ctx context.Context) error {
 			old.end()
 		}
 	}()
+	heard, overdue := time.Now(), false
 	for attempt := 0; ; {
 		cred := c.cred.Value()
 		var err error
 		if !cred.valid(time.Now()) {
 			cred, err = c.attest(ctx)
+			overdue = false
+		} else if time.Since(heard) >= silence {
+			// None of some sessions was answered: see silence.
+			heard = time.Now()
+			if fresh, err := c.attest(ctx); err == nil {
+				cred, overdue = fresh, false
+			}
 		}
 		if err == nil {
 			next := c.open(ctx, cred)
+			next.overdue = overdue
 			c.session.Store(next)
 			if old != nil {
 				old.end()
@@ -244,9 +253,13 @@ func (c *Client) Run(ctx context.Context) error {
 			if err == nil || next.served.Load() || next.heard.Load() && !errors.Is(err, errLeft) {
 				attempt = 0
 			}
-			if errors.Is(err, errLeft) {
-				c.order.last(next.at.value())
+			if next.heard.Load() {
+				heard = time.Now()
 			}
+			if errors.Is(err, errLeft) {
+				c.order.last(next.at.value(), time.Now())
+			}
+			overdue = errors.Is(err, errOverdue)
 		}
 		if ctx.Err() != nil {
 			return nil
@@ -292,6 +305,9 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 	end := s.cred.SVID.Certificates[0].NotAfter
 	renew := time.NewTimer(max(time.Until(s.cred.RenewAt), min(minRenewal, time.Until(end)/8)))
 	defer renew.Stop()
+	if s.overdue {
+		renew.Reset(0)
+	}
 	silent := time.NewTicker(silence)
 	defer silent.Stop()
 	for attempt := 0; ; attempt++ {
@@ -335,6 +351,9 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 			c.cred.Store(nil)
 			return fmt.Errorf("the agent's SVID expired at %s: %w", end.Format(time.RFC3339), err)
 		}
+		if errors.Is(err, errOverdue) {
+			return err
+		}
 		renew.Reset(min(delay(attempt, mathrand.Float64()), max(time.Until(end), 0)))
 	}
 }
@@ -358,7 +377,11 @@ func (c *Client) renew(ctx context.Context, s *session) (*Credential, error) {
 		if err == nil {
 			return cred, nil
 		}
-		if cd := status.Code(err); cd != codes.Unauthenticated && cd != codes.PermissionDenied {
+		switch status.Code(err) {
+		case codes.Unauthenticated, codes.PermissionDenied:
+		case codes.Unavailable:
+			return nil, fmt.Errorf("%w: %w: %w", errOverdue, errLeft, err)
+		default:
 			return nil, err
 		}
 		c.cfg.Log.Info("renewal by certificate refused; attesting with the token", "node", c.cfg.Node, "err", err)
@@ -392,7 +415,7 @@ func (c *Client) attest(ctx context.Context) (*Credential, error) {
 	}
 	if err != nil {
 		if status.Code(err) == codes.Unavailable {
-			c.order.last(at.value()) // it answers, and cannot record or does not know the pod yet
+			c.order.last(at.value(), time.Now()) // it answers, and cannot record or does not know the pod yet
 		}
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
@@ -473,7 +496,7 @@ func (c *Client) dial(client *tls.Certificate, at *reached) (*grpc.ClientConn, e
 	cfg := tlsConfig(c.cfg.TrustDomain, c.pin, c.trust.Value, client)
 	return grpc.NewClient("signet:///authority",
 		grpc.WithContextDialer(at.dialer(c.cfg.Dial)),
-		grpc.WithResolvers(replicas(c.order.now())),
+		grpc.WithResolvers(replicas(c.order.at(time.Now()))),
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithDisableServiceConfig(),

@@ -148,10 +148,10 @@ func run(t *testing.T, cfg caclient.Config) (c *caclient.Client, end func()) {
 // eventually polls until f holds.
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !f() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 20 s: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 		<-time.After(5 * time.Millisecond)
 	}

@@ -9,7 +9,7 @@
 // with backoff when it breaks, until the SVID is renewed and the next session
 // takes over. Of several replicas each agent has its own order: it stays with the first
 // that it reaches, goes on with the next when that is gone, and leaves one that answers
-// and cannot do its work.
+// and cannot do its work, also where they are behind one address.
 //
 // # Trust
 //

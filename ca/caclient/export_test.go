@@ -1,6 +1,11 @@
 package caclient
 
-import "github.com/signet-mesh/signet/ca/capb"
+import (
+	"maps"
+	"time"
+
+	"github.com/signet-mesh/signet/ca/capb"
+)
 
 // ParseBans reads bans off the wire.
 var ParseBans = parseBans
@@ -16,5 +21,10 @@ type Order struct{ o *order }
 
 func NewOrder(node string, addresses []string) Order { return Order{newOrder(node, addresses)} }
 
-func (o Order) Now() []string       { return o.o.now() }
-func (o Order) Last(address string) { o.o.last(address) }
+func (o Order) At(t time.Time) []string            { return o.o.at(t) }
+func (o Order) Last(address string, now time.Time) { o.o.last(address, now) }
+
+// Clone is an order that goes its own ways from here on.
+func Clone(o Order) Order {
+	return Order{&order{ranked: o.o.ranked, left: maps.Clone(o.o.left)}}
+}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
@@ -16,16 +17,26 @@ import (
 // errLeft is why a session ended with a replica that answers and cannot do its work.
 var errLeft = errors.New("the replica cannot do its work, so another one is tried")
 
+// errOverdue is why a session ended on which the agent's SVID could not be renewed: the
+// next one does that first.
+var errOverdue = errors.New("the agent's SVID is not renewed")
+
 // leaveAfter is how often in a row a stream may fail before another replica is tried.
 const leaveAfter = 4
+
+// rankAfter is how long an address that was put last stays there.
+const rankAfter = 10 * time.Minute
 
 // order is the order in which replicas are tried. Each agent begins with its own, so that
 // agents spread over the replicas, and keeps it, so that it stays with one: grpc's
 // pick_first moves on when that is gone. A replica that answers and cannot do its work
-// goes to the end.
+// goes to the end for a while; a session that begins later begins with it again, or agents
+// would pile up where nothing ever went wrong.
 type order struct {
-	mu        sync.Mutex
-	addresses []string // guarded by mu; replaced, not changed
+	ranked []string // not changed
+
+	mu   sync.Mutex
+	left map[string]time.Time // when addresses were put last; guarded by mu
 }
 
 func newOrder(node string, addresses []string) *order {
@@ -35,25 +46,29 @@ func newOrder(node string, addresses []string) *order {
 	}
 	out := slices.Clone(addresses)
 	slices.SortStableFunc(out, func(a, b string) int { return bytes.Compare(rank(a), rank(b)) })
-	return &order{addresses: out}
+	return &order{ranked: out, left: map[string]time.Time{}}
 }
 
-func (o *order) now() []string {
+func (o *order) at(now time.Time) []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.addresses
+	for a, t := range o.left {
+		if now.Sub(t) >= rankAfter {
+			delete(o.left, a)
+		}
+	}
+	out := slices.Clone(o.ranked)
+	slices.SortStableFunc(out, func(a, b string) int { return o.left[a].Compare(o.left[b]) })
+	return out
 }
 
 // last puts an address at the end.
-func (o *order) last(address string) {
+func (o *order) last(address string, now time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	i := slices.Index(o.addresses, address)
-	if i < 0 {
-		return
+	if slices.Contains(o.ranked, address) {
+		o.left[address] = now
 	}
-	next := slices.Clone(o.addresses)
-	o.addresses = append(slices.Delete(next, i, i+1), address)
 }
 
 // replicas resolves to addresses in that order.
@@ -97,11 +112,10 @@ func (r *reached) dialer(dial func(ctx context.Context, address string) (net.Con
 	}
 }
 
-// leave ends the session, so that another replica is tried, if there is one.
+// leave ends the session, so that another replica is tried. Behind one address, as that of
+// a Service, there can be several, too: a new connection reaches one of those that are
+// ready. So an address alone is left like others, at the same pace.
 func (s *session) leave() {
-	if len(s.c.cfg.Addresses) < 2 {
-		return
-	}
 	select {
 	case s.left <- struct{}{}:
 	default:

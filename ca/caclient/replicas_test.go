@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caclient"
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
 	"github.com/signet-mesh/signet/storage/storagetest"
@@ -23,23 +25,35 @@ import (
 func TestAgentsSpreadOverReplicas(t *testing.T) {
 	t.Parallel()
 	addresses := []string{"ca-0:8443", "ca-1:8443", "ca-2:8443"}
-	first := map[string]int{}
+	first, at := map[string]int{}, time.Now()
 	for i := range 3000 {
 		node := fmt.Sprint("node-", i)
 		o := caclient.NewOrder(node, addresses)
-		now := o.Now()
+		now := o.At(at)
 		first[now[0]]++
-		if !slices.Equal(now, caclient.NewOrder(node, []string{addresses[2], addresses[0], addresses[1]}).Now()) {
+		if !slices.Equal(now, caclient.NewOrder(node, []string{addresses[2], addresses[0], addresses[1]}).At(at)) {
 			t.Fatalf("%s has another order when they are named in another one", node)
 		}
-		o.Last(now[0])
-		if got := o.Now(); !slices.Equal(got, []string{now[1], now[2], now[0]}) {
+		o.Last(now[0], at)
+		if got := o.At(at); !slices.Equal(got, []string{now[1], now[2], now[0]}) {
 			t.Fatalf("after %v, without the first, %v", now, got)
 		}
-		o.Last("ca-9:8443")
-		o.Last("")
-		if got := o.Now(); len(got) != 3 {
+		o.Last("ca-9:8443", at)
+		o.Last("", at)
+		if got := o.At(at); len(got) != 3 {
 			t.Fatalf("after one that there is not %v", got)
+		}
+		// Who was left last is last, and each is back in its place after a while.
+		o.Last(now[1], at.Add(time.Minute))
+		for after, want := range map[time.Duration][]string{
+			2 * time.Minute:                  {now[2], now[0], now[1]},
+			10*time.Minute - time.Nanosecond: {now[2], now[0], now[1]},
+			10 * time.Minute:                 {now[0], now[2], now[1]},
+			11 * time.Minute:                 now,
+		} {
+			if got := caclient.Clone(o).At(at.Add(after)); !slices.Equal(got, want) {
+				t.Fatalf("of %v the first two were left, and after %v it is %v", now, after, got)
+			}
 		}
 	}
 	for _, a := range addresses {
@@ -87,10 +101,9 @@ func (f logFile) WriteAt(b []byte, at int64) (int, error) {
 	return f.File.WriteAt(b, at)
 }
 
-// TestAnAgentLeavesAReplicaThatCannotIssue, and does not run from one to the other where
-// none can.
-func TestAnAgentLeavesAReplicaThatCannotIssue(t *testing.T) {
-	t.Parallel()
+// twoReplicas share a state. Which of them can write its log is set in files.
+func twoReplicas(t *testing.T) (a, b *authority, files *logs) {
+	t.Helper()
 	dir := filepath.Join(t.TempDir(), "shared")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -106,13 +119,116 @@ func TestAnAgentLeavesAReplicaThatCannotIssue(t *testing.T) {
 		t.Fatal(err)
 	}
 	parent.Close()
-	files := &logs{FS: fs, off: map[string]bool{}}
-	a := newAuthority(t, func(c *ca.Config) {
+	files = &logs{FS: fs, off: map[string]bool{}}
+	a = newAuthority(t, func(c *ca.Config) {
 		c.Shared, c.RootReplica, c.Instance = ca.Shared{Store: state, Files: files, LogWait: time.Second}, 1, 1
 	})
-	b := newAuthority(t, func(c *ca.Config) {
+	b = newAuthority(t, func(c *ca.Config) {
 		c.Shared, c.RootReplica, c.Pods, c.Agents, c.Workloads = a.cfg.Shared, 1, a.cfg.Pods, a.cfg.Agents, a.cfg.Workloads
 	})
+	return a, b, files
+}
+
+// behindOne has an agent know one address, as that of a Service, which leads to a replica
+// of the test's choice.
+func behindOne(cfg *caclient.Config, first *authority) (ready *atomic.Pointer[authority]) {
+	ready = &atomic.Pointer[authority]{}
+	ready.Store(first)
+	cfg.Addresses = []string{"signet-ca:8443"}
+	cfg.Dial = func(ctx context.Context, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", ready.Load().addr)
+	}
+	return ready
+}
+
+// TestAnAgentLeavesAReplicaBehindAService: with one address it does not stay with a
+// replica that is there and can issue nothing, and that new connections do not reach.
+func TestAnAgentLeavesAReplicaBehindAService(t *testing.T) {
+	t.Parallel()
+	a, b, files := twoReplicas(t)
+	cfg := a.config()
+	service := behindOne(&cfg, a)
+	c, end := run(t, cfg)
+	ready(t, c)
+	by := func() byte {
+		r, _ := request(t)
+		r.PodUID = "uid-server"
+		rs, err := c.Issue(t.Context(), []identity.Request{r})
+		if err != nil || rs[0].Err != nil {
+			return 0
+		}
+		return ca.Serial(rs[0].Chain[0])[0]
+	}
+	eventually(t, "the first to issue", func() bool { return by() == 1 })
+	service.Store(b)
+	for range 10 {
+		if by() != 1 {
+			t.Fatal("it left a replica that issues")
+		}
+	}
+	files.set("log/001", true)
+	began := time.Now()
+	eventually(t, "the other one to issue", func() bool { return by() == 2 })
+	t.Logf("note: after %v the other replica issues", time.Since(began).Round(time.Millisecond))
+	files.set("log/001", false)
+	eventually(t, "the first one to be ready again", func() bool { return a.Ready() == nil })
+	end()
+	b.stop()
+	a.stop()
+}
+
+// TestAnAgentIsRenewedByAnotherReplica, where the one that it is connected to cannot, and
+// nothing else is asked of that.
+func TestAnAgentIsRenewedByAnotherReplica(t *testing.T) {
+	t.Parallel()
+	a, b, files := twoReplicas(t)
+	cfg := a.config()
+	service := behindOne(&cfg, a)
+	c, end := run(t, cfg)
+	ready(t, c)
+	cred, _ := c.Credential()
+	end()
+	// So that it is due as soon as it may be.
+	cfg.Saved = &caclient.Credential{SVID: cred.SVID, RenewAt: time.Now(), TokenBy: cred.TokenBy}
+	cfg.Pods = &identity.Pods{}
+	files.set("log/001", true)
+	c, end = run(t, cfg)
+	ready(t, c)
+	service.Store(b)
+	eventually(t, "another SVID", func() bool {
+		cred, _ := c.Credential()
+		return cred != nil && ca.Serial(cred.SVID.Certificates[0])[0] == 2
+	})
+	log, err := b.admin().ListLog(t.Context(), &capb.ListLogRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	renewed := false
+	for {
+		e, err := log.Recv()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		renewed = renewed || e.GetRecord().GetKind() == capb.IssuanceRecord_KIND_AGENT && e.GetRecord().GetEvidence() == capb.IssuanceRecord_EVIDENCE_RENEWAL
+	}
+	if !renewed {
+		t.Error("its SVID was replaced, and not renewed")
+	}
+	files.set("log/001", false)
+	eventually(t, "the first one to be ready again", func() bool { return a.Ready() == nil })
+	end()
+	b.stop()
+	a.stop()
+}
+
+// TestAnAgentLeavesAReplicaThatCannotIssue, and does not run from one to the other where
+// none can.
+func TestAnAgentLeavesAReplicaThatCannotIssue(t *testing.T) {
+	t.Parallel()
+	a, b, files := twoReplicas(t)
 	cfg := a.config()
 	cfg.Addresses = []string{a.addr, b.addr}
 	var dials atomic.Int64

@@ -19,6 +19,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -34,6 +35,7 @@ type session struct {
 	served  atomic.Bool   // something was issued on this session
 	heard   atomic.Bool   // the authority has answered on this session
 	hurried bool          // the SVID is renewed because it is tainted; owned by hold
+	overdue bool          // the SVID is to be renewed at once; owned by Run
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 
@@ -87,7 +89,8 @@ func (s *session) follow(ctx context.Context, method string, watch func(context.
 			attempt = 0
 		}
 		s.c.failed(fmt.Errorf("%s: %w", method, err))
-		if attempt >= leaveAfter {
+		// To one address that is away grpc goes on connecting; one that answers is left.
+		if attempt >= leaveAfter && (len(s.c.cfg.Addresses) > 1 || s.conn.GetState() == connectivity.Ready) {
 			s.leave()
 		}
 		if cd := status.Code(err); cd == codes.PermissionDenied || cd == codes.Unauthenticated {
