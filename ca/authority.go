@@ -81,6 +81,7 @@ type Authority struct {
 	began      time.Time
 	parsed     atomic.Pointer[parsedRotation]
 	badAnswers badAnswers // guarded by rotationMu
+	doubtful   doubtfulKeys
 	// heldUpSince is from when on the lease for a step that is due could not be had; guarded by rotationMu.
 	heldUpSince time.Time
 	lists       lists // changed together with journal where replicas share it
@@ -554,7 +555,7 @@ func (a *Authority) Run(ctx context.Context) error {
 		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
 	})
 	g.Go(func() error {
-		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(a.clock.past()); return nil })
+		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(a.clock.past()); a.tidyFiles(); return nil })
 	})
 	g.Go(func() error { return a.every(ctx, "clock", time.Minute, a.tendClock) })
 	return g.Wait()

@@ -57,6 +57,7 @@ func WithWall(c *Config, wall func() time.Time) { c.wall = wall }
 // Tick does once what Run does again and again.
 func (a *Authority) Tick(ctx context.Context) error {
 	a.keyUses.expire(a.clock.past())
+	a.tidyFiles()
 	return errors.Join(a.tendClock(ctx), a.renew(ctx), a.forgetAgents(ctx), a.tendBans(ctx), a.tendRevoked(ctx), a.pruneLog(ctx), a.signHead(ctx))
 }
 

@@ -370,10 +370,15 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journal.Entry, 
 }
 
 // dropKey removes the key of an authority that did not come into the journal, which
-// failed with err. Where nobody knows whether the journal names the key it stays.
+// failed with err. Where nobody knows whether the journal names the key it stays until
+// that is known: see tidyKeys.
 func (a *Authority) dropKey(entry journal.Entry, err error) error {
-	named := slices.ContainsFunc(a.current().Authorities, func(e journal.Entry) bool { return e.Key == entry.Key })
-	if named || errors.Is(err, storage.ErrNotDurable) || errors.Is(err, storage.ErrUnknown) || entry.Key == "" || entry.External {
+	// Others than an upstream sign keys that have been there before.
+	if entry.Key == "" || entry.External && a.cfg.source() != sourceUpstream || a.names(entry.Key) {
+		return err
+	}
+	if errors.Is(err, storage.ErrNotDurable) || errors.Is(err, storage.ErrUnknown) {
+		a.doubtful.add(entry)
 		return err
 	}
 	return errors.Join(err, a.keys.Remove(entry.Kind, entry.Key))
@@ -447,8 +452,10 @@ func (a *Authority) settled(ctx context.Context, s *staged) error {
 	return nil
 }
 
-// restage finds the intermediate of the journal that was published and not yet used.
-// In the series of an offline root those are many, and their time decides.
+// restage finds the intermediate of the journal that was published and not yet used, the
+// last one of several. In the series of an offline root those are many, and their time
+// decides. One below a root that is not trusted any more is of no use, nor, of an own root, one
+// below another root or that ends before the present one.
 func (a *Authority) restage(now time.Time) error {
 	j := a.current()
 	if j.Source == sourceOffline || j.Source == sourceFolder {
@@ -463,7 +470,13 @@ func (a *Authority) restage(now time.Time) error {
 			return err
 		}
 		if !now.Before(c.NotAfter) {
-			continue // the next that is taken removes it
+			continue // tidyNext removes it
+		}
+		if j.Source == sourceOwn {
+			root, signs := a.root.Load(), a.intermediate.Load()
+			if root == nil || !bytes.Equal(c.AuthorityKeyId, root.cert.SubjectKeyId) || signs != nil && bytes.Equal(signs.cert.AuthorityKeyId, c.AuthorityKeyId) && c.NotAfter.Before(signs.cert.NotAfter) {
+				continue
+			}
 		}
 		key, err := a.keys.Open(e.Kind, e.Key, c.PublicKey)
 		if err != nil {
@@ -475,7 +488,7 @@ func (a *Authority) restage(now time.Time) error {
 		}
 		root, err := a.rootOf(iss, j)
 		if err != nil {
-			return err
+			continue // its root has left the bundle meanwhile
 		}
 		a.staged.Store(&staged{issuer: iss, entry: e, root: root, sequence: j.Sequence, since: now})
 	}
@@ -547,6 +560,9 @@ func (a *Authority) settle(ctx context.Context, now time.Time) error {
 	defer a.rotationMu.Unlock()
 	if err := a.adopt(ctx); err != nil {
 		return fmt.Errorf("taking the next intermediate: %w", err)
+	}
+	if err := a.tidy(ctx, now); err != nil {
+		return err
 	}
 	s := a.staged.Load()
 	if s == nil {

@@ -397,10 +397,11 @@ func (a *Authority) followed(ctx context.Context, e storage.Event) error {
 	switch {
 	case e.Key == journal.Key:
 		a.journalMu.Lock()
-		seen := e.Revision <= a.journalSeen
+		seen := e.Revision <= a.journalSeen && a.journal.Sequence == a.trust.Value().Sequence()
 		a.journalMu.Unlock()
-		if seen {
-			return nil // of several changes that came together
+		if seen { // of several changes that came together
+			a.asked.now()
+			return nil
 		}
 		err := a.followJournal(ctx)
 		a.asked.now()

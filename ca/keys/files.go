@@ -3,6 +3,7 @@ package keys
 import (
 	"crypto"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"go.step.sm/crypto/kms/apiv1"
 	"go.step.sm/crypto/kms/softkms"
@@ -135,6 +137,37 @@ func (r *Ring) removeFile(keyURI string) error {
 		return fmt.Errorf("removing a key that is not needed: %w", err)
 	}
 	return nil
+}
+
+// File is a key in a file of the folder.
+type File struct {
+	URI string
+	// Modified is when it was made, or put back.
+	Modified time.Time
+}
+
+// Files are the keys of a purpose that are files with names as Create gives them.
+func (r *Ring) Files(purpose string) (files []File, err error) {
+	entries, err := os.ReadDir(r.cfg.Folder)
+	if err != nil {
+		return nil, fmt.Errorf("looking for keys: %w", err)
+	}
+	for _, e := range entries {
+		suffix, named := strings.CutPrefix(e.Name(), purpose+"-")
+		suffix, key := strings.CutSuffix(suffix, ".key")
+		if _, err := hex.DecodeString(suffix); !named || !key || err != nil || len(suffix) != 8 || !e.Type().IsRegular() {
+			continue
+		}
+		fi, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was removed meanwhile
+		}
+		if err != nil {
+			return nil, fmt.Errorf("looking for keys: %w", err)
+		}
+		files = append(files, File{softkms.Scheme + ":" + e.Name(), fi.ModTime()})
+	}
+	return files, nil
 }
 
 func (r *Ring) path(keyURI string) (string, error) {
