@@ -21,9 +21,9 @@ import (
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 	"github.com/signet-mesh/signet/identity/attest/attesttest"
+	"github.com/signet-mesh/signet/integration/leaktest"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/test/bufconn"
@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 var td = spiffeid.RequireTrustDomainFromString("cluster.local")
@@ -273,7 +273,7 @@ func (w *world) tryAttestFor(c capb.AuthorityClient, edit func(*capb.AttestReque
 // issue sends one batch on a stream of its own.
 func issue(t testing.TB, c capb.AuthorityClient, items ...*capb.IssueItem) ([]*capb.IssueResult, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	s, err := c.Issue(ctx)
 	if err != nil {

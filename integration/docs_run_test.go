@@ -40,9 +40,20 @@ func TestDocsCommands(t *testing.T) {
 		}
 		t.Run(page, func(t *testing.T) {
 			t.Parallel()
-			runPage(t, bin, string(text))
+			runPage(t, bin, elsewhere(t, string(text)))
 		})
 	}
+}
+
+// elsewhere is a page whose servers have ports that nobody else gets on this machine.
+func elsewhere(t *testing.T, text string) string {
+	addresses := map[string]string{}
+	return listens.ReplaceAllStringFunc(text, func(p string) string {
+		if addresses[p] == "" {
+			addresses[p] = freeAddr(t)
+		}
+		return addresses[p]
+	})
 }
 
 func runPage(t *testing.T, bin, text string) {
@@ -63,7 +74,7 @@ func runPage(t *testing.T, bin, text string) {
 	if len(want) == 0 {
 		t.Fatal("no commands were found")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash")
 	cmd.Stdin = strings.NewReader(script)

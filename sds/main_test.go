@@ -3,7 +3,7 @@ package sds_test
 import (
 	"testing"
 
-	"go.uber.org/goleak"
+	"github.com/signet-mesh/signet/integration/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }

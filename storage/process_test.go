@@ -15,9 +15,9 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/integration/leaktest"
 	"github.com/signet-mesh/signet/storage"
 	"github.com/signet-mesh/signet/storage/storagetest"
 )
@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv(childEnv) {
 	case "":
-		goleak.VerifyTestMain(m)
+		leaktest.Main(m)
 		return
 	case "endless":
 		err = childEndless(dir)

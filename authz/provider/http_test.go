@@ -294,9 +294,7 @@ func TestHTTPProviderThatLies(t *testing.T) {
 	})
 	t.Run("is dead", func(t *testing.T) {
 		t.Parallel()
-		l := listen(t)
-		l.Close()
-		w := newWorld(t, provider.Spec{HTTP: &provider.HTTP{Address: at(t, l.Addr())}})
+		w := newWorld(t, provider.Spec{HTTP: &provider.HTTP{Address: at(t, nobody(t))}})
 		w.closed(request("/ask"), extauthz.ReasonProviderFailed)
 	})
 }

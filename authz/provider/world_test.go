@@ -28,6 +28,7 @@ import (
 	"github.com/signet-mesh/signet/authz/extauthz"
 	"github.com/signet-mesh/signet/authz/provider"
 	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/integration/process"
 )
 
 // policies ask "them" about /ask and below, deny what ends in /denied, and allow
@@ -165,7 +166,21 @@ func at(t testing.TB, a net.Addr) provider.Address {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return provider.Address{Service: host, Port: n, Timeout: 5 * time.Second}
+	return provider.Address{Service: host, Port: n, Timeout: provider.MaxTimeout}
+}
+
+// nobody is an address that nobody listens at, and nobody else will.
+func nobody(t testing.TB) net.Addr {
+	t.Helper()
+	ports, err := process.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(ports[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: n}
 }
 
 func listen(t testing.TB) net.Listener {

@@ -14,15 +14,15 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/source"
 	"github.com/signet-mesh/signet/identity"
+	"github.com/signet-mesh/signet/integration/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var workload = identity.Workload{Namespace: "default"}
 
@@ -144,9 +144,9 @@ func (f *folder) forbidden(name string) bool {
 // eventually waits until what holds.
 func (f *folder) eventually(what string, holds func() bool) {
 	f.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			f.t.Fatalf("10 s later it is still not so that %s; ready: %v; problems: %v; log:\n%s", what, f.Ready(), f.Problems(), f.log)
+			f.t.Fatalf("a minute later it is still not so that %s; ready: %v; problems: %v; log:\n%s", what, f.Ready(), f.Problems(), f.log)
 		}
 	}
 }

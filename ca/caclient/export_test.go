@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+
+	"google.golang.org/protobuf/proto"
 )
 
 // ParseBans reads bans off the wire.
@@ -15,6 +17,18 @@ func (c *Client) Heed(p *capb.Bans) { c.heed(p) }
 
 // Believe takes a state of trust that an authority says.
 func (c *Client) Believe(p *capb.Trust) error { return c.believe(p) }
+
+// HighestHead is the highest sequence of the heads that LogHeads returned; 0: of none.
+func HighestHead(saved []byte) (highest uint64) {
+	var m capb.WatchTrustRequest
+	if len(saved) == 0 || proto.Unmarshal(saved[1:], &m) != nil {
+		return 0
+	}
+	for _, h := range m.GetLogHeads() {
+		highest = max(highest, h.GetSequence())
+	}
+	return highest
+}
 
 // Order is in which order an agent tries replicas.
 type Order struct{ o *order }

@@ -24,9 +24,9 @@ import (
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 	"github.com/signet-mesh/signet/identity/attest/attesttest"
+	"github.com/signet-mesh/signet/integration/leaktest"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -37,7 +37,7 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var td = spiffeid.RequireTrustDomainFromString("cluster.local")
 
@@ -266,7 +266,7 @@ func (w *world) try(edits ...edit) (*pb.IstioCertificateResponse, crypto.Signer,
 	for _, e := range edits {
 		e(c)
 	}
-	ctx, cancel := context.WithTimeout(w.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
 	resp, err := w.dial(c.cert).CreateCertificate(metadata.AppendToOutgoingContext(ctx, c.md...), c.req)
 	return resp, c.key, err

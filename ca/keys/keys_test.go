@@ -18,12 +18,12 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/integration/leaktest"
 
 	"go.step.sm/crypto/kms/apiv1"
-	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func open(t *testing.T, c keys.Config) *keys.Ring {
 	t.Helper()

@@ -21,13 +21,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"go.uber.org/goleak"
 
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/holder"
+	"github.com/signet-mesh/signet/integration/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var td = spiffeid.RequireTrustDomainFromString("cluster.local")
 

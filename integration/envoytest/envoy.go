@@ -21,11 +21,12 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/integration/parts"
+	"github.com/signet-mesh/signet/integration/process"
 )
 
 // patience is how long anything that Envoy should do at once may take on a busy
 // machine.
-const patience = 30 * time.Second
+const patience = process.Patience
 
 var find = sync.OnceValues(func() (parts.Part, error) { return parts.FindEnvoy(context.Background()) })
 
@@ -133,7 +134,7 @@ func (e *Envoy) Stop() {
 		_ = e.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-e.ended:
-		case <-time.After(5 * time.Second):
+		case <-time.After(20 * time.Second):
 			_ = e.cmd.Process.Kill()
 		}
 	})

@@ -26,28 +26,38 @@ import (
 // machine.
 const Patience = 60 * time.Second
 
-// given are the ports that FreePorts has returned.
-var given sync.Map
-
-// FreePorts are ports below the range that the kernel hands out, so that a process
-// that was ended finds its port again, and no connection has it. Each is returned once.
+// FreePorts are ports below the range that the kernel hands out, and below those of
+// signet demo, so that a process that was ended finds its port again, and no connection
+// has it. Each is returned to one caller on this machine, until the test binary ends.
 func FreePorts(n int) (ports []string, err error) {
 	for tries := 0; len(ports) < n; tries++ {
-		port := 16000 + rand.IntN(12000)
-		if _, taken := given.LoadOrStore(port, true); taken && tries <= 100 {
-			continue
+		port := strconv.Itoa(16000 + rand.IntN(4000))
+		free := claim(port)
+		if free == nil {
+			ports = append(ports, port)
+		} else if tries > 1000 {
+			return nil, free
 		}
-		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
-		if err != nil {
-			if tries > 100 {
-				return nil, err
-			}
-			continue
-		}
-		defer l.Close()
-		ports = append(ports, strconv.Itoa(port))
 	}
 	return ports, nil
+}
+
+// claim takes a port that is free. A name in the abstract namespace of sockets, which the
+// kernel keeps until the process ends, tells other test binaries whose it is: they run at
+// the same time.
+func claim(port string) error {
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Bind(fd, &syscall.SockaddrUnix{Name: "@signet-test-port-" + port}); err != nil {
+		return errors.Join(err, syscall.Close(fd))
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:"+port)
+	if err != nil {
+		return errors.Join(err, syscall.Close(fd))
+	}
+	return l.Close()
 }
 
 // Process is a program that serves. Its methods are safe for concurrent use, but only
@@ -189,8 +199,8 @@ func (p *Process) Finish(s syscall.Signal) error {
 	var err error
 	select {
 	case <-p.ended:
-	case <-time.After(20 * time.Second):
-		err = errors.Join(fmt.Errorf("%s did not end within 20 s", p.Name), p.cmd.Process.Kill())
+	case <-time.After(Patience):
+		err = errors.Join(fmt.Errorf("%s did not end within %v", p.Name, Patience), p.cmd.Process.Kill())
 		<-p.ended
 	}
 	p.cmd = nil

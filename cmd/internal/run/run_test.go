@@ -18,9 +18,10 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/cmd/internal/run"
+	"github.com/signet-mesh/signet/integration/leaktest"
+	"github.com/signet-mesh/signet/integration/process"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -29,7 +30,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func TestLogs(t *testing.T) {
 	var b bytes.Buffer
@@ -72,12 +73,11 @@ func TestHealthSaysEveryReason(t *testing.T) {
 }
 
 func TestHTTP(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ports, err := process.FreePorts(1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := "127.0.0.1:" + ports[0]
 	reg := prometheus.NewRegistry()
 	c := prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_test_total", Help: "x"})
 	reg.MustRegister(c)
@@ -91,7 +91,7 @@ func TestHTTP(t *testing.T) {
 		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 		get := func(path string) (int, string) {
 			t.Helper()
-			for deadline := time.Now().Add(10 * time.Second); ; <-time.After(time.Millisecond) {
+			for deadline := time.Now().Add(time.Minute); ; <-time.After(time.Millisecond) {
 				resp, err := client.Get("http://" + addr + path)
 				if err != nil {
 					if time.Now().After(deadline) {
@@ -272,7 +272,7 @@ func endOfAStream(t *testing.T, drain time.Duration, streams *run.Streams, optio
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the server waits for its stream")
 	}
 	_, err = w.Recv()

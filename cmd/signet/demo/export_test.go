@@ -43,7 +43,14 @@ func (p *process) End()                   { p.end() }
 func (p *process) Ended() <-chan struct{} { return p.ended }
 func (p *process) Surprise() error        { return p.surprise() }
 
-func (t *traffic) End() Report { return t.end() }
+func (t *traffic) End() Report   { return t.end() }
+func (t *traffic) Failures() int { return t.failures() }
+
+// EndAfter is End that calls do when no further request may begin.
+func (t *traffic) EndAfter(do func()) Report {
+	go func() { <-t.stop; do() }()
+	return t.end()
+}
 
 func (r report) Failed() int               { return r.failed() }
 func (r report) Slowest() time.Duration    { return r.slowest() }

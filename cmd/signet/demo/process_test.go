@@ -13,9 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/signet-mesh/signet/cmd/signet/demo"
+	"github.com/signet-mesh/signet/integration/leaktest"
 )
 
 // asParent makes the test binary a program that starts a child and waits.
@@ -32,17 +31,20 @@ func TestMain(m *testing.M) {
 		<-p.Ended()
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 // alive reports whether a process exists and is no zombie.
-func alive(pid int) bool {
+func alive(pid int) bool { s := state(pid); return s != "" && s != "Z" }
+
+// state is the letter of a process's state, of proc(5); empty if there is no such process.
+func state(pid int) string {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return false
+		return ""
 	}
 	_, after, _ := strings.Cut(string(b), ") ")
-	return !strings.HasPrefix(after, "Z")
+	return after[:min(1, len(after))]
 }
 
 func TestAChildDiesWithAProgramThatIsKilled(t *testing.T) {
@@ -85,12 +87,20 @@ func TestAChildDiesWithAProgramThatIsKilled(t *testing.T) {
 
 func start(t *testing.T, script string) *demo.Process {
 	t.Helper()
-	p, err := demo.Start("child", t.TempDir(), "/bin/sh", "-c", script)
+	p, _ := startIn(t, script)
+	return p
+}
+
+// startIn is start, and the folder of its logs.
+func startIn(t *testing.T, script string) (p *demo.Process, logs string) {
+	t.Helper()
+	logs = t.TempDir()
+	p, err := demo.Start("child", logs, "/bin/sh", "-c", script)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Kill)
-	return p
+	return p, logs
 }
 
 func TestEndEndsAnyChild(t *testing.T) {
@@ -103,13 +113,24 @@ func TestEndEndsAnyChild(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := start(t, script)
+			p, dir := startIn(t, script)
+			switch name {
+			case "one that ignores SIGTERM":
+				wait(t, "it to ignore it", func() bool {
+					b, err := os.ReadFile(filepath.Join(dir, "child.log"))
+					return err == nil && strings.Contains(string(b), "ready")
+				})
+			case "one that has ended":
+				<-p.Ended()
+			case "one that is stopped":
+				wait(t, "it to stop", func() bool { return state(p.PID()) == "T" })
+			}
 			began := time.Now()
 			p.End()
 			if alive(p.PID()) {
 				t.Error("it is still there")
 			}
-			if took := time.Since(began); took > 10*time.Second {
+			if took := time.Since(began); took > time.Minute {
 				t.Errorf("it took %s", took)
 			}
 			p.End() // again, on a process id that may be another's by now

@@ -13,15 +13,16 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/cmd/signet/demo"
+	"github.com/signet-mesh/signet/integration/process"
 )
 
 // wait polls until cond holds.
 func wait(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited 20 s for %s", what)
+			t.Fatalf("waited a minute for %s", what)
 		}
 		time.Sleep(5 * time.Millisecond) // poll
 	}
@@ -85,11 +86,12 @@ func TestEachKindOfFailureIsCounted(t *testing.T) {
 
 func TestNobodyAtTheAddressIsAFailure(t *testing.T) {
 	t.Parallel()
-	s := httptest.NewServer(nil)
-	gone := address(s)
-	s.Close()
-	load := demo.StartTraffic(t.Context(), gone, "/hello", 1, time.Millisecond)
-	time.Sleep(50 * time.Millisecond) // any number of attempts will do
+	ports, err := process.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	load := demo.StartTraffic(t.Context(), "127.0.0.1:"+ports[0], "/hello", 1, time.Millisecond)
+	wait(t, "attempts", func() bool { return load.Failures() > 0 })
 	if rep := load.End(); rep.Requests() == 0 || rep.Failed() != rep.Requests() || rep.Err(1) == nil {
 		t.Errorf("%v, want that all failed", rep)
 	}
@@ -104,12 +106,14 @@ func TestANewConnectionIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	var connections atomic.Int32
 	go func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
+			connections.Add(1)
 			in := bufio.NewReader(c)
 			for range 2 {
 				if r, err := http.ReadRequest(in); err == nil {
@@ -121,7 +125,7 @@ func TestANewConnectionIsNoticed(t *testing.T) {
 		}
 	}()
 	load := demo.StartTraffic(t.Context(), l.Addr().String(), "/hello", 1, time.Millisecond)
-	time.Sleep(100 * time.Millisecond) // any number of requests will do
+	wait(t, "a second connection", func() bool { return connections.Load() > 1 })
 	if rep := load.End(); rep.Err(1) == nil {
 		t.Errorf("%v is no error although the server closed connections", rep)
 	}
@@ -159,8 +163,13 @@ func TestARequestThatHasBegunIsWaitedFor(t *testing.T) {
 	load := demo.StartTraffic(t.Context(), address(s), "/hello", 1, time.Millisecond)
 	<-arrived
 	middle := time.Now()
-	time.AfterFunc(100*time.Millisecond, func() { close(answer) })
-	rep := load.End()
+	ended := make(chan struct{})
+	go func() {
+		<-ended
+		time.Sleep(100 * time.Millisecond)
+		close(answer)
+	}()
+	rep := load.EndAfter(func() { close(ended) })
 	if rep.Requests() != 1 || rep.Failed() != 0 || rep.Slowest() < 100*time.Millisecond {
 		t.Errorf("%v, want one request that took at least 100 ms and did not fail, and none after it", rep)
 	}
@@ -201,7 +210,11 @@ func TestWireTellsWhatTheOtherSideSaysFirst(t *testing.T) {
 			if closes {
 				c.Close()
 			}
-			if err := w.Refusal(20 * time.Millisecond); (err != nil) != closes {
+			patience := 20 * time.Millisecond
+			if closes {
+				patience = time.Minute
+			}
+			if err := w.Refusal(patience); (err != nil) != closes {
 				t.Errorf("error %v, want one: %t", err, closes)
 			}
 		})
