@@ -375,7 +375,7 @@ type broken struct {
 	// end ends every watch when it is closed; tooOld answers watches with "too old
 	// resource version"; empty answers lists of policies with nothing, as a server
 	// does whose cache is not filled.
-	end    atomic.Pointer[chan struct{}]
+	end    atomic.Pointer[ending]
 	tooOld atomic.Bool
 	failed atomic.Bool // every list fails
 	busy   atomic.Bool // everything is put off
@@ -392,8 +392,7 @@ func breakable(t *testing.T, k *kubetest.Cluster) (*broken, *rest.Config) {
 		t.Fatal(err)
 	}
 	b := &broken{}
-	end := make(chan struct{})
-	b.end.Store(&end)
+	b.end.Store(&ending{now: make(chan struct{})})
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.Transport, proxy.FlushInterval = transport, -1
 	proxy.ErrorHandler = func(w http.ResponseWriter, r *http.Request, _ error) {
@@ -431,10 +430,11 @@ func breakable(t *testing.T, k *kubetest.Cluster) (*broken, *rest.Config) {
 		}
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
-		end := *b.end.Load()
+		end := b.join()
+		defer end.open.Add(-1)
 		go func() {
 			select {
-			case <-end:
+			case <-end.now:
 				cancel()
 			case <-ctx.Done():
 			}
@@ -445,10 +445,36 @@ func breakable(t *testing.T, k *kubetest.Cluster) (*broken, *rest.Config) {
 	return b, &rest.Config{Host: b.URL, QPS: -1}
 }
 
-// endWatches ends all watches that are open now.
-func (b *broken) endWatches() {
-	next := make(chan struct{})
-	close(*b.end.Swap(&next))
+// ending is what ends watches.
+type ending struct {
+	now  chan struct{} // closed to end them
+	open atomic.Int64  // how many there are
+}
+
+// join is the ending that a watch which begins now will have.
+func (b *broken) join() *ending {
+	for {
+		end := b.end.Load()
+		end.open.Add(1)
+		if b.end.Load() == end {
+			return end
+		}
+		end.open.Add(-1) // it was ended in between
+	}
+}
+
+// endWatches ends all watches that are open now, and waits until nothing more can come
+// through them.
+func (b *broken) endWatches(t *testing.T) {
+	t.Helper()
+	former := b.end.Swap(&ending{now: make(chan struct{})})
+	close(former.now)
+	kubetest.Poll(t, "watches to end", func() error {
+		if n := former.open.Load(); n > 0 {
+			return fmt.Errorf("%d are open", n)
+		}
+		return nil
+	})
 }
 
 func TestWatchesThatEndLoseNothing(t *testing.T) {
@@ -481,7 +507,7 @@ func TestWatchesThatEndLoseNothing(t *testing.T) {
 	}()
 	for i := range 5 {
 		watches := proxy.watches.Load()
-		proxy.endWatches()
+		proxy.endWatches(t)
 		name := fmt.Sprintf("closed-%d", i)
 		create(t, k, policy(name, deny, "/"+name))
 		c.soon("shop", "/"+name, authz.ReasonDenyRule)
@@ -497,7 +523,7 @@ func TestWatchesThatEndLoseNothing(t *testing.T) {
 	lists := proxy.lists.Load()
 	proxy.failed.Store(true)
 	proxy.tooOld.Store(true)
-	proxy.endWatches()
+	proxy.endWatches(t)
 	remove(t, k, "closed-0")
 	create(t, k, policy("closed-5", deny, "/closed-5"))
 	c.notReady("listing")
@@ -515,7 +541,7 @@ func TestWatchesThatEndLoseNothing(t *testing.T) {
 	// An API server that puts off requests is said to be busy, and is not away: that
 	// would make expired tokens last.
 	proxy.busy.Store(true)
-	proxy.endWatches()
+	proxy.endWatches(t)
 	c.notReady("too many requests")
 	// The watches that were cut are noticed one after the other.
 	kubetest.Poll(t, "the busy API server to count as one that answers", func() error {

@@ -15,6 +15,7 @@ const (
 	MaxFiles       = maxFiles
 	MaxBytes       = maxBytes
 	MaxFileBytes   = maxFileBytes
+	Gather         = gather
 	GatherRemovals = gatherRemovals
 )
 
@@ -72,6 +73,7 @@ const (
 	UnknownKeyRefresh   = unknownKeyRefresh
 	KeyLinger           = keyLinger
 	MaxKeyRetry         = maxKeyRetry
+	MaxKeyTimeout       = maxKeyTimeout
 )
 
 // Permitted says why keys must not be fetched from an address, or nothing.

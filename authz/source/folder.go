@@ -163,6 +163,9 @@ func (f *Folder) run(ctx context.Context, events <-chan error) error {
 			}
 		case <-timer.C:
 		}
+		// What a regular look meets may be as unfinished as what an event tells of. If
+		// this fails, so does the reading, which says why.
+		_ = f.watch.drain()
 		if wait := f.gathering(time.Now()); wait > 0 {
 			timer.Reset(wait)
 			continue
@@ -261,13 +264,20 @@ func (f *Folder) open() (*os.File, error) {
 }
 
 // veto takes back what counted in this reading and was written to meanwhile: it
-// may have been read half-written.
+// may have been read half-written. A file that went meanwhile was not waited for.
 func (f *Folder) veto(r *reading) error {
 	if err := f.watch.drain(); err != nil {
 		return err
 	}
 	if r.complete {
 		return nil // complete by contract
+	}
+	if _, _, gone := f.watch.pending(); !gone.IsZero() {
+		for name := range r.before {
+			if _, ok := r.after[name]; !ok {
+				return errChanging
+			}
+		}
 	}
 	written, lost := f.watch.writtenNow()
 	for name, how := range r.fates {

@@ -456,6 +456,7 @@ func TestWhatServersOfKeysMayDo(t *testing.T) {
 				t.Fatal(err)
 			}
 			rule := keyRule("a", uri+c.path, "")
+			rule.Spec.Timeout = durationpb.New(source.MaxKeyTimeout)
 			if strings.Contains(c.want, "300ms") {
 				rule.Spec.Timeout = durationpb.New(300 * time.Millisecond)
 			}
