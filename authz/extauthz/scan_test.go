@@ -303,7 +303,7 @@ func TestScanAgreesWithTheGeneratedDecoder(t *testing.T) {
 	if n == 0 {
 		switch n = 200_000; {
 		case raceEnabled:
-			n = 5_000
+			n = 2_000
 		case testing.Short():
 			n = 30_000
 		}

@@ -11,7 +11,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -183,21 +185,40 @@ func TestRecordsAreLostLoudly(t *testing.T) {
 
 func until(t *testing.T, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("it does not come")
 		}
 	}
 }
 
+// byHandler is a client whose requests a handler answers, without a network: so time is
+// that of the test alone.
+func byHandler(h http.HandlerFunc) *http.Client {
+	return &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			w := httptest.NewRecorder()
+			h(w, r)
+			return w.Result(), nil
+		})}
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
 // TestOTLP sends what a collector understands, again where it asks for that.
 func TestOTLP(t *testing.T) {
 	t.Parallel()
+	synctest.Test(t, testOTLP)
+}
+
+func testOTLP(t *testing.T) {
 	var mu sync.Mutex
 	var got []*collectorpb.ExportLogsServiceRequest
 	var answers []int // statuses to give, one after the other; then 200
 	var body []byte
-	s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+	collects := func(rw http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
 		b, _ := io.ReadAll(r.Body)
@@ -215,8 +236,7 @@ func TestOTLP(t *testing.T) {
 		}
 		got = append(got, m)
 		rw.Write(body)
-	}))
-	t.Cleanup(s.Close)
+	}
 	for _, tt := range []struct {
 		name     string
 		statuses []int
@@ -229,11 +249,11 @@ func TestOTLP(t *testing.T) {
 		{"in part", nil, &collectorpb.ExportLogsServiceResponse{PartialSuccess: &collectorpb.ExportLogsPartialSuccess{RejectedLogRecords: 1}}, 1},
 		{"elsewhere", []int{302}, nil, 2},
 	} {
-		o, err := record.NewOTLP(record.OTLPConfig{Endpoint: s.URL, Headers: map[string]string{"X-Tenant": "t"}, Node: "n", Version: "v1"})
+		o, err := record.NewOTLP(record.OTLPConfig{Endpoint: "http://collector:4318", Headers: map[string]string{"X-Tenant": "t"}, Node: "n", Version: "v1"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.Hasten(&http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }})
+		o.Hasten(byHandler(collects))
 		mu.Lock()
 		got, answers, body = nil, tt.statuses, nil
 		if tt.body != nil {
@@ -277,22 +297,26 @@ func TestOTLP(t *testing.T) {
 // TestOTLPEnds: a collector that is away holds up no end.
 func TestOTLPEnds(t *testing.T) {
 	t.Parallel()
-	s := httptest.NewServer(http.NotFoundHandler())
-	url := s.URL
-	s.Close()
-	o, err := record.NewOTLP(record.OTLPConfig{Endpoint: url})
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := newService(t, record.Config{Outputs: []record.Output{o}})
-	w.check("/b", "x-role", "guest")
-	start := time.Now()
-	w.finish()
-	if took := time.Since(start); took > 10*time.Second {
-		t.Errorf("it took %v", took)
-	}
-	if lost := testutil.ToFloat64(collector(t, w.reg, "signet_records_lost_total")); lost != 1 {
-		t.Errorf("%v lost", lost)
+	for name, answer := range map[string]roundTrip{
+		"refuses connections": func(*http.Request) (*http.Response, error) { return nil, syscall.ECONNREFUSED },
+		"says nothing":        func(r *http.Request) (*http.Response, error) { <-r.Context().Done(); return nil, r.Context().Err() },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			o, err := record.NewOTLP(record.OTLPConfig{Endpoint: "http://collector:4318", Client: &http.Client{Transport: answer}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := newService(t, record.Config{Outputs: []record.Output{o}})
+			w.check("/b", "x-role", "guest")
+			start := time.Now()
+			w.finish()
+			if took := time.Since(start); took > 3*time.Second {
+				t.Errorf("where it %s it took %v", name, took)
+			}
+			if lost := testutil.ToFloat64(collector(t, w.reg, "signet_records_lost_total")); lost != 1 {
+				t.Errorf("where it %s %v are lost", name, lost)
+			}
+		})
 	}
 	for _, bad := range []string{"", "collector:4318", "ftp://x", "http://", "http://user:secret@x"} {
 		if _, err := record.NewOTLP(record.OTLPConfig{Endpoint: bad}); err == nil {
