@@ -91,6 +91,7 @@ type Authority struct {
 	revokeMu                               sync.Mutex         // held while something is revoked
 	unstored                               []revocation.Entry // revoked in the log and perhaps not in the state; guarded by revokeMu
 	folderHash                             [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
+	folderGood                             folderGood         // owned by Run
 	intermediate                           atomic.Pointer[issuer]
 	trust                                  identity.Watched[*identity.Trust]
 	head                                   identity.Watched[storage.Head] // newest signed head; zero before the first

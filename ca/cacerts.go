@@ -3,6 +3,8 @@ package ca
 import (
 	"context"
 	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
 	"fmt"
 	"time"
 
@@ -54,15 +56,51 @@ func (a *Authority) loadFolder(ctx context.Context) error {
 	return err
 }
 
+// folderGood is a folder that was found to be good, and when it has to be checked again
+// although nothing in it has changed.
+type folderGood struct {
+	hash       [sha256.Size]byte
+	at, before time.Time
+}
+
+// holds reports whether the folder is what it was, and needs no look inside.
+func (g folderGood) holds(hash [sha256.Size]byte, now time.Time) bool {
+	return hash == g.hash && !now.Before(g.at) && now.Before(g.before)
+}
+
+// folderLook is how long what has not changed is taken for good.
+const folderLook = 10 * time.Minute
+
+func goodFolder(f external.Folder, now time.Time) folderGood {
+	g := folderGood{hash: f.Hash, at: now, before: now.Add(folderLook)}
+	for _, c := range append([]*x509.Certificate{f.Cert, f.Root}, f.Chain...) {
+		if c.NotAfter.Before(g.before) {
+			g.before = c.NotAfter
+		}
+	}
+	return g
+}
+
 // watchFolder takes an issuer that replaced the former one. What is wrong with the new
 // files is an alarm: the former one goes on.
 func (a *Authority) watchFolder(ctx context.Context) error {
+	// known is what is used, or will be.
+	known := func(hash [sha256.Size]byte) bool {
+		s := a.staged.Load()
+		return hash == a.folderHash || s != nil && s.hash == hash
+	}
+	now := time.Now()
+	if hash, err := external.FolderHash(a.cfg.Cacerts); err == nil && known(hash) && a.folderGood.holds(hash, now) {
+		return nil // nor did an alarm end or begin
+	}
 	f, key, err := a.readFolder()
 	a.alarm("cacerts", err)
-	if err != nil || f.Hash == a.folderHash {
+	a.folderGood = folderGood{}
+	if err != nil {
 		return nil
 	}
-	if s := a.staged.Load(); s != nil && s.hash == f.Hash {
+	a.folderGood = goodFolder(f, now)
+	if known(f.Hash) {
 		return nil
 	}
 	if err := a.takeExternal(ctx, f.Issuer, key, folderEntry(f.Issuer), f.Roots, f.Hash); err != nil {

@@ -318,7 +318,7 @@ func TestCommand(t *testing.T) {
 		if _, err := run(c.timeout, c.script); err == nil || !strings.Contains(err.Error(), c.says) || len(err.Error()) > 3000 {
 			t.Errorf("%s: got %v, want %q", name, err, c.says)
 		}
-		if d := time.Since(start); d > 30*time.Second {
+		if d := time.Since(start); d > time.Minute {
 			t.Errorf("%s: it took %v", name, d)
 		}
 	}

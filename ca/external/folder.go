@@ -33,37 +33,11 @@ func ReadFolder(dir string, p Profile, parse func(text []byte) (crypto.Signer, e
 	fail := func(err error) (Folder, crypto.Signer, error) {
 		return Folder{}, nil, fmt.Errorf("reading the issuer in %s: %w", dir, err)
 	}
-	// kubelet swaps the link ..data; following it once keeps old and new files apart.
-	if now, err := filepath.EvalSymlinks(filepath.Join(dir, "..data")); err == nil {
-		dir = now
+	names, text, hash, err := readFiles(dir)
+	if err != nil {
+		return fail(err)
 	}
-	names := []string{"ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"}
-	if _, err := os.Stat(filepath.Join(dir, names[0])); errors.Is(err, fs.ErrNotExist) {
-		names = []string{"tls.crt", "tls.key", "ca.crt", ""}
-	}
-	text := make([][]byte, len(names))
-	sum := sha256.New()
-	for i, name := range names {
-		if name == "" {
-			continue
-		}
-		var err error
-		text[i], err = readFile(filepath.Join(dir, name), i == 1)
-		if i == 3 && (errors.Is(err, fs.ErrNotExist) || err == nil && len(bytes.TrimSpace(text[i])) == 0) {
-			text[i] = nil // Istio does without
-			continue
-		}
-		if errors.Is(err, fs.ErrNotExist) {
-			return fail(fmt.Errorf("%w: Istio's four files belong there (ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem), or tls.crt, tls.key and ca.crt", err))
-		}
-		if err != nil {
-			return fail(err)
-		}
-		fmt.Fprintf(sum, "%s %d\n", name, len(text[i]))
-		sum.Write(text[i])
-	}
-	f := Folder{Key: text[1]}
-	sum.Sum(f.Hash[:0])
+	f := Folder{Key: text[1], Hash: hash}
 	certs, err := Certificates(text[0])
 	if err != nil {
 		return fail(fmt.Errorf("%s: %w", names[0], err))
@@ -87,6 +61,52 @@ func ReadFolder(dir string, p Profile, parse func(text []byte) (crypto.Signer, e
 		return fail(err)
 	}
 	return f, key, nil
+}
+
+// FolderHash is the Hash that ReadFolder would return, if what is there can be read: to
+// tell whether it is worth to be checked again.
+func FolderHash(dir string) (hash [sha256.Size]byte, err error) {
+	_, text, hash, err := readFiles(dir)
+	for _, t := range text {
+		clear(t)
+	}
+	return hash, err
+}
+
+// readFiles reads the files of a folder: those of the issuer, its key, the roots and the
+// rest of the chain, in this order. The last may be nil.
+func readFiles(dir string) (names []string, text [][]byte, hash [sha256.Size]byte, err error) {
+	// kubelet swaps the link ..data; following it once keeps old and new files apart.
+	if now, err := filepath.EvalSymlinks(filepath.Join(dir, "..data")); err == nil {
+		dir = now
+	}
+	names = []string{"ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"}
+	if _, err := os.Stat(filepath.Join(dir, names[0])); errors.Is(err, fs.ErrNotExist) {
+		names = []string{"tls.crt", "tls.key", "ca.crt", ""}
+	}
+	text = make([][]byte, len(names))
+	sum := sha256.New()
+	for i, name := range names {
+		if name == "" {
+			continue
+		}
+		var err error
+		text[i], err = readFile(filepath.Join(dir, name), i == 1)
+		if i == 3 && (errors.Is(err, fs.ErrNotExist) || err == nil && len(bytes.TrimSpace(text[i])) == 0) {
+			text[i] = nil // Istio does without
+			continue
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return names, text, hash, fmt.Errorf("%w: Istio's four files belong there (ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem), or tls.crt, tls.key and ca.crt", err)
+		}
+		if err != nil {
+			return names, text, hash, err
+		}
+		fmt.Fprintf(sum, "%s %d\n", name, len(text[i]))
+		sum.Write(text[i])
+	}
+	sum.Sum(hash[:0])
+	return names, text, hash, nil
 }
 
 // order is the path from the first certificate to a root, out of a heap: cert-chain.pem
