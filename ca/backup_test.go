@@ -382,7 +382,7 @@ func FuzzBackup(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		taken := func(b []byte) bool {
 			dir := filepath.Join(t.TempDir(), "v")
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			_, _, err := ca.VerifyBackup(ctx, bytes.NewReader(b), dir)
 			if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {

@@ -3,6 +3,7 @@ package ca_test
 import (
 	"context"
 	"testing"
+	"testing/synctest"
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
@@ -13,6 +14,10 @@ import (
 
 func TestAgentsAreHeldToTheirLimits(t *testing.T) {
 	t.Parallel()
+	synctest.Test(t, testAgentsAreHeldToTheirLimits) // a busy machine gives nobody more
+}
+
+func testAgentsAreHeldToTheirLimits(t *testing.T) {
 	w := newWorld(t, func(c *ca.Config) {
 		c.Limits = ca.LimitsConfig{AgentRate: 1, AgentBurst: 6, IdentityRate: 1, IdentityBurst: 2}
 	})
@@ -53,6 +58,7 @@ func TestAgentsAreHeldToTheirLimits(t *testing.T) {
 	if rs, err := issue(t, other, item(t, byUID(onNodeB.PodUID))); err != nil || rs[0].GetX509() == nil {
 		t.Errorf("another agent: %v, %v", rs, err)
 	}
+	w.close()
 }
 
 // TestAFloodOfStreamsIsRefused, and others go on.

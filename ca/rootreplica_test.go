@@ -77,9 +77,10 @@ func (d *keyDevice) DeleteKey(name string) error {
 
 func (d *keyDevice) Close() error { return nil }
 
-// brisk has work looked for often.
+// brisk has work looked for often: every half second. On a busy machine agents have to get
+// by with their SVIDs for as long as a test talks to them.
 func brisk(c *ca.Config) {
-	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MaxTTL, c.SVID.MinTTL = time.Minute, 2*time.Second, time.Minute, time.Second
+	c.SVID.TTL, c.SVID.AgentTTL, c.SVID.MaxTTL, c.SVID.MinTTL = time.Minute, 10*time.Second, time.Minute, time.Second
 	c.SVID.Backdate, c.Propagation, c.IntermediateTTL, c.RootTTL = 10*time.Millisecond, time.Millisecond, time.Hour, 8*time.Hour
 }
 
@@ -88,7 +89,10 @@ func brisk(c *ca.Config) {
 func TestOneReplicaHoldsTheRoot(t *testing.T) {
 	t.Parallel()
 	shared := newShared(t)
-	one := func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 }
+	one := func(c *ca.Config) {
+		c.SVID.AgentTTL = 40 * time.Second // so that agents' streams last
+		c.Shared, c.RootReplica = shared, 1
+	}
 	// It is not there yet: the other one waits, and claims no instance that is its.
 	opened := make(chan *world)
 	go func() { opened <- newWorld(t, brisk, one) }()

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
@@ -40,9 +41,10 @@ func TestARootWaitsForWhomNoWatchHasNamed(t *testing.T) {
 	deaf := shared
 	store := &blindStore{Store: shared.Store}
 	deaf.Store = store
-	a := newWorld(t, brisk, func(c *ca.Config) { c.Shared, c.RootReplica, c.Instance = deaf, 1, 1 })
+	last := func(c *ca.Config) { c.SVID.AgentTTL = 40 * time.Second } // nobody is missing because an SVID has ended
+	a := newWorld(t, brisk, last, func(c *ca.Config) { c.Shared, c.RootReplica, c.Instance = deaf, 1, 1 })
 	defer a.run()()
-	b := newWorld(t, brisk, func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 })
+	b := newWorld(t, brisk, last, func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 })
 	defer b.run()()
 	clientA, _ := a.attest(agentA)
 	onA := watchTrust(t, clientA)

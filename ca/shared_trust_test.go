@@ -126,7 +126,7 @@ func TestReplicasWaitForEachOthersAgents(t *testing.T) {
 	shared.Store = store
 	edit := func(c *ca.Config) {
 		brisk(c)
-		c.SVID.AgentTTL = 20 * time.Second // so that agents' streams last, and work is looked for each second
+		c.SVID.AgentTTL = 40 * time.Second // so that agents' streams last, and work is looked for each second
 		c.Upstream, c.Shared = upstream, shared
 	}
 	a, b := newWorld(t, edit), newWorld(t, edit)
@@ -236,9 +236,23 @@ func TestAcknowledgementsAreFewWrites(t *testing.T) {
 		time.Sleep(10 * time.Millisecond) // two rounds of writing, at least
 	}
 	eventually(t, "it to be stored", func() bool { _, n := store.count(); return n > records })
-	commits, after := store.count()
-	if after-records > 3 {
+	// quiet is how many commits there are when all that was said has been written.
+	quiet := func() (commits int) {
+		t.Helper()
+		eventually(t, "nothing more to be written", func() bool {
+			commits, _ = store.count()
+			time.Sleep(600 * time.Millisecond)
+			now, _ := store.count()
+			return now == commits
+		})
+		return commits
+	}
+	commits := quiet()
+	if _, after := store.count(); after-records > 3 {
 		t.Errorf("%d records were written of 150 acknowledgements of three agents", after-records)
+	}
+	for _, s := range streams {
+		s.acknowledge(seq)
 	}
 	time.Sleep(600 * time.Millisecond)
 	if n, _ := store.count(); n != commits {
@@ -247,7 +261,7 @@ func TestAcknowledgementsAreFewWrites(t *testing.T) {
 	// A new SVID says what the former one did.
 	client, _ := a.attest(agentA)
 	s := watchTrust(t, client)
-	commits, _ = store.count()
+	commits = quiet()
 	s.acknowledge(seq)
 	time.Sleep(600 * time.Millisecond)
 	if n, _ := store.count(); n != commits {
