@@ -337,7 +337,7 @@ func (c *counts) request(ctx context.Context, t *testing.T, h *history, address,
 		// Whom Envoy speaks as is not what is tested here.
 		transport.TLSClientConfig = &tls.Config{Certificates: []tls.Certificate{*certificate}, InsecureSkipVerify: true}
 	}
-	client := &http.Client{Transport: transport, Timeout: 20 * time.Second}
+	client := &http.Client{Transport: transport, Timeout: time.Minute}
 	for ctx.Err() == nil {
 		path := rand.IntN(8)
 		from := time.Now()
@@ -401,7 +401,7 @@ func (k *keyServer) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 // first time it refuses every token.
 func (s *standalone) untilTokensAreGood(t *testing.T, inbound, token string) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		resp, err := http.DefaultClient.Do(bearing(t.Context(), "http://"+inbound+"/p0", token))
 		if err == nil {
 			resp.Body.Close()
@@ -419,12 +419,12 @@ func (s *standalone) untilTokensAreGood(t *testing.T, inbound, token string) {
 func (c *counts) connect(ctx context.Context, t *testing.T, h *history, address string) {
 	for ctx.Err() == nil {
 		from := time.Now()
-		conn, err := net.DialTimeout("tcp", address, 20*time.Second)
+		conn, err := net.DialTimeout("tcp", address, time.Minute)
 		if err != nil {
 			t.Error(err)
 			return
 		}
-		_ = conn.SetDeadline(from.Add(20 * time.Second))
+		_ = conn.SetDeadline(from.Add(time.Minute))
 		_, err = conn.Write([]byte("x"))
 		if err == nil {
 			_, err = io.ReadFull(conn, make([]byte, 1))
@@ -443,7 +443,7 @@ func (c *counts) connect(ctx context.Context, t *testing.T, h *history, address 
 // svid fetches the certificate of workload i, as its proxy would.
 func (s *standalone) svid(t *testing.T, i int) *tls.Certificate {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(s.as(t.Context(), i), 20*time.Second)
+	ctx, cancel := context.WithTimeout(s.as(t.Context(), i), time.Minute)
 	defer cancel()
 	r, err := fetch(ctx, s.dial(), "default")
 	if err != nil {

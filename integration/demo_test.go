@@ -338,7 +338,7 @@ func TestDemoInterruptedLeavesNothing(t *testing.T) {
 			if code := d.wait(t); code != 1 {
 				t.Errorf("exit status %d, want 1", code)
 			}
-			if took := time.Since(began); took > 10*time.Second {
+			if took := time.Since(began); took > time.Minute {
 				t.Errorf("it took %s to end", took)
 			}
 			d.leavesNothing(t)
@@ -376,7 +376,7 @@ func TestDemoKilledLeavesNoProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.wait(t)
-	d.leavesNoProcess(t, 10*time.Second)
+	d.leavesNoProcess(t, time.Minute)
 }
 
 // TestDemoKeep holds what scripts rely on.
@@ -428,7 +428,7 @@ func TestDemoKeep(t *testing.T) {
 	if out, err := exec.Command("sed", "-i", "s/PERMISSIVE/STRICT/", mesh).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	for deadline := time.Now().Add(20 * time.Second); statusOf(t, plain+"/hello") != 403; {
+	for deadline := time.Now().Add(time.Minute); statusOf(t, plain+"/hello") != 403; {
 		if time.Now().After(deadline) {
 			t.Fatal("plaintext is still accepted under STRICT")
 		}
@@ -531,7 +531,7 @@ func readAddresses(t *testing.T, file string) map[string]string {
 // statusOf makes a request with curl, as a reader would; 0 without an answer.
 func statusOf(t *testing.T, url string) int {
 	t.Helper()
-	out, _ := exec.Command("curl", "--silent", "--max-time", "20", "--output", os.DevNull, "--write-out", "%{http_code}", url).Output()
+	out, _ := exec.Command("curl", "--silent", "--max-time", "60", "--output", os.DevNull, "--write-out", "%{http_code}", url).Output()
 	return atoi(string(out))
 }
 

@@ -327,6 +327,11 @@ func TestReplicasOnEtcd(t *testing.T) {
 	}
 	mark("both are unready: %s", strings.ReplaceAll(r.ready("ca1"), "\n", "; "))
 	lost := time.Now()
+	r.wait("what was given out before to be noted", func() bool {
+		lost = time.Now()
+		time.Sleep(time.Second)
+		return r.since(lost, "") == 0
+	})
 	time.Sleep(2 * time.Second)
 	if n := r.since(lost, ""); n > 0 {
 		t.Errorf("%d certificates were given out without a quorum", n)
@@ -355,9 +360,7 @@ func TestReplicasOnEtcd(t *testing.T) {
 	}
 	stopped := time.Now()
 	time.Sleep(4 * time.Second)
-	if n := r.since(stopped, "ca2"); n == 0 {
-		t.Error("the other one did not issue meanwhile")
-	}
+	r.wait("the other one to issue meanwhile", func() bool { return r.since(stopped, "ca2") > 0 })
 	if err := r.procs["ca1"].cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
@@ -400,7 +403,7 @@ func (r *caReplicas) check(t *testing.T) {
 	defer s.Close()
 	recorded := map[[17]byte]bool{}
 	for _, instance := range []uint32{1, 2} {
-		l, err := storage.OpenLog(fmt.Sprintf("log/%03d", instance), storage.LogOptions{Instance: instance, FS: s.Files(), ReadOnly: true, LockTimeout: 15 * time.Second})
+		l, err := storage.OpenLog(fmt.Sprintf("log/%03d", instance), storage.LogOptions{Instance: instance, FS: s.Files(), ReadOnly: true, LockTimeout: time.Minute})
 		if err != nil {
 			t.Fatal(err)
 		}

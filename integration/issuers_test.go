@@ -137,7 +137,7 @@ serialNumber = optional
 	ask := s.pair()
 	becomes(t, 200, "/", func(string) int { return ask() })
 	requests := load(t, 200, ask)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	conn := s.dial()
 	first, err := s.chain(ctx, conn, 0)
@@ -189,7 +189,7 @@ func TestCacertsUnderTraffic(t *testing.T) {
 	ask := s.pair()
 	becomes(t, 200, "/", func(string) int { return ask() })
 	requests := load(t, 200, ask)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	conn := s.dial()
 	for i, issuer := range []*externaltest.Signer{first, second, third} {
@@ -263,7 +263,7 @@ func TestUpstreamStepCA(t *testing.T) {
 		}
 		s.caYAML = fmt.Sprintf("authority: {intermediateTTL: 60s, rootTTL: 10m, upstream: {exec: %s, rootFile: %s/root.pem}}\n", argv, dir) + brief
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	conn := s.dial()
 	first, err := s.chain(ctx, conn, 0)

@@ -88,7 +88,7 @@ func (c *istioCA) stop() {
 		if err != nil {
 			c.tb.Errorf("the example ended with %v\n%s", err, c.out.String())
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		_ = c.cmd.Process.Kill()
 		c.tb.Errorf("the example did not end\n%s", c.out.String())
 	}
@@ -146,7 +146,7 @@ func (c istioClient) certificate(cert *tls.Certificate, token, impersonate strin
 	if err != nil {
 		c.tb.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(c.tb.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(c.tb.Context(), time.Minute)
 	defer cancel()
 	if len(md) == 0 {
 		md = []string{"ClusterID", "Kubernetes"}

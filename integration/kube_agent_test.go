@@ -152,7 +152,7 @@ func (n *kubeNode) rotateTokens(lifetime time.Duration) {
 }
 
 // requests is a client of the sidecars.
-var requests = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+var requests = &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true,
 	TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 
 // get is the status of a GET through both sidecars, 0 without an answer.
@@ -256,7 +256,7 @@ func (t *traffic) held(tb testing.TB, what string) {
 // status.
 func (n *kubeNode) secret(token string) error {
 	n.tb.Helper()
-	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(n.tb.Context(), "authorization", "Bearer "+token), 20*time.Second)
+	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(n.tb.Context(), "authorization", "Bearer "+token), time.Minute)
 	defer cancel()
 	s := &standalone{tb: n.tb, dir: n.tmp}
 	_, err := fetch(ctx, s.dialAt(n.tmp+"/agent.sock"), "default")

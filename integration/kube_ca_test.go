@@ -111,7 +111,7 @@ func newSPKI(tb testing.TB) (*ecdsa.PrivateKey, []byte) {
 func (k *kubeCA) tryAgent(roots *x509.CertPool, token string) (*simAgent, error) {
 	k.tb.Helper()
 	key, pub := newSPKI(k.tb)
-	ctx, cancel := context.WithTimeout(k.tb.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(k.tb.Context(), time.Minute)
 	defer cancel()
 	resp, err := k.conn(roots, nil).Attest(ctx, &capb.AttestRequest{PublicKey: pub, Evidence: &capb.AttestRequest_Token{Token: token}})
 	if err != nil {
@@ -161,7 +161,7 @@ func byToken(token string) *capb.IssueItem {
 func (a *simAgent) issue(tb testing.TB, item *capb.IssueItem) (id string, refusal *capb.Refusal, err error) {
 	tb.Helper()
 	_, item.PublicKey = newSPKI(tb)
-	ctx, cancel := context.WithTimeout(tb.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(tb.Context(), time.Minute)
 	defer cancel()
 	s, err := a.Issue(ctx)
 	if err != nil {

@@ -413,8 +413,14 @@ func TestWatchFaults(t *testing.T) {
 	})
 	t.Run("pods are seen two seconds late", func(t *testing.T) {
 		p.lag.Store(int64(2 * time.Second))
+		begun := p.begun.Load()
 		p.cut() // the watches that begin now lag
-		time.Sleep(time.Millisecond)
+		kubetest.Poll(t, "all watches to begin again", func() error {
+			if n := p.begun.Load() - begun; n < 3 {
+				return fmt.Errorf("%d have", n)
+			}
+			return nil
+		})
 		lagging := k.lagging(t, agent, p)
 		if lagging < time.Second {
 			t.Errorf("it took %v, the watch lags two seconds", lagging)
@@ -463,6 +469,7 @@ type watchProxy struct {
 	hold    atomic.Bool  // requests wait
 	lag     atomic.Int64 // nanoseconds by which watches that begin lag
 	watches atomic.Int64 // watches that are open
+	begun   atomic.Int64 // watches that began
 
 	noBookmarks atomic.Bool  // as an API server that knows none
 	bookmarks   atomic.Int64 // bookmarks that passed
@@ -526,6 +533,7 @@ func newWatchProxy(t *testing.T, c *kubetest.Cluster) *watchProxy {
 					fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"too old resource version","reason":"Expired","code":410}`)
 					return
 				}
+				p.begun.Add(1)
 				p.watches.Add(1)
 				defer p.watches.Add(-1)
 			}

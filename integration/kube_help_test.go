@@ -35,7 +35,7 @@ func b64(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s
 
 // page is the body and the status of a page of a program.
 func page(url string) (text string, code int, err error) {
-	resp, err := (&http.Client{Timeout: 10 * time.Second}).Get(url)
+	resp, err := (&http.Client{Timeout: time.Minute}).Get(url)
 	if err != nil {
 		return "", 0, err
 	}

@@ -162,7 +162,7 @@ func (n *kubeNode) checked(token string) func(path string) int {
 	s := &standalone{tb: n.tb}
 	client := authv3.NewAuthorizationClient(s.dialAt(n.tmp + "/agent.sock"))
 	return func(path string) int {
-		ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(n.tb.Context(), "authorization", "Bearer "+token), 20*time.Second)
+		ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(n.tb.Context(), "authorization", "Bearer "+token), time.Minute)
 		defer cancel()
 		answer, err := client.Check(ctx, &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
 			Source: &authv3.AttributeContext_Peer{}, Destination: &authv3.AttributeContext_Peer{},

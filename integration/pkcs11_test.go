@@ -131,7 +131,7 @@ func (s *standalone) ready(program string) (int, string) {
 // until polls for something that must come.
 func until(tb testing.TB, what string, f func() bool) {
 	tb.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !f(); {
+	for deadline := time.Now().Add(2 * time.Minute); !f(); {
 		if time.Now().After(deadline) {
 			tb.Fatalf("in vain: %s", what)
 		}
@@ -239,7 +239,7 @@ func TestATokenSignsTheIntermediate(t *testing.T) {
 // refuses runs signet-ca, which must not start, and returns what it says.
 func (s *standalone) refuses(t *testing.T) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.ca, "serve", "--config", filepath.Join(s.dir, "signet-ca.yaml"))
 	cmd.Env = append(os.Environ(), s.env...)

@@ -272,7 +272,7 @@ spec: {rules: [{to: [{operation: {methods: [GET, POST]}}]}]}
 	envoy := envoytest.Start(t, file)
 	envoy.WaitReady(t)
 	at := envoy.Listener(t, "http")
-	client := &http.Client{Timeout: 30 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	client := &http.Client{Timeout: time.Minute, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	ask := func(method, path, body string) (status int, text string, h http.Header) {
 		t.Helper()
 		r, err := http.NewRequest(method, "http://"+at+path, strings.NewReader(body))
@@ -375,7 +375,7 @@ spec: {rules: [{to: [{operation: {methods: [GET, POST]}}]}]}
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 	if b, err := io.ReadAll(c); len(b) > 0 || err != nil && !errors.Is(err, io.EOF) && !strings.Contains(err.Error(), "reset") {
 		t.Errorf("the connection got %q, %v", b, err)
@@ -496,7 +496,7 @@ spec: {action: CUSTOM, provider: {name: them}, rules: [{}]}
 	client := authv3.NewAuthorizationClient(s.dial())
 	check := func(path string, code codes.Code) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(s.as(t.Context(), 0), 30*time.Second)
+		ctx, cancel := context.WithTimeout(s.as(t.Context(), 0), time.Minute)
 		defer cancel()
 		r, err := client.Check(ctx, &authv3.CheckRequest{Attributes: &authv3.AttributeContext{Source: &authv3.AttributeContext_Peer{},
 			Request: &authv3.AttributeContext_Request{Http: &authv3.AttributeContext_HttpRequest{Method: "GET", Path: path, Host: "w0"}}}}, grpc.WaitForReady(true))
@@ -506,7 +506,7 @@ spec: {action: CUSTOM, provider: {name: them}, rules: [{}]}
 	}
 	lines := func(n int) string {
 		t.Helper()
-		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 			b, err := os.ReadFile(file)
 			if err == nil && bytes.Count(b, []byte("\n")) >= n {
 				return string(b)

@@ -244,7 +244,7 @@ func (n *nodes) revoke(t *testing.T, root string) {
 // the intermediate that issued it.
 func (n *nodes) presents(t *testing.T, p proxy) (leaf, intermediate string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn := n.dialAt(p.socket)
 	defer conn.Close()

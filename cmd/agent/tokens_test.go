@@ -226,7 +226,7 @@ spec:
 	}
 	eventually := func(token string, want int) {
 		t.Helper()
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) { // polling a server
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) { // polling a server
 			status, body, _, _ := get("/", "authorization", "Bearer "+token)
 			if status == want {
 				return

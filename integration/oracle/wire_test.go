@@ -43,7 +43,7 @@ type outcome struct {
 	path    string // :path as the filters saw it
 }
 
-const wirePatience = 20 * time.Second
+const wirePatience = time.Minute
 
 // connectionKey names a connection by the port in its PROXY header.
 func connectionKey(port uint32) string { return fmt.Sprintf("port %d", port) }
