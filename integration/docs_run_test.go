@@ -3,6 +3,7 @@ package integration_test
 import (
 	"bytes"
 	"context"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,7 +17,7 @@ import (
 )
 
 // listens are the ports that servers of the pages have.
-var listens = regexp.MustCompile(`127\.0\.0\.1:2[89]\d{3}`)
+var listens = regexp.MustCompile(`127\.0\.0\.1[: ]2[89]\d{3}`)
 
 var block = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```")
 
@@ -45,15 +46,27 @@ func TestDocsCommands(t *testing.T) {
 	}
 }
 
-// elsewhere is a page whose servers have ports that nobody else gets on this machine.
+// elsewhere is a page whose servers have ports and whose files have folders that nobody
+// else has on this machine.
 func elsewhere(t *testing.T, text string) string {
-	addresses := map[string]string{}
-	return listens.ReplaceAllStringFunc(text, func(p string) string {
-		if addresses[p] == "" {
-			addresses[p] = freeAddr(t)
+	t.Helper()
+	ports := map[string]string{}
+	text = listens.ReplaceAllStringFunc(text, func(p string) string {
+		host, port := p[:len("127.0.0.1:")], p[len("127.0.0.1:"):]
+		if ports[port] == "" {
+			_, ports[port], _ = net.SplitHostPort(freeAddr(t))
 		}
-		return addresses[p]
+		return host + ports[port]
 	})
+	for _, parent := range []string{"/tmp/", "/dev/shm/"} {
+		dir, err := os.MkdirTemp(parent, "docs-") // not TempDir: the path of a socket is at most 107 bytes
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		text = strings.ReplaceAll(text, parent+"signet-", dir+"/signet-")
+	}
+	return text
 }
 
 func runPage(t *testing.T, bin, text string) {
