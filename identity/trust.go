@@ -25,7 +25,7 @@ type Trust struct {
 	roots    []*x509.Certificate
 	crls     []*x509.RevocationList
 	revoked  map[string]struct{} // of crls, by revokedName
-	tainted  []string // subject key identifiers, sorted
+	tainted  []string            // subject key identifiers, sorted
 	spread   time.Duration
 }
 
