@@ -2,6 +2,8 @@ package integration_test
 
 import (
 	"context"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -73,5 +75,13 @@ func TestASocketIsForOneAgent(t *testing.T) {
 	defer cancel()
 	if r, err := fetch(s.as(ctx, 0), s.dial(), "default"); err != nil || len(r.GetResources()) == 0 {
 		t.Errorf("%v, %v", r, err)
+	}
+	resp, err := http.Get("http://" + s.http["signet-agent"] + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if b, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(b), `signet_attest_connections{proven="true"} 1`) {
+		t.Errorf("the agent does not count its connections (%v)", err)
 	}
 }

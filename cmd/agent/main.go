@@ -40,6 +40,10 @@ const drain = time.Second
 // nodes, few enough that their stacks take some megabytes at most.
 const streamWorkers = 256
 
+// idle is when a connection is closed that has no stream. One with secrets always has;
+// one that only carried checks is opened again with the next.
+const idle = 10 * time.Minute
+
 // handover is how long a predecessor may take to leave.
 const handover = 5 * time.Second
 
@@ -195,9 +199,13 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		return err
 	}
 
+	creds, err := attest.Credentials(attest.ConnectionsConfig{Metrics: reg})
+	if err != nil {
+		return err
+	}
 	open := run.NewStreams()
 	server := grpc.NewServer(
-		grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
+		grpc.Creds(creds), grpc.ForceServerCodecV2(extauthz.Codec()),
 		// The tap comes before any message is read: nobody without a proof makes the
 		// agent hold more than headers.
 		grpc.InTapHandle(gate.Tap),
@@ -210,7 +218,7 @@ func serve(ctx context.Context, path, node string, stdout, stderr io.Writer) err
 		// some kilobytes, and Envoy opens another connection where streams run out.
 		grpc.MaxRecvMsgSize(256<<10), grpc.MaxHeaderListSize(32<<10), grpc.MaxConcurrentStreams(1000),
 		grpc.ConnectionTimeout(10*time.Second),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idle, Time: time.Minute, Timeout: 20 * time.Second}),
 	)
 	streams.Register(server)
 	checks.Register(server)

@@ -268,7 +268,7 @@ func (a *Attestor) attestOn(ctx context.Context, on *connection, token string) (
 		return identity.Workload{}, time.Time{}, err
 	}
 	if on != nil {
-		on.last.Store(&presented{token, p})
+		on.accepted(token, p)
 	}
 	return w, until, nil
 }

@@ -2,6 +2,7 @@ package attest_test
 
 import (
 	"context"
+	"net"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -62,10 +63,16 @@ func BenchmarkGateUnary(b *testing.B) {
 	ctx := metadata.NewIncomingContext(context.Background(), metadata.Pairs("authorization", "Bearer "+w.issuer.Token(server, audience)))
 	ctx, cancel := context.WithTimeout(ctx, 1<<36) // as Envoy sets one, so that none is needed
 	defer cancel()
-	_, on, err := attest.Credentials().ServerHandshake(nil)
+	creds, err := attest.Credentials(attest.ConnectionsConfig{})
 	if err != nil {
 		b.Fatal(err)
 	}
+	near, _ := net.Pipe()
+	c, on, err := creds.ServerHandshake(near)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
 	connected := peer.NewContext(ctx, &peer.Peer{AuthInfo: on})
 	info := &grpc.UnaryServerInfo{FullMethod: "/envoy.service.auth.v3.Authorization/Check"}
 	handler := func(ctx context.Context, _ any) (any, error) {

@@ -64,5 +64,7 @@
 // holds the issuer's key, can be any pod that is in the view, and nothing that is
 // not in it. One who can change the view of the pods but has no token can at most
 // refuse service. One who sends arbitrary bytes can cost a signature
-// verification each (some 100 µs) and a line of log at a bounded rate.
+// verification each (some 100 µs) and a line of log at a bounded rate. One who opens
+// connections without a token keeps others out only with as many processes as there may
+// be such connections ([ConnectionsConfig]).
 package attest

@@ -108,7 +108,11 @@ func newGated(t *testing.T, change ...func(*attest.GateConfig)) *gated {
 			g.mu.Unlock()
 		}
 	}
-	server := grpc.NewServer(grpc.Creds(attest.Credentials()), grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream))
+	creds, err := attest.Credentials(attest.ConnectionsConfig{Metrics: g.reg})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.Creds(creds), grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream))
 	server.RegisterService(&grpc.ServiceDesc{
 		ServiceName: "test.Gated", HandlerType: (*any)(nil),
 		Methods: []grpc.MethodDesc{{MethodName: "Ask", Handler: unary}, {MethodName: "Open", Handler: unary}, {MethodName: "Slow", Handler: unary}},

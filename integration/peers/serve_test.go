@@ -187,7 +187,9 @@ func serveSignet(policies int) (*grpc.Server, func()) {
 	must(err)
 	checks, err := extauthz.New(extauthz.Config{Snapshot: snapshot.Load})
 	must(err)
-	s := grpc.NewServer(grpc.NumStreamWorkers(streamWorkers), grpc.Creds(attest.Credentials()), grpc.ForceServerCodecV2(extauthz.Codec()),
+	creds, err := attest.Credentials(attest.ConnectionsConfig{})
+	must(err)
+	s := grpc.NewServer(grpc.NumStreamWorkers(streamWorkers), grpc.Creds(creds), grpc.ForceServerCodecV2(extauthz.Codec()),
 		grpc.InTapHandle(gate.Tap), grpc.UnaryInterceptor(gate.Unary), grpc.StreamInterceptor(gate.Stream),
 		grpc.MaxRecvMsgSize(256<<10), grpc.MaxHeaderListSize(32<<10), grpc.MaxConcurrentStreams(1000))
 	checks.Register(s)
