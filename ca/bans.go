@@ -49,6 +49,7 @@ type bansState struct {
 	said uint64
 	// number is the record of that, if there is one, and numberAt its revision in the store.
 	number, numberAt uint64
+	numberRest       storage.Rest
 	// records are all that are remembered, by subject.
 	records map[string]banRecord
 	// set are those in force.
@@ -89,7 +90,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		case strings.HasPrefix(e.Key, revocation.SerialsPrefix):
 			parts = append(parts, e)
 		case e.Key == replica.BanRevisionKey:
-			if s.number, err = replica.ParseBanRevision(e); err != nil {
+			if s.number, s.numberRest, err = replica.ParseBanRevision(e); err != nil {
 				return err
 			}
 			s.numberAt = e.Revision
@@ -165,7 +166,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 func (a *Authority) commitBans(ctx context.Context, s *bansState, conds []storage.Cond, ops []storage.Op) error {
 	// It stays above the store's revision, which builds say that do not know this record,
 	// for as long as replicas of both kinds run.
-	value, err := replica.EncodeBanRevision(max(s.number, s.revision) + 1)
+	value, err := replica.EncodeBanRevision(max(s.number, s.revision)+1, s.numberRest)
 	if err != nil {
 		return err
 	}

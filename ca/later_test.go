@@ -104,8 +104,10 @@ func TestWhatALaterVersionWroteStays(t *testing.T) {
 	}
 	ban := bans[0].Key
 	later(t, store, ban)
+	later(t, store, "ban-revision")
 	must(op.RemoveBan(t.Context(), &capb.RemoveBanRequest{Subject: banned, Reason: "it is over"}))
 	check(ban, 1, `"reason":"it is over"`, `"logged":true`)
+	check("ban-revision", 1)
 	later(t, store, ban) // how it ended, too
 	edit(t, store, ban, func(r map[string]any) { r["logged"] = false })
 	for range 2 { // the first finds that it knows an older record

@@ -2,7 +2,6 @@ package replica
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -22,9 +21,10 @@ type banRevision struct {
 	Revision uint64 `json:"revision"`
 }
 
-// EncodeBanRevision is the revision of the bans as it is stored.
-func EncodeBanRevision(revision uint64) ([]byte, error) {
-	b, err := json.Marshal(banRevision{banRevisionVersion, revision})
+// EncodeBanRevision is the revision of the bans as it is stored, with what else the record
+// had that it takes the place of.
+func EncodeBanRevision(revision uint64, rest storage.Rest) ([]byte, error) {
+	b, err := storage.EncodeRecord(banRevision{banRevisionVersion, revision}, rest)
 	if err == nil && revision == 0 {
 		err = errors.New("it begins at 1")
 	}
@@ -34,10 +34,10 @@ func EncodeBanRevision(revision uint64) ([]byte, error) {
 	return b, nil
 }
 
-// ParseBanRevision reads the one of the store.
-func ParseBanRevision(e storage.Entry) (uint64, error) {
+// ParseBanRevision reads the one of the store, and the rest of its record.
+func ParseBanRevision(e storage.Entry) (revision uint64, rest storage.Rest, err error) {
 	var r banRevision
-	err := json.Unmarshal(e.Value, &r)
+	rest, err = storage.ParseRecord(e.Value, &r)
 	switch {
 	case err != nil:
 	case r.Version > banRevisionVersion:
@@ -46,9 +46,9 @@ func ParseBanRevision(e storage.Entry) (uint64, error) {
 		err = errors.New("it is none")
 	}
 	if err != nil {
-		return 0, fmt.Errorf("reading the revision of the bans: %w", err)
+		return 0, "", fmt.Errorf("reading the revision of the bans: %w", err)
 	}
-	return r.Revision, nil
+	return r.Revision, rest, nil
 }
 
 // numberBans gives the bans of a state of an earlier build a revision of their own, before
@@ -63,7 +63,7 @@ func numberBans(ctx context.Context, s storage.Store) error {
 			return nil // or another build has begun to move it, and ends that
 		}
 	}
-	value, err := EncodeBanRevision(revision + 1)
+	value, err := EncodeBanRevision(revision+1, "")
 	if err != nil {
 		return err
 	}
