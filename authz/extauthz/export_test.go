@@ -57,7 +57,10 @@ func lazyRead(b []byte, want *authz.Request) error {
 	if err := FromBytes(b, 0, &r); err != nil {
 		return fmt.Errorf("without headers: %w", err)
 	}
-	r.Headers, r.Known = want.Headers, r.Known|want.Known&authz.FieldHeaders
+	if r.Claims != nil || r.Metadata != nil || r.Known&authz.FieldClaims != 0 {
+		return errors.New("claims were read that nobody needs")
+	}
+	r.Headers, r.Claims, r.Known = want.Headers, want.Claims, r.Known|want.Known&(authz.FieldHeaders|authz.FieldClaims)
 	if r.Known != want.Known || string(r.Path) != string(want.Path) || string(r.Method) != string(want.Method) || string(r.Host) != string(want.Host) ||
 		string(r.Principal) != string(want.Principal) || r.SourceIP != want.SourceIP || !proto.Equal(r.Claims, want.Claims) {
 		return fmt.Errorf("without headers it is\n%+v\nwith them\n%+v", r, *want)
@@ -133,7 +136,7 @@ func ScanAgrees(b []byte) (valid bool, err error) {
 	if both := len(scanned.raw) > 0 && len(scanned.joined.list) > 0; !both && len(less.Headers) > 0 {
 		return true, errors.New("headers were read that nobody needs")
 	}
-	less.Headers, less.Known = got.Headers, less.Known|got.Known&authz.FieldHeaders
+	less.Headers, less.Known = got.Headers, less.Known|got.Known&(authz.FieldHeaders|authz.FieldClaims)
 	if less.Known != got.Known || string(less.Path) != string(got.Path) || string(less.Method) != string(got.Method) {
 		return true, fmt.Errorf("without headers it is\n%+v", less)
 	}

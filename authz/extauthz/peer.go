@@ -14,7 +14,8 @@ const (
 	// maxPeers is how many certificates each of two generations remembers.
 	maxPeers = 512
 	// maxMetadata is how much metadata of filters each of two generations
-	// remembers, of at most that many bytes.
+	// remembers, of at most that many bytes, as long as it is no more than
+	// maxRememberedWeight.
 	maxMetadata, maxMetadataSize = 512, 8 << 10
 )
 
@@ -40,7 +41,7 @@ func (rd *reader) certificate(encoded string) (*peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	rd.peers.put(encoded, p)
+	rd.peers.put(encoded, p, 2*len(encoded))
 	return p, nil
 }
 

@@ -14,37 +14,53 @@ type remembered[V any] struct {
 	mu sync.RWMutex
 	// Two generations, guarded by mu: when the young one is full it becomes the
 	// old one, and what was not used since then is forgotten.
-	young, old map[string]V
+	young, old map[string]rememberedValue[V]
+	// heavy is the weight of the young one, guarded by mu.
+	heavy int
 }
+
+type rememberedValue[V any] struct {
+	v      V
+	weight int
+}
+
+// maxRememberedWeight is how much memory, about, each generation takes at most, in
+// bytes.
+const maxRememberedWeight = 4 << 20
 
 func (r *remembered[V]) get(text string) (v V, ok bool) {
 	if r == nil {
 		return v, false
 	}
 	r.mu.RLock()
-	v, young := r.young[text]
+	e, young := r.young[text]
 	if !young {
-		v, ok = r.old[text]
+		e, ok = r.old[text]
 	}
 	r.mu.RUnlock()
 	if young {
-		return v, true
+		return e.v, true
 	}
 	if ok {
-		r.put(text, v)
+		r.put(text, e.v, e.weight)
 	}
-	return v, ok
+	return e.v, ok
 }
 
-// put remembers v, which must not be changed any more; it copies the text.
-func (r *remembered[V]) put(text string, v V) {
-	if r == nil || len(text) > r.longest {
+// put remembers v, which must not be changed any more; it copies the text. weight is
+// about how many bytes v takes.
+func (r *remembered[V]) put(text string, v V, weight int) {
+	if r == nil || len(text) > r.longest || weight+len(text) > maxRememberedWeight {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.young) >= r.most || r.young == nil {
-		r.old, r.young = r.young, make(map[string]V)
+	if _, there := r.young[text]; there {
+		return
 	}
-	r.young[strings.Clone(text)] = v
+	if len(r.young) >= r.most || r.young == nil || r.heavy+weight+len(text) > maxRememberedWeight {
+		r.old, r.young, r.heavy = r.young, make(map[string]rememberedValue[V]), 0
+	}
+	r.young[strings.Clone(text)] = rememberedValue[V]{v, weight}
+	r.heavy += weight + len(text)
 }

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -81,6 +80,7 @@ func malformed(detail string) error { return &RequestError{ReasonRequest, detail
 //   - The claims are the payload that jwt_authn has left in the metadata context.
 //     Without it no token was verified. Metadata of other filters is known where
 //     it is there.
+//   - Metadata of more than 64 KiB, or of more than 8192 values, is an error.
 //   - A request without HTTP attributes is a TCP connection.
 //
 // The path keeps its query; Decide cuts it. The query and fragment fields are not
@@ -93,8 +93,8 @@ func FromCheckRequest(r *authv3.CheckRequest, into *authz.Request) error {
 }
 
 // FromBytes is FromCheckRequest of a CheckRequest in bytes, with which into then
-// shares memory. Headers are left out and unknown where they are not needed
-// (Program.Reads). Bytes that proto.Unmarshal refuses are an error for
+// shares memory. Headers, and claims and metadata, are left out and unknown where they
+// are not needed (Program.Reads). Bytes that proto.Unmarshal refuses are an error for
 // [ReasonRequest].
 func FromBytes(message []byte, needed authz.Field, into *authz.Request) error {
 	var a attributes
@@ -120,7 +120,7 @@ func (rd *reader) read(a *attributes, needed authz.Field, into *authz.Request) e
 		return malformed("it has no attributes")
 	}
 	// Bytes that cannot be read come before everything else.
-	if err := rd.readMetadata(a, into); err != nil {
+	if err := rd.readMetadata(a, needed, into); err != nil {
 		return err
 	}
 	if a.source.there {
@@ -164,6 +164,9 @@ func (rd *reader) read(a *attributes, needed authz.Field, into *authz.Request) e
 	if err := readHeaders(a, needed, into); err != nil {
 		return err
 	}
+	if needed&(authz.FieldClaims|authz.FieldMetadata) == 0 {
+		return nil
+	}
 	return readClaims(into)
 }
 
@@ -185,33 +188,6 @@ func (a *attributes) serverName(service []byte, into *authz.Request) {
 
 // cleaned reports whether Envoy may have replaced bytes of b.
 func cleaned(b []byte) bool { return bytes.IndexByte(b, '!') >= 0 }
-
-// readMetadata reads the metadata of filters. One message is like many others: of
-// requests with the same token.
-func (rd *reader) readMetadata(a *attributes, into *authz.Request) error {
-	switch {
-	case a.metadata != nil:
-		into.Metadata = a.metadata.GetFilterMetadata()
-	case len(a.metadataBytes) == 1:
-		var ok bool
-		if into.Metadata, ok = rd.metadata.get(textOf(a.metadataBytes[0])); ok {
-			return nil
-		}
-		fallthrough
-	case len(a.metadataBytes) > 0:
-		var m corev3.Metadata
-		for _, b := range a.metadataBytes {
-			if unmarshalPart(b, &m) != nil {
-				return errMessage
-			}
-		}
-		into.Metadata = m.GetFilterMetadata()
-		if len(a.metadataBytes) == 1 {
-			rd.metadata.put(textOf(a.metadataBytes[0]), into.Metadata)
-		}
-	}
-	return nil
-}
 
 // errMessage says that the bytes are none of a CheckRequest.
 var errMessage = malformed("its bytes are no CheckRequest")

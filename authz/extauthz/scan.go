@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"unicode/utf8"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
@@ -221,7 +220,7 @@ func (a *attributes) attributes(b []byte) bool {
 			ok = a.session(data)
 		case attrRouteMetadata:
 			// Nobody reads it.
-			ok = unmarshalPart(data, new(corev3.Metadata)) == nil
+			ok = new(unpacked).metadata(data, metadataDepth)
 		}
 		if !ok {
 			return false
@@ -234,7 +233,7 @@ func (a *attributes) attributes(b []byte) bool {
 // unmarshalPart reads a part of a message that lies as deep in it as metadata, on
 // top of what m has.
 func unmarshalPart(b []byte, m proto.Message) error {
-	return proto.UnmarshalOptions{Merge: true, RecursionLimit: protowire.DefaultRecursionLimit - 2}.Unmarshal(b, m)
+	return proto.UnmarshalOptions{Merge: true, RecursionLimit: metadataDepth}.Unmarshal(b, m)
 }
 
 func (a *attributes) session(b []byte) bool {

@@ -77,7 +77,7 @@ func (h *httpAsker) ask(ctx context.Context, message []byte) (extauthz.ProviderA
 	if err != nil {
 		return extauthz.ProviderAnswer{}, err
 	}
-	r, err := h.request(ctx, check.GetAttributes().GetRequest().GetHttp())
+	r, err := h.request(ctx, check)
 	if err != nil {
 		return extauthz.ProviderAnswer{}, err
 	}

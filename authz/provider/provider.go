@@ -1,6 +1,7 @@
 package provider
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,6 +15,7 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/authz/extauthz"
@@ -210,11 +212,36 @@ func (a Address) tlsConfig() (*tls.Config, error) {
 	return c, nil
 }
 
-// readRequest reads a CheckRequest.
-func readRequest(message []byte) (*authv3.CheckRequest, error) {
-	r := &authv3.CheckRequest{}
-	if err := proto.Unmarshal(message, r); err != nil {
-		return nil, errors.New("the check is none")
+// readRequest reads what a CheckRequest says of the HTTP request, or nil. The rest is
+// not read: metadata takes many times its size.
+func readRequest(message []byte) (*authv3.AttributeContext_HttpRequest, error) {
+	// Parts of a message that is there several times are one, one after the other.
+	parts := [][]byte{message}
+	for _, number := range []protowire.Number{1, 4, 2} { // attributes, request, http
+		var within [][]byte
+		for _, b := range parts {
+			for len(b) > 0 {
+				num, kind, n := protowire.ConsumeField(b)
+				if n < 0 {
+					return nil, errNone
+				}
+				if num == number && kind == protowire.BytesType {
+					_, _, tag := protowire.ConsumeTag(b)
+					data, _ := protowire.ConsumeBytes(b[tag:n])
+					within = append(within, data)
+				}
+				b = b[n:]
+			}
+		}
+		if parts = within; len(parts) == 0 {
+			return nil, nil
+		}
+	}
+	r := &authv3.AttributeContext_HttpRequest{}
+	if err := proto.Unmarshal(bytes.Join(parts, nil), r); err != nil {
+		return nil, errNone
 	}
 	return r, nil
 }
+
+var errNone = errors.New("the check is none")

@@ -225,7 +225,10 @@ func (r *Recorder) record(it *item) {
 	rec := &it.Record
 	// All of the message, of which the decision may have needed less. An error is
 	// why it was not read then either.
-	_ = extauthz.FromBytes(it.message, authz.FieldsHTTP, &rec.Request)
+	if extauthz.FromBytes(it.message, authz.FieldsHTTP, &rec.Request) != nil && it.program != nil {
+		// Metadata that is too much and that the decision did not need is not shown.
+		_ = extauthz.FromBytes(it.message, authz.FieldsHTTP&^(authz.FieldClaims|authz.FieldMetadata), &rec.Request)
+	}
 	if rec.Request.Claims == nil && it.claims != nil {
 		rec.Request.Claims = it.claims
 		rec.Request.Known |= authz.FieldClaims
