@@ -33,8 +33,14 @@ type saved struct {
 	file  *holder.StateFile // nil: nothing is kept
 	state holder.State      // what a predecessor left; zero if there is nothing
 	log   *slog.Logger
-	// trust is the sequence of the trust that was saved last.
-	trust identity.Watched[uint64]
+	// kept is what a restart would find.
+	kept identity.Watched[kept]
+}
+
+// kept is what is in the state file.
+type kept struct {
+	trust uint64 // the sequence of the trust that was saved last
+	gone  bool   // nothing is there: it had to be removed, and could not be saved since
 }
 
 // acknowledged bounds what is acknowledged by what a restart would find again: an
@@ -43,9 +49,11 @@ func (s *saved) acknowledged(sequence uint64, changed <-chan struct{}) (uint64, 
 	if s.file == nil {
 		return sequence, changed // a successor begins with what the authority says
 	}
-	saved, later := s.trust.Load()
-	if saved < sequence {
-		return saved, later
+	switch kept, later := s.kept.Load(); {
+	case kept.gone:
+		return sequence, changed // as without a file
+	case kept.trust < sequence:
+		return kept.trust, later
 	}
 	return sequence, changed
 }
@@ -87,7 +95,7 @@ func openSaved(c config, td spiffeid.TrustDomain, log *slog.Logger) (*saved, err
 	}
 	s.state = state
 	if state.Trust != nil {
-		s.trust.Store(state.Trust.Sequence())
+		s.kept.Store(kept{trust: state.Trust.Sequence()})
 	}
 	return s, nil
 }
@@ -168,9 +176,7 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		case err == nil && failing:
 			s.log.Info("state is saved again")
 		}
-		if err == nil && trust != nil && s.trust.Value() != trust.Sequence() {
-			s.trust.Store(trust.Sequence())
-		}
+		s.note(trust, err)
 		failing = err != nil
 		if ctx.Err() != nil {
 			close(done)
@@ -207,6 +213,24 @@ func (s *saved) keep(ctx context.Context, client *caclient.Client, svids *holder
 		case <-ctx.Done():
 		case <-time.After(settle):
 		}
+	}
+}
+
+// note takes note of what a restart would find after trust was to be saved.
+func (s *saved) note(trust *identity.Trust, err error) {
+	was := s.kept.Value()
+	now := was
+	switch {
+	case errors.Is(err, holder.ErrStateRemoved):
+		now.gone = true
+	case err == nil:
+		now.gone = false
+		if trust != nil {
+			now.trust = trust.Sequence()
+		}
+	}
+	if now != was {
+		s.kept.Store(now)
 	}
 }
 

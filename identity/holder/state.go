@@ -33,6 +33,9 @@ var ErrNewerState = errors.New("agent state has a newer format")
 // ErrStateInUse says that another process has the folder of the state.
 var ErrStateInUse = errors.New("another process has it")
 
+// ErrStateRemoved says that a state that was saved is there no more.
+var ErrStateRemoved = errors.New("the old state was removed")
+
 // errSwap is the reason to remove a state that was saved already.
 var errSwap = errors.New("this machine has swap")
 
@@ -435,7 +438,7 @@ func (f *StateFile) load(now time.Time) (s State, err error) {
 
 // Save replaces the state by s. When it fails the old state is what Load finds,
 // with one exception: if swap was turned on meanwhile and may not be used, the
-// old state is removed and the error, an [ErrNoState], says so.
+// old state is removed and the error, an [ErrNoState] and [ErrStateRemoved], says so.
 func (f *StateFile) Save(s State) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -454,7 +457,7 @@ func (f *StateFile) save(s State) error {
 		if gone := f.root.Remove(stateName); gone != nil && !errors.Is(gone, fs.ErrNotExist) {
 			return fmt.Errorf("%w; the old state could not be removed: %w", err, gone)
 		}
-		return fmt.Errorf("%w; the old state was removed", err)
+		return fmt.Errorf("%w; %w", err, ErrStateRemoved)
 	case err != nil:
 		return err
 	}

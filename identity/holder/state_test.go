@@ -718,14 +718,14 @@ func TestSwapThatIsTurnedOnEndsTheState(t *testing.T) {
 	must(t, f.Save(fullState(a)))
 	// What cannot be known for a moment removes nothing.
 	f.SetSwaps(dir)
-	if err := f.Save(fullState(a)); !errors.Is(err, holder.ErrNoState) || len(list(t, dir)) != 1 {
+	if err := f.Save(fullState(a)); !errors.Is(err, holder.ErrNoState) || errors.Is(err, holder.ErrStateRemoved) || len(list(t, dir)) != 1 {
 		t.Errorf("Save = %v, and there is %v", err, list(t, dir))
 	}
 	f.SetSwaps(swaps)
 	must(t, os.WriteFile(swaps, []byte(heading+"/swapfile file 1024 0 -2\n"), 0o600))
 	err := f.Save(fullState(a))
 	// The mount is found, it is the test's disk, and has no such option.
-	if !errors.Is(err, holder.ErrNoState) || !strings.Contains(err.Error(), "the old state was removed") {
+	if !errors.Is(err, holder.ErrNoState) || !errors.Is(err, holder.ErrStateRemoved) {
 		t.Errorf("Save = %v", err)
 	}
 	if names := list(t, dir); len(names) != 0 {
