@@ -463,15 +463,7 @@ func (a *Authority) counting() (out []rotation.Agent) {
 var endOfTime = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 
 // nodeGone reports whether no pod is left on the node that an agent was attested on.
-func (a *Authority) nodeGone(r *agent) bool {
-	pods, _ := a.cfg.Pods.OnNode(r.Node)
-	for _, w := range pods {
-		if w.NodeUID == "" || r.NodeUID == "" || w.NodeUID == r.NodeUID {
-			return false
-		}
-	}
-	return true
-}
+func (a *Authority) nodeGone(r *agent) bool { return !a.cfg.Pods.HasNode(r.Node, r.NodeUID) }
 
 // behind are the nodes of agents that count and have not acknowledged a state of trust.
 func (a *Authority) behind(sequence uint64, now time.Time) (nodes []string) {

@@ -13,9 +13,13 @@ type Pods struct {
 	mu    sync.RWMutex
 	byUID map[string]Workload            // guarded by mu
 	nodes map[string]map[string]struct{} // node → pod UIDs; guarded by mu
-	// changed holds, for each node that somebody waits on, the channel that is
-	// closed at the next change of that node's pods. Guarded by mu.
+	// changed holds, for each node that has pods and that somebody waits on, the
+	// channel that is closed at the next change of that node's pods. Guarded by mu.
 	changed map[string]chan struct{}
+	// first is closed when a node gets its first pod. Who waits on a node without pods
+	// waits on it: nodes may be asked for by any name. Guarded by mu; nil until
+	// somebody waits.
+	first chan struct{}
 }
 
 // Lookup is the pod with that UID; ok is false if it is not in the set.
@@ -27,7 +31,8 @@ func (p *Pods) Lookup(uid string) (w Workload, ok bool) {
 }
 
 // OnNode is the pods of a node, ordered by UID, and a channel that is closed
-// when another call would answer differently.
+// when another call would answer differently. Where there are none it may also be closed
+// without a difference.
 func (p *Pods) OnNode(node string) (pods []Workload, changed <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -35,6 +40,12 @@ func (p *Pods) OnNode(node string) (pods []Workload, changed <-chan struct{}) {
 		pods = append(pods, p.byUID[uid])
 	}
 	slices.SortFunc(pods, func(a, b Workload) int { return strings.Compare(a.PodUID, b.PodUID) })
+	if len(pods) == 0 {
+		if p.first == nil {
+			p.first = make(chan struct{})
+		}
+		return nil, p.first
+	}
 	c := p.changed[node]
 	if c == nil {
 		c = make(chan struct{})
@@ -44,6 +55,19 @@ func (p *Pods) OnNode(node string) (pods []Workload, changed <-chan struct{}) {
 		p.changed[node] = c
 	}
 	return pods, c
+}
+
+// HasNode reports whether a pod is on that node. Where both are known, the UID of the
+// pod's node must be nodeUID: another node may have the same name.
+func (p *Pods) HasNode(node, nodeUID string) bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	for uid := range p.nodes[node] {
+		if has := p.byUID[uid].NodeUID; has == "" || nodeUID == "" || has == nodeUID {
+			return true
+		}
+	}
+	return false
 }
 
 // Find is a pod of that namespace and service account on that node, the one with
@@ -129,6 +153,10 @@ func (p *Pods) set(w Workload) {
 	p.byUID[w.PodUID] = w
 	if p.nodes[w.Node] == nil {
 		p.nodes[w.Node] = map[string]struct{}{}
+		if p.first != nil {
+			close(p.first)
+			p.first = nil
+		}
 	}
 	p.nodes[w.Node][w.PodUID] = struct{}{}
 	p.signal(w.Node)

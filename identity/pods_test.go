@@ -62,6 +62,70 @@ func TestPodsTellOnlyWhoIsConcerned(t *testing.T) {
 	}
 }
 
+// TestNodesThatWereAskedForAreForgotten: whoever asks for a node by a name that nobody
+// has, or that nobody has any more, leaves nothing behind, and is woken when it comes.
+func TestNodesThatWereAskedForAreForgotten(t *testing.T) {
+	p := &identity.Pods{}
+	const n = 10_000
+	name := func(i int) string { return fmt.Sprint("node-", i) }
+	var waiting []<-chan struct{}
+	for i := range n {
+		_, c := p.OnNode(name(i))
+		waiting = append(waiting, c)
+	}
+	if kept := p.Waiting(); kept != 1 {
+		t.Errorf("%d channels for names that nobody has", kept)
+	}
+	for i := range n {
+		p.Set(pod(name(i), name(i)))
+		if !isClosed(waiting[i]) {
+			t.Fatalf("who waits for %s was not woken", name(i))
+		}
+		_, waiting[i] = p.OnNode(name(i))
+	}
+	for i := range n {
+		if isClosed(waiting[i]) {
+			t.Fatalf("the first pod of another node woke who waits for %s", name(i))
+		}
+	}
+	_, nobody := p.OnNode("node")
+	for i := range n {
+		p.Delete(name(i))
+		if !isClosed(waiting[i]) || isClosed(nobody) {
+			t.Fatalf("after the last pod of %s: woken %v, others %v", name(i), isClosed(waiting[i]), isClosed(nobody))
+		}
+	}
+	p.Set(pod("1", "a"))
+	p.Delete("1")
+	if kept := p.Waiting(); kept != 0 {
+		t.Errorf("%d channels are left, and there is no pod", kept)
+	}
+}
+
+func TestHasNode(t *testing.T) {
+	p := &identity.Pods{}
+	w := pod("1", "a")
+	w.NodeUID = "uid-a"
+	p.Replace([]identity.Workload{w, pod("2", "b")})
+	for _, c := range []struct {
+		node, uid string
+		want      bool
+	}{
+		{"a", "uid-a", true}, {"a", "", true}, {"a", "uid-of-before", false}, {"b", "uid-b", true}, {"c", "", false}, {"", "", false},
+	} {
+		if got := p.HasNode(c.node, c.uid); got != c.want {
+			t.Errorf("HasNode(%q, %q) = %v", c.node, c.uid, got)
+		}
+	}
+	if p.Waiting() != 0 {
+		t.Error("looking keeps a channel")
+	}
+	p.Delete("1")
+	if p.HasNode("a", "") {
+		t.Error("its last pod has gone")
+	}
+}
+
 // TestPodsAgreeWithAMap compares random changes with a plain map, under
 // concurrent readers.
 func TestPodsAgreeWithAMap(t *testing.T) {
