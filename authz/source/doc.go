@@ -79,7 +79,9 @@
 // from public addresses, and from others where the configuration allows them. The
 // address is checked when it is connected to, so that neither a redirect nor a name
 // that resolves to something else leads elsewhere; no proxy is used. Answers are
-// bounded in size and time, sets in number, for each namespace too.
+// bounded in size and time, sets in number, for each namespace too, and fetches that go
+// on at once: servers that do not answer hold up nobody but the namespaces that name
+// them.
 //
 // A set is fetched again every twenty minutes, and when a token has the ID of a key
 // that is not in it (every ten seconds at most, every minute if that finds nothing

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -41,8 +42,10 @@ const (
 	// maxKeySets bounds the sets of a node, and maxNamespaceKeySets those that the
 	// policies of one namespace can have fetched: nobody takes away others' keys.
 	maxKeySets, maxNamespaceKeySets = 256, 32
-	// maxKeyFetches is how many are fetched at once.
-	maxKeyFetches = 8
+	// maxKeyFetches is how many are fetched at once, and maxNamespaceKeyFetches how many
+	// of them for the policies of one namespace: servers that do not answer hold up the
+	// keys of that one.
+	maxKeyFetches, maxNamespaceKeyFetches = 8, 2
 	// maxSavedKeys bounds one set that is saved.
 	maxSavedKeys = 128 << 10
 )
@@ -107,6 +110,9 @@ type keySet struct {
 	unknown atomic.Bool // a token with an unknown key came since it was last fetched
 	text    []byte
 	timeout time.Duration
+	// namespaces are those of the rules that want it, in their order; one may be there
+	// more than once.
+	namespaces []string
 	// due is when it is fetched next; tried when it was last.
 	due, tried time.Time
 	fetching   bool
@@ -179,10 +185,11 @@ func (k *KeySets) UnknownKey(rule *authz.TokenRule) {
 
 // fetched is the end of a fetch.
 type fetched struct {
-	set  *keySet
-	text []byte
-	keys *token.Keys
-	err  error
+	set       *keySet
+	namespace string // that it was for
+	text      []byte
+	keys      *token.Keys
+	err       error
 }
 
 // Run fetches until ctx ends.
@@ -190,12 +197,13 @@ func (k *KeySets) Run(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	done := make(chan fetched, maxKeyFetches)
-	fetching := 0
+	var slots keySlots
 	for {
 		rules, changed := k.cfg.Rules()
 		now := time.Now()
 		sets := k.want(rules, now)
 		next := now.Add(keyLinger)
+		var due []*keySet
 		for _, s := range sets {
 			if s.fetching || !s.unwanted.IsZero() {
 				continue
@@ -207,16 +215,15 @@ func (k *KeySets) Run(ctx context.Context) error {
 				next = minTime(next, s.due)
 				continue
 			}
-			if fetching == maxKeyFetches {
-				continue // the end of one comes back here
-			}
-			fetching++
+			due = append(due, s)
+		}
+		for s, namespace := range slots.next(due) { // the end of one comes back here for the others
 			s.fetching, s.tried = true, now
 			s.unknown.Store(false)
 			origin, timeout := s.keyOrigin, s.timeout
 			running.Go(func() {
 				text, keys, err := k.fetch(ctx, origin, timeout)
-				done <- fetched{s, text, keys, err}
+				done <- fetched{s, namespace, text, keys, err}
 			})
 		}
 		timer := time.NewTimer(time.Until(next))
@@ -228,10 +235,55 @@ func (k *KeySets) Run(ctx context.Context) error {
 		case <-k.poked:
 		case <-timer.C:
 		case f := <-done:
-			fetching--
+			slots.end(f.namespace)
 			k.take(f)
 		}
 		timer.Stop()
+	}
+}
+
+// keySlots are the fetches that go on.
+type keySlots struct {
+	all int
+	of  map[string]int // by namespace
+}
+
+// next iterates over those sets that may be fetched now, of sets that are due, by the
+// time since when they are; each takes a slot, for one of the namespaces that want it.
+// Namespaces take turns: those with the fewest fetches come first.
+func (s *keySlots) next(due []*keySet) iter.Seq2[*keySet, string] {
+	return func(yield func(*keySet, string) bool) {
+		if s.of == nil {
+			s.of = map[string]int{}
+		}
+		for n := range maxNamespaceKeyFetches {
+			for i, set := range due {
+				if s.all == maxKeyFetches {
+					return
+				}
+				if set == nil {
+					continue
+				}
+				free := slices.IndexFunc(set.namespaces, func(ns string) bool { return s.of[ns] <= n })
+				if free < 0 {
+					continue
+				}
+				due[i] = nil
+				s.all++
+				s.of[set.namespaces[free]]++
+				if !yield(set, set.namespaces[free]) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// end gives a slot back.
+func (s *keySlots) end(namespace string) {
+	s.all--
+	if s.of[namespace]--; s.of[namespace] == 0 {
+		delete(s.of, namespace)
 	}
 }
 
@@ -265,7 +317,12 @@ func (k *KeySets) want(rules []*authz.TokenRule, now time.Time) []*keySet {
 				if s == nil {
 					s = &keySet{keyOrigin: o, due: now}
 				}
+				s.namespaces = s.namespaces[:0]
 				after[o] = s
+			}
+			s = after[o]
+			if n := len(s.namespaces); n == 0 || s.namespaces[n-1] != r.Namespace {
+				s.namespaces = append(s.namespaces, r.Namespace)
 			}
 			timeouts[o] = max(timeouts[o], ruleTimeout(r))
 		}

@@ -61,7 +61,7 @@ func wants(rules ...*authz.TokenRule) *wantedRules {
 // issuers stands for the network: what it answers by URL, and how often it was asked.
 type issuers struct {
 	mu      sync.Mutex
-	answers map[string]string // a missing one is an error, "500" a status
+	answers map[string]string // a missing one is an error, "500" a status, "hang" none
 	asked   map[string]int
 }
 
@@ -81,14 +81,18 @@ func (i *issuers) times(url string) int {
 }
 
 func (i *issuers) RoundTrip(r *http.Request) (*http.Response, error) {
+	url := r.URL.String()
 	i.mu.Lock()
-	defer i.mu.Unlock()
 	if i.asked == nil {
 		i.asked = map[string]int{}
 	}
-	url := r.URL.String()
 	i.asked[url]++
 	a, ok := i.answers[url]
+	i.mu.Unlock()
+	if a == "hang" {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
 	status := http.StatusOK
 	switch {
 	case !ok:
@@ -307,6 +311,58 @@ func TestOneNamespaceTakesNothingFromOthers(t *testing.T) {
 			t.Error("a set that nobody wants goes on")
 		}
 	})
+}
+
+// TestServersThatDoNotAnswerHoldUpNoOtherNamespace: the rules of one namespace, at
+// servers that take connections and say nothing, keep it for themselves.
+func TestServersThatDoNotAnswerHoldUpNoOtherNamespace(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		// shared says that the greedy namespace wants the modest one's set too.
+		shared bool
+	}{{"keys of its own", false}, {"keys that the other wants too", true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				net := &issuers{}
+				var rules []*authz.TokenRule
+				for i := range source.MaxNamespaceKeySets {
+					uri := fmt.Sprintf("https://a%02d.example/keys", i)
+					net.set(uri, "hang")
+					rules = append(rules, keyRule("greedy", uri, ""))
+				}
+				const last = "https://zzz.example/keys"
+				if tt.shared {
+					rules[0] = keyRule("greedy", last, "")
+				}
+				for _, r := range rules {
+					r.Spec.Timeout = durationpb.New(30 * time.Second)
+				}
+				net.set(last, keySetText(t, "x"))
+				modest := keyRule("modest", last, "")
+				k, stop := runKeySets(t, net, source.KeySetsConfig{Rules: wants(append(rules, modest)...).Load})
+				defer stop()
+				time.Sleep(5 * time.Second)
+				synctest.Wait()
+				if k.Keys(modest) == nil {
+					t.Error("no keys after 5 s")
+				}
+				// And so it stays: it is fetched again each twenty minutes.
+				time.Sleep(24 * time.Hour)
+				synctest.Wait()
+				if n := net.times(last); n < 60 || n > 84 {
+					t.Errorf("in a day its keys were fetched %d times", n)
+				}
+				// Those that hang have their turns, too.
+				for _, r := range rules {
+					if net.times(r.Spec.JwksUri) == 0 {
+						t.Errorf("%s was never asked", r.Spec.JwksUri)
+					}
+				}
+			})
+		})
+	}
 }
 
 func TestKeySetsOutliveARestart(t *testing.T) {
