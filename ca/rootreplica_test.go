@@ -399,6 +399,17 @@ func TestAStepThatAnotherReplicaHoldsUp(t *testing.T) {
 			n = f.GetMetric()[0].GetCounter().GetValue()
 		}
 	}
+	// Where somebody has done it, or it is not due any more, that is over.
+	a.SetClock(time.Now, time.Now())
+	due()
+	if since := a.HeldUpSince(time.Now()); !since.IsZero() || strings.Contains(alarm(), "not done") {
+		t.Errorf("when nothing is due it is held up since %v: %s", since, alarm())
+	}
+	a.SetClock(func() time.Time { return half }, half)
+	due()
+	if since := a.HeldUpSince(time.Now()); since.IsZero() || strings.Contains(alarm(), "not done") {
+		t.Errorf("when it is due again it is held up since %v: %s", since, alarm())
+	}
 	if n < 2 {
 		t.Errorf("it was held up at least twice, and %v is counted", n)
 	}
