@@ -49,10 +49,6 @@ const (
 	// eighth of what is left of the SVID is less: a clock that is ahead must not make the
 	// agent renew without pause.
 	minRenewal = 10 * time.Second
-	// silence is how long a session may stay unanswered before the token is tried:
-	// an authority that was set up anew refuses old SVIDs in the handshake, which
-	// looks like one that is away.
-	silence = 30 * time.Second
 )
 
 // Credential is the agent's own SVID and what goes with it. It is immutable.
@@ -127,6 +123,8 @@ type Client struct {
 	session identity.Watched[*session]
 	up      identity.Watched[uint64] // how often the authority was reached after it was not
 	heads   heads
+	contact contact
+	wall    func() time.Time      // the system's clock
 	failure atomic.Pointer[error] // why there is no session; nil while there is one
 	warned  atomic.Bool           // the first failure of this process was logged
 	synced  atomic.Bool           // the pods of the node were heard at least once in this process
@@ -160,7 +158,7 @@ func New(cfg Config) (*Client, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("configuring the authority's client: %w", err)
 	}
-	c := &Client{cfg: cfg, pin: p, order: newOrder(cfg.Node, cfg.Addresses), metrics: newMetrics(cfg.Metrics)}
+	c := &Client{cfg: cfg, pin: p, order: newOrder(cfg.Node, cfg.Addresses), wall: time.Now, metrics: newMetrics(cfg.Metrics)}
 	if cfg.SavedTrust != nil && cfg.SavedTrust.TrustDomain() == cfg.TrustDomain {
 		c.trust.Store(cfg.SavedTrust)
 	}
@@ -220,25 +218,20 @@ func (c *Client) Synced() bool { return c.synced.Load() }
 // Run attests, renews and keeps sessions until ctx ends; then it returns nil.
 // Whatever fails is retried with backoff: an agent never gives up what it has.
 func (c *Client) Run(ctx context.Context) error {
+	c.contact.tried()
 	var old *session
 	defer func() {
 		if old != nil {
 			old.end()
 		}
 	}()
-	heard, overdue := time.Now(), false
+	overdue := false
 	for attempt := 0; ; {
 		cred := c.cred.Value()
 		var err error
 		if !cred.valid(time.Now()) {
 			cred, err = c.attest(ctx)
 			overdue = false
-		} else if time.Since(heard) >= silence {
-			// None of some sessions was answered: see silence.
-			heard = time.Now()
-			if fresh, err := c.attest(ctx); err == nil {
-				cred, overdue = fresh, false
-			}
 		}
 		if err == nil {
 			next := c.open(ctx, cred)
@@ -252,9 +245,6 @@ func (c *Client) Run(ctx context.Context) error {
 			// Who leaves one replica after the other waits longer each time.
 			if err == nil || next.served.Load() || next.heard.Load() && !errors.Is(err, errLeft) {
 				attempt = 0
-			}
-			if next.heard.Load() {
-				heard = time.Now()
 			}
 			if errors.Is(err, errLeft) {
 				c.order.last(next.at.value(), time.Now())
@@ -303,14 +293,30 @@ func delay(attempt int, random float64) time.Duration {
 // session has to be given up.
 func (c *Client) hold(ctx context.Context, s *session) error {
 	end := s.cred.SVID.Certificates[0].NotAfter
-	renew := time.NewTimer(max(time.Until(s.cred.RenewAt), min(minRenewal, time.Until(end)/8)))
+	pause := minRenewal
+	if left := time.Until(end); left > 0 {
+		pause = min(pause, left/8)
+	}
+	begun, renewing := time.Now(), false
+	renew := time.NewTimer(max(time.Until(s.cred.RenewAt), pause))
 	defer renew.Stop()
 	if s.overdue {
 		renew.Reset(0)
 	}
-	silent := time.NewTicker(silence)
-	defer silent.Stop()
+	look := time.NewTicker(lookAgain)
+	defer look.Stop()
 	for attempt := 0; ; attempt++ {
+		if c.contact.silent(time.Now()) {
+			c.contact.tried()
+			_, err := c.attest(ctx)
+			switch {
+			case err == nil:
+				return nil
+			case ctx.Err() != nil:
+				return ctx.Err()
+			}
+			c.failed(err)
+		}
 		trust, changed := c.trust.Load()
 		if at, ok := replaceAt(trust, s.cred, &s.hurried); ok {
 			renew.Reset(min(at, max(time.Until(s.cred.RenewAt), 0)))
@@ -328,16 +334,14 @@ func (c *Client) hold(ctx context.Context, s *session) error {
 			return err
 		case <-s.left:
 			return errLeft
-		case <-silent.C:
-			if s.heard.Load() {
+		case <-look.C:
+			// The timer stands still while the machine sleeps, and the SVID grows old.
+			if attempt--; renewing || c.wall().Before(s.cred.RenewAt) || time.Since(begun) < pause {
 				continue
 			}
-			if _, err := c.attest(ctx); err == nil {
-				return nil
-			}
-			continue
 		case <-renew.C:
 		}
+		renewing = true
 		cred, err := c.renew(ctx, s)
 		if err == nil {
 			c.cred.Store(cred)
@@ -420,6 +424,7 @@ func (c *Client) attest(ctx context.Context) (*Credential, error) {
 		return nil, fmt.Errorf("attesting: %w", err)
 	}
 	c.cred.Store(cred)
+	c.contact.tried()
 	return cred, nil
 }
 
@@ -494,8 +499,12 @@ func (c *Client) believe(p *capb.Trust) error {
 
 func (c *Client) dial(client *tls.Certificate, at *reached) (*grpc.ClientConn, error) {
 	cfg := tlsConfig(c.cfg.TrustDomain, c.pin, c.trust.Value, client)
+	dial := at.dialer(c.cfg.Dial)
+	if client != nil {
+		dial = c.contact.dialer(dial)
+	}
 	return grpc.NewClient("signet:///authority",
-		grpc.WithContextDialer(at.dialer(c.cfg.Dial)),
+		grpc.WithContextDialer(dial),
 		grpc.WithResolvers(replicas(c.order.at(time.Now()))),
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),

@@ -137,6 +137,12 @@ func run(t *testing.T, cfg caclient.Config) (c *caclient.Client, end func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c, runThis(t, c)
+}
+
+// runThis runs a client that was made.
+func runThis(t *testing.T, c *caclient.Client) (end func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- c.Run(ctx) }()
@@ -147,7 +153,7 @@ func run(t *testing.T, cfg caclient.Config) (c *caclient.Client, end func()) {
 		}
 	})
 	t.Cleanup(end)
-	return c, end
+	return end
 }
 
 // eventually polls until f holds.

@@ -30,6 +30,9 @@ func HighestHead(saved []byte) (highest uint64) {
 	return highest
 }
 
+// SetWall gives a client that does not run yet another system clock.
+func (c *Client) SetWall(now func() time.Time) { c.wall = now }
+
 // Order is in which order an agent tries replicas.
 type Order struct{ o *order }
 

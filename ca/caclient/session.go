@@ -78,10 +78,19 @@ func (s *session) end() {
 }
 
 // follow keeps a stream open until ctx ends, with backoff.
-func (s *session) follow(ctx context.Context, method string, watch func(context.Context) error) {
+func (s *session) follow(ctx context.Context, method string, watch func(ctx context.Context, alive func()) error) {
 	for attempt := 0; ; attempt++ {
-		start := time.Now()
-		err := watch(ctx)
+		start, live := time.Now(), false
+		err := watch(ctx, func() {
+			if !live {
+				live = true
+				s.c.contact.begin()
+			}
+			s.alive()
+		})
+		if live {
+			s.c.contact.end()
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -116,7 +125,7 @@ func (s *session) alive() {
 	}
 }
 
-func (s *session) watchTrust(ctx context.Context) error {
+func (s *session) watchTrust(ctx context.Context, alive func()) error {
 	c := s.c
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -186,7 +195,7 @@ func (s *session) watchTrust(ctx context.Context) error {
 			}
 			c.learn(r.m.GetTokenKeys())
 			c.heed(r.m.GetBans())
-			s.alive()
+			alive()
 			c.heads.see(r.m.GetLogHead())
 		}
 	}
@@ -243,7 +252,7 @@ func (c *Client) acknowledged() (uint64, <-chan struct{}) {
 	return min(ack, have), changed
 }
 
-func (s *session) watchNode(ctx context.Context) error {
+func (s *session) watchNode(ctx context.Context, alive func()) error {
 	stream, err := capb.NewAuthorityClient(s.conn).WatchNode(ctx, &capb.WatchNodeRequest{})
 	if err != nil {
 		return err
@@ -253,7 +262,7 @@ func (s *session) watchNode(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		s.alive()
+		alive()
 		if uid := m.GetNodeUid(); uid != "" {
 			s.c.nodeUID.Store(&uid)
 		}
