@@ -127,6 +127,7 @@ type Client struct {
 	wall    func() time.Time      // the system's clock
 	failure atomic.Pointer[error] // why there is no session; nil while there is one
 	warned  atomic.Bool           // the first failure of this process was logged
+	told    atomic.Bool           // the state of trust was heard at least once in this process
 	synced  atomic.Bool           // the pods of the node were heard at least once in this process
 	metrics *metrics
 }
@@ -489,10 +490,12 @@ func (c *Client) believe(p *capb.Trust) error {
 		// What was saved does not say what is tainted.
 		was, _ := old.Tainted()
 		if is, _ := t.Tainted(); slices.EqualFunc(was, is, bytes.Equal) {
+			c.told.Store(true)
 			return nil
 		}
 	}
 	c.trust.Store(t)
+	c.told.Store(true)
 	c.cfg.Log.Info("trust changed", "trust_domain", t.TrustDomain().Name(), "sequence", t.Sequence(), "roots", len(t.Roots()))
 	return nil
 }

@@ -222,10 +222,12 @@ func (c *Client) learn(p *capb.TokenKeys) {
 }
 
 // renewed is the sequence of the trust that this agent has if no SVID of this node is
-// below what it calls tainted, and 0 otherwise.
+// below what it calls tainted, and 0 otherwise. It is also 0 until an authority was heard:
+// what was saved does not say what is tainted, and the authority takes nothing back that an
+// agent said.
 func (c *Client) renewed(own *Credential) (sequence uint64, changed <-chan struct{}) {
 	t := c.trust.Value()
-	if t == nil {
+	if t == nil || !c.told.Load() {
 		return 0, nil
 	}
 	held := false
