@@ -316,7 +316,9 @@ type issueStream struct {
 	next    uint64                              // guarded by mu
 	waiting map[uint64]chan *capb.IssueResponse // guarded by mu; nil once broken
 	err     error                               // guarded by mu; why it broke
-	send    sync.Mutex                          // one sender at a time
+	owed    int                                 // guarded by mu; batches that are not answered, also those that nobody waits for any more
+	quiet   time.Time                           // guarded by mu; since when the authority owes something and says nothing
+	send    chan struct{}                       // full while somebody sends
 }
 
 // Issue asks the authority for SVIDs. It fails as a whole, wrapping
@@ -428,13 +430,22 @@ func (s *session) batch(ctx context.Context, items []*capb.IssueItem) (*capb.Iss
 		defer st.mu.Unlock()
 		delete(st.waiting, id)
 	}()
+	select {
+	case st.send <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if ctx.Err() != nil {
+		<-st.send
+		return nil, context.Cause(ctx)
+	}
+	st.owes()
 	// Cancelling the stream is what frees a Send that waits for the authority to
 	// read. After a failed Send the reader gets the status and closes answer.
 	stop := context.AfterFunc(ctx, st.cancel)
-	defer stop()
-	st.send.Lock()
 	_ = st.stream.Send(&capb.IssueRequest{Id: id, Items: items})
-	st.send.Unlock()
+	stop()
+	<-st.send
 	select {
 	case r, ok := <-answer:
 		if !ok {
@@ -444,11 +455,30 @@ func (s *session) batch(ctx context.Context, items []*capb.IssueItem) (*capb.Iss
 		}
 		return r, nil
 	case <-ctx.Done():
-		// An authority that does not answer may not read either: the next batch gets
-		// a stream of its own.
-		st.cancel()
+		// Others wait for their answers on this stream, and may have more time: the answer
+		// to this batch is ignored when it comes. Only an authority that answers nobody may
+		// not read either: the next batch gets a stream of its own.
+		if st.stuck(time.Now()) {
+			st.cancel()
+		}
 		return nil, context.Cause(ctx)
 	}
+}
+
+// owes notes that a batch is about to be sent.
+func (st *issueStream) owes() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.owed++; st.owed == 1 {
+		st.quiet = time.Now()
+	}
+}
+
+// stuck reports whether the authority has owed an answer for long and given none.
+func (st *issueStream) stuck(now time.Time) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.owed > 0 && now.Sub(st.quiet) >= rpcTimeout-time.Second
 }
 
 // issuing is the session's Issue stream, opened if there is none.
@@ -467,7 +497,7 @@ func (s *session) issuing() (*issueStream, error) {
 		cancel()
 		return nil, err
 	}
-	st := &issueStream{stream: stream, cancel: cancel, waiting: map[uint64]chan *capb.IssueResponse{}}
+	st := &issueStream{stream: stream, cancel: cancel, send: make(chan struct{}, 1), waiting: map[uint64]chan *capb.IssueResponse{}}
 	s.stream = st
 	s.wg.Go(func() {
 		defer cancel()
@@ -483,6 +513,7 @@ func (s *session) issuing() (*issueStream, error) {
 				return
 			}
 			st.mu.Lock()
+			st.owed, st.quiet = max(st.owed-1, 0), time.Now()
 			if c := st.waiting[m.GetId()]; c != nil {
 				delete(st.waiting, m.GetId())
 				c <- m
