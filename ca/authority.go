@@ -558,7 +558,7 @@ func (a *Authority) Run(ctx context.Context) error {
 	g.Go(func() error {
 		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(a.clock.past()); a.tidyFiles(); return nil })
 	})
-	g.Go(func() error { return a.every(ctx, "clock", time.Minute, a.tendClock) })
+	g.Go(func() error { return a.every(ctx, "clock", min(time.Minute, a.clockPause()), a.tendClock) })
 	return g.Wait()
 }
 

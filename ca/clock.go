@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/storage"
 )
 
@@ -26,6 +28,12 @@ const (
 	steady = 24 * time.Hour
 	// clockEvery is how often the time is kept in the state.
 	clockEvery = 10 * time.Minute
+	// replicaClockEvery is that where replicas share the state, and how often each looks at
+	// what others keep: by that one whose clock jumped hears that theirs did not.
+	replicaClockEvery = 15 * time.Second
+	// replicaSilent is after what time without a new one a replica's time says nothing, and
+	// for how long a jump is not believed by itself where there are other replicas.
+	replicaSilent = 4 * replicaClockEvery
 	// doubtAlarm is how long the clock is in doubt before an operator hears of it: the
 	// first agent settles it, usually within seconds.
 	doubtAlarm = 10 * time.Minute
@@ -63,6 +71,10 @@ type clock struct {
 	earliest time.Time     // before which no clock can be right; guarded by mu
 	doubted  bool          // since doubtedAt, being ahead by doubtedBy; guarded by mu, as those
 	at, by   time.Duration
+	hold     time.Duration // how long other replicas are waited for; 0: there are none; guarded by mu
+	started  bool          // the clock was looked at since begin: a doubt from now on is a jump; guarded by mu
+	jumped   bool          // the doubt is; guarded by mu
+	disputed string        // what another replica says since the doubt began; guarded by mu
 }
 
 // clockReading is what the clock says, and what is to be thought of it.
@@ -90,7 +102,7 @@ func (c *clock) begin(newest, known time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.newest, c.known, c.knownAt = newest.Round(0), known.Round(0), c.mono()
-	c.doubted = false
+	c.doubted, c.started = false, false
 }
 
 // ends tells from when on nothing can be issued.
@@ -131,22 +143,30 @@ func (c *clock) look() clockReading {
 	case ahead <= maxStepBack:
 		// Also where it is behind: a glitch into the future that nobody used is over when
 		// it is over.
-		c.known, c.knownAt, c.doubted = later(t, c.newest), e, false
+		c.known, c.knownAt, c.doubted, c.disputed = later(t, c.newest), e, false, ""
 		r.past = c.known
 	default:
 		if !c.doubted || (ahead-c.by).Abs() > maxStepBack {
-			c.doubted, c.at, c.by = true, e, ahead
+			c.doubted, c.at, c.by, c.disputed, c.jumped = true, e, ahead, "", c.started
 		}
 		r.doubted, r.since = true, e-c.at
 		r.refused = ahead > maxAway && !c.end.IsZero() && !t.Before(c.end)
 		r.why = fmt.Sprintf("it was last known to be %s, %v before that", r.past.UTC().Format(time.RFC3339), ahead.Round(time.Minute))
-		if r.refused {
+		if c.disputed != "" {
+			r.refused = true
+			r.why += ", and " + c.disputed
+		} else if c.jumped && r.since < c.hold {
+			// Others sign meanwhile, and will have said what time it is.
+			r.refused = true
+			r.why += ", and other replicas are heard first"
+		} else if r.refused {
 			r.why += ", and all that issues had ended by then"
 		} else if r.since >= steady {
 			c.known, c.knownAt, c.doubted = t, e, false
 			r.past, r.doubted = t, false
 		}
 	}
+	c.started = true
 	return r
 }
 
@@ -197,7 +217,7 @@ func (c *clock) recorded(t time.Time) {
 func (c *clock) witness(until time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if r := c.look(); r.doubted && !r.refused && until.Sub(r.wall) <= maxAway {
+	if r := c.look(); r.doubted && !r.refused && until.Sub(r.wall) <= maxAway && r.since >= c.hold {
 		c.known, c.knownAt, c.doubted = r.wall, c.mono(), false
 	}
 }
@@ -206,7 +226,30 @@ func (c *clock) witness(until time.Time) {
 func (c *clock) accept(t time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.newest, c.known, c.knownAt, c.doubted = t, t, c.mono(), false
+	c.newest, c.known, c.knownAt, c.doubted, c.disputed = t, t, c.mono(), false, ""
+}
+
+// alone tells whether there are other replicas, whose clocks can be heard.
+func (c *clock) alone(is bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.hold = replicaSilent; is {
+		c.hold = 0
+	}
+}
+
+// heard notes the time of another replica, from after this clock jumped: that confirms the
+// jump, or it contradicts it, and then this clock is refused until it is right.
+func (c *clock) heard(t time.Time, of uint8) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch r := c.look(); {
+	case !r.doubted:
+	case t.Sub(r.wall).Abs() <= maxStepBack:
+		c.known, c.knownAt, c.doubted, c.disputed = r.wall, c.mono(), false, ""
+	case t.Before(r.wall):
+		c.disputed = fmt.Sprintf("replica %d, whose clock did not jump, says %s", of, t.UTC().Format(time.RFC3339))
+	}
 }
 
 func later(a, b time.Time) time.Time {
@@ -216,8 +259,9 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// clockState is what is kept of the time: in the state that replicas share, so that one
-// that was off for long knows it from the others.
+// clockState is what is kept of the time. Replicas that share their state keep one each:
+// those of others can confirm a clock that is ahead of what its replica knew, as after it
+// was off for long; a wrong one refuses no other.
 type clockState struct {
 	Version int `json:"version"`
 	// Time is the newest one that was believed, within [clockEvery].
@@ -243,6 +287,15 @@ type keptClock struct {
 	mu       sync.Mutex
 	state    clockState // guarded by mu
 	revision uint64     // guarded by mu
+
+	others  map[uint8]otherClock // by instance; owned by Open and then by Run
+	doubted bool                 // when others was read last; owned as that
+}
+
+// otherClock is what another replica kept of the time, and when that was new.
+type otherClock struct {
+	time time.Time
+	at   time.Time // of this process's monotonic clock
 }
 
 func parseClock(e storage.Entry) (clockState, error) {
@@ -262,6 +315,10 @@ func (a *Authority) loadClock(ctx context.Context) error {
 	if err := a.rereadClock(ctx); err != nil {
 		return err
 	}
+	others, err := a.otherClocks(ctx)
+	if err != nil {
+		return err
+	}
 	newest, known := a.log.Head().Time, k.state.Time
 	for _, acc := range k.state.Accepted {
 		if !newest.After(acc.Newest) {
@@ -271,6 +328,16 @@ func (a *Authority) loadClock(ctx context.Context) error {
 	if newest = later(newest, known); known.IsZero() {
 		known = newest
 	}
+	if k.revision == 0 && len(others) > 0 {
+		// One that joins has nothing of its own to go by. Of the others not all are ahead.
+		newest = later(newest, slices.MinFunc(slices.Collect(maps.Values(others)), time.Time.Compare))
+	}
+	for _, t := range others {
+		if !t.After(a.clock.wall().Add(maxStepBack)) {
+			known = later(known, t)
+		}
+	}
+	a.clock.alone(len(others) == 0)
 	a.clock.begin(newest, known)
 	a.clock.ends(a.journal.End())
 	r := a.clock.read()
@@ -319,10 +386,69 @@ func (a *Authority) commitClock(ctx context.Context, next clockState) error {
 	return fmt.Errorf("%w: keeping the time: %w", ErrUnavailable, errors.Join(err, a.rereadClock(ctx)))
 }
 
+// otherClocks are what other replicas keep of the time, by instance.
+func (a *Authority) otherClocks(ctx context.Context) (map[uint8]time.Time, error) {
+	if !a.cfg.shared() {
+		return nil, nil
+	}
+	kept, err := replica.Clocks(ctx, a.cfg.Shared.Store)
+	if err != nil {
+		return nil, fmt.Errorf("reading what other replicas know of the time: %w", err)
+	}
+	others := map[uint8]time.Time{}
+	for n, e := range kept {
+		// One that this version cannot read says nothing.
+		if s, err := parseClock(e); err == nil && n != a.instance {
+			others[n] = s.Time
+		}
+	}
+	return others, nil
+}
+
+// hearClocks holds this clock against those of other replicas that run, and returns what
+// is to be said of them.
+func (a *Authority) hearClocks(ctx context.Context) (apart, err error) {
+	times, err := a.otherClocks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a.clock.alone(len(times) == 0)
+	k, r, now := &a.keptClock, a.clock.read(), time.Now()
+	others := map[uint8]otherClock{}
+	for _, n := range slices.Sorted(maps.Keys(times)) {
+		t := times[n]
+		was, known := k.others[n]
+		o := otherClock{t, was.at}
+		if known && !t.Equal(was.time) {
+			o.at = now
+		}
+		others[n] = o
+		switch {
+		case r.doubted && k.doubted && o.at.Equal(now) && !o.at.IsZero():
+			a.clock.heard(t, n)
+		case !r.doubted && !o.at.IsZero() && now.Sub(o.at) < replicaSilent && t.Sub(r.wall) > maxStepBack:
+			apart = errors.Join(apart, fmt.Errorf("the clock of replica %d says %s, and this one %s: set right the one that is wrong, and what that one issued meanwhile may be valid later than now", n, t.UTC().Format(time.RFC3339), r.wall.UTC().Format(time.RFC3339)))
+		}
+	}
+	k.others, k.doubted = others, r.doubted
+	return apart, nil
+}
+
+// clockPause is how often the time is kept.
+func (a *Authority) clockPause() time.Duration {
+	if a.cfg.shared() {
+		return replicaClockEvery
+	}
+	return clockEvery
+}
+
 // tendClock keeps the time, and says when the clock has been in doubt for long.
 func (a *Authority) tendClock(ctx context.Context) error {
+	doubt, err := a.hearClocks(ctx)
+	if err != nil {
+		return err
+	}
 	r := a.clock.read()
-	var doubt error
 	if r.doubted && !r.refused && r.since >= doubtAlarm {
 		doubt = fmt.Errorf("the clock says %s, and %s; until an agent is recognised nothing ends by it, is replaced or forgotten. If it is right: signet ca accept-clock --record %d --reason …",
 			r.wall.UTC().Format(time.RFC3339), r.why, a.log.Head().Sequence)
@@ -334,7 +460,7 @@ func (a *Authority) tendClock(ctx context.Context) error {
 	k := &a.keptClock
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if r.past.Sub(k.state.Time) < clockEvery {
+	if r.past.Sub(k.state.Time) < a.clockPause() {
 		return nil
 	}
 	next := k.state

@@ -15,11 +15,13 @@ import (
 const (
 	recordPrefix  = "replicas/"
 	lossPrefix    = "replica-loss/"
+	clockPrefix   = "replica-clock/"
 	retiredPrefix = "instances/"
 	recordVersion = 1
 
 	journalKey = "journal"
 	lossKey    = "log-loss"
+	clockKey   = "clock"
 )
 
 // ErrClaimed is why an instance cannot be had: it belongs, or belonged, to another
@@ -37,6 +39,15 @@ type record struct {
 }
 
 func recordKey(instance uint8) string { return fmt.Sprintf("%s%03d", recordPrefix, instance) }
+
+// instanceOf is whose a record is, by its key.
+func instanceOf(key, prefix string) (uint8, error) {
+	n, err := strconv.ParseUint(strings.TrimPrefix(key, prefix), 10, 8)
+	if err != nil || n < 1 || n > storage.MaxInstance {
+		return 0, fmt.Errorf("entry %q names no instance", key)
+	}
+	return uint8(n), nil
+}
 
 func parseRecord(e storage.Entry) (r record, err error) {
 	if r.rest, err = storage.ParseRecord(e.Value, &r); err == nil && (r.Version < 1 || r.Version > recordVersion) {

@@ -7,6 +7,7 @@
 //	replicas/NNN       version, ID of the replica that claimed instance NNN, and the rest
 //	                   of its journal: the key of its log, its intermediates
 //	replica-loss/NNN   what the authority calls log-loss, of instance NNN
+//	replica-clock/NNN  what it calls clock: one replica's wrong clock is not another's
 //
 //	moved              a state that was moved, or is being moved: it is not used
 //

@@ -37,11 +37,47 @@ func (p parts) revision() uint64 { return max(p.common, p.own) }
 // View is the state s as the replica sees it that has claimed an instance.
 func View(s storage.Store, instance uint8) *Store { return &Store{Store: s, instance: instance} }
 
-func (s *Store) lossKey() string { return fmt.Sprintf("%s%03d", lossPrefix, s.instance) }
+// own is where a key is that each replica has for itself; that of any other key is it.
+func (s *Store) own(key string) string {
+	switch key {
+	case lossKey:
+		return fmt.Sprintf("%s%03d", lossPrefix, s.instance)
+	case clockKey:
+		return fmt.Sprintf("%s%03d", clockPrefix, s.instance)
+	}
+	return key
+}
+
+// shown is the reverse of own.
+func (s *Store) shown(key string) string {
+	for _, k := range []string{lossKey, clockKey} {
+		if key == s.own(k) {
+			return k
+		}
+	}
+	return key
+}
 
 // hidden reports whether a key is one of those that are shown under another name.
 func hidden(key string) bool {
-	return strings.HasPrefix(key, recordPrefix) || strings.HasPrefix(key, lossPrefix)
+	return strings.HasPrefix(key, recordPrefix) || strings.HasPrefix(key, lossPrefix) || strings.HasPrefix(key, clockPrefix)
+}
+
+// Clocks are what replicas keep of the time, by instance, as the authority wrote it.
+func Clocks(ctx context.Context, s storage.Store) (map[uint8]storage.Entry, error) {
+	entries, _, err := s.List(ctx, clockPrefix)
+	if err != nil {
+		return nil, err
+	}
+	all := map[uint8]storage.Entry{}
+	for _, e := range entries {
+		n, err := instanceOf(e.Key, clockPrefix)
+		if err != nil {
+			return nil, err
+		}
+		all[n] = e
+	}
+	return all, nil
 }
 
 // Get is that of storage.Store. The journal has the field "others" beside its own: the
@@ -61,8 +97,13 @@ func (s *Store) Get(ctx context.Context, key string) (storage.Entry, error) {
 		defer s.mu.Unlock()
 		s.seen = p
 		return e, nil
-	case lossKey:
-		e, err := s.Store.Get(ctx, s.lossKey())
+	case lossKey, clockKey:
+		e, err := s.Store.Get(ctx, s.own(key))
+		if key == clockKey && errors.Is(err, storage.ErrNotFound) {
+			// That of all replicas, from before each kept its own: it is not changed any more.
+			e, err = s.Store.Get(ctx, key)
+			e.Revision = 0
+		}
 		e.Key = key
 		return e, err
 	}
@@ -77,8 +118,10 @@ func (s *Store) List(ctx context.Context, prefixes ...string) ([]storage.Entry, 
 		if strings.HasPrefix(journalKey, p) {
 			from, shown = append(from, journalKey, recordPrefix), true
 		}
-		if strings.HasPrefix(lossKey, p) {
-			from, shown = append(from, s.lossKey()), true
+		for _, key := range []string{lossKey, clockKey} {
+			if strings.HasPrefix(key, p) {
+				from, shown = append(from, s.own(key)), true
+			}
 		}
 	}
 	if !shown {
@@ -105,14 +148,17 @@ func (s *Store) List(ctx context.Context, prefixes ...string) ([]storage.Entry, 
 // entries are those of the shared state as this replica sees them, with the revisions of
 // the journal's parts, if there is one.
 func (s *Store) entries(all []storage.Entry) (out []storage.Entry, p parts, err error) {
+	hasClock := slices.ContainsFunc(all, func(e storage.Entry) bool { return e.Key == s.own(clockKey) })
 	for _, e := range all {
 		switch {
 		case e.Key == journalKey:
 			if e, p, err = s.merge(all); err != nil {
 				return nil, parts{}, err
 			}
-		case e.Key == s.lossKey():
-			e.Key = lossKey
+		case e.Key == clockKey && hasClock:
+			continue
+		case s.shown(e.Key) != e.Key:
+			e.Key = s.shown(e.Key)
 		case hidden(e.Key):
 			continue
 		}
@@ -230,14 +276,10 @@ func split(value []byte) (shared, own map[string]json.RawMessage, err error) {
 func (s *Store) Commit(ctx context.Context, conds []storage.Cond, ops []storage.Op) (uint64, error) {
 	conds, ops = slices.Clone(conds), slices.Clone(ops)
 	for i, o := range ops {
-		if o.Key == lossKey {
-			ops[i].Key = s.lossKey()
-		}
+		ops[i].Key = s.own(o.Key)
 	}
 	for i, c := range conds {
-		if c.Key == lossKey {
-			conds[i].Key = s.lossKey()
-		}
+		conds[i].Key = s.own(c.Key)
 	}
 	of := func(c storage.Cond) bool { return c.Key == journalKey }
 	op := slices.IndexFunc(ops, func(o storage.Op) bool { return o.Key == journalKey })
@@ -352,8 +394,8 @@ func (s *Store) Watch(ctx context.Context, prefix string, after uint64) iter.Seq
 		for e, err := range s.Store.Watch(ctx, "", after) {
 			if err == nil {
 				switch {
-				case e.Key == s.lossKey():
-					e.Key = lossKey
+				case s.shown(e.Key) != e.Key:
+					e.Key = s.shown(e.Key)
 				case e.Key == journalKey || strings.HasPrefix(e.Key, recordPrefix):
 					e.Key, e.Value, e.Deleted = journalKey, nil, false
 				case hidden(e.Key):
