@@ -77,7 +77,7 @@ func (a *Authority) certainlyOver(serial []byte) bool {
 
 // elsewhere reports whether another replica issued a certificate.
 func (a *Authority) elsewhere(serial []byte) bool {
-	return a.cfg.shared() && len(serial) == profile.SerialLength && serial[0] != a.instance
+	return a.cfg.shared() && len(serial) == profile.SerialLength && serial[0] != a.instance && !a.was(serial[0])
 }
 
 // askRevoke has the replica that issued a certificate revoke it, and waits for that. Its
@@ -93,7 +93,7 @@ func (a *Authority) askRevoke(ctx context.Context, serial []byte, reason revocat
 	case len(comment) > revocation.MaxComment:
 		return e, false, fmt.Errorf("%w: a comment of %d bytes; at most %d are allowed", errNotRevoked, len(comment), revocation.MaxComment)
 	case !there:
-		return e, false, fmt.Errorf("%w: %x is of instance %d, and no replica is that", errNotIssued, serial, serial[0])
+		return e, false, fmt.Errorf("%w: %x is of instance %d, and no replica is that; if the state was restored since, ask the replica that was it", errNotIssued, serial, serial[0])
 	}
 	b, err := json.Marshal(askedRevocation{Version: askedVersion, Serial: serial, Reason: reason, Comment: comment, By: by, At: a.clock.stamp().UTC().Truncate(time.Second)})
 	if err != nil {
@@ -148,7 +148,7 @@ func (a *Authority) answerRevocations(ctx context.Context) error {
 			unread = append(unread, err)
 			continue
 		}
-		own, over := serial[0] == a.instance, a.certainlyOver(serial)
+		own, over := serial[0] == a.instance || a.was(serial[0]), a.certainlyOver(serial)
 		if !own && !over {
 			continue
 		}

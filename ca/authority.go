@@ -794,7 +794,7 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 		}
 		a.cfg.Log.Info("the issuance log of a retired instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)
 	}
-	return nil
+	return a.pruneFormer(now)
 }
 
 // Close signs the log's last head and closes the storage. Run and the services
@@ -804,5 +804,5 @@ func (a *Authority) Close() error {
 }
 
 func (a *Authority) closeStorage() error {
-	return errors.Join(a.log.Close(), a.store.Close(), a.keys.Close())
+	return errors.Join(a.log.Close(), closeLogs(a.retiredLogs), a.store.Close(), a.keys.Close())
 }

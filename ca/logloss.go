@@ -112,6 +112,9 @@ func (a *Authority) loadLosses(ctx context.Context) error {
 	if err := a.openRetired(ctx); err != nil {
 		return err
 	}
+	if err := a.openFormer(ctx); err != nil {
+		return err
+	}
 	e, err := a.store.Get(ctx, lossKey)
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil

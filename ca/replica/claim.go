@@ -34,6 +34,8 @@ type record struct {
 	ID      string `json:"id"`
 	// Journal is the replica's own part of the journal; none before it has begun.
 	Journal map[string]json.RawMessage `json:"journal,omitempty"`
+	// Former are the instances that the replica was before the state was restored.
+	Former []Former `json:"former,omitempty"`
 
 	rest storage.Rest
 }
@@ -85,6 +87,7 @@ func Claim(ctx context.Context, s storage.Store, id string, wanted uint8, reserv
 
 func claim(ctx context.Context, s storage.Store, id string, wanted uint8, reserved []uint8) (uint8, error) {
 	used := map[uint8]string{} // by whom; empty: before a restore
+	former := map[uint8]bool{} // instances that this replica was
 	for _, prefix := range []string{recordPrefix, retiredPrefix} {
 		entries, _, err := s.List(ctx, prefix)
 		if err != nil {
@@ -104,11 +107,17 @@ func claim(ctx context.Context, s storage.Store, id string, wanted uint8, reserv
 				return 0, err
 			}
 			used[uint8(n)] = r.ID
+			for _, f := range r.Former {
+				former[f.Instance] = former[f.Instance] || r.ID == id
+			}
 		}
 	}
 	for n, owner := range used {
 		if owner != id {
 			continue
+		}
+		if wanted != n && former[wanted] {
+			return 0, fmt.Errorf("%w: the state was restored, and this replica, which was instance %d, is instance %d since: set instance, and authority.rootReplica at all replicas if it named this one", ErrClaimed, wanted, n)
 		}
 		if wanted != 0 && wanted != n {
 			return 0, fmt.Errorf("%w: this one has instance %d, not %d; set instance back", ErrClaimed, n, wanted)

@@ -59,3 +59,47 @@ where it is. Keys stay where they are.`,
 	_ = c.MarkFlagRequired("to") // fails only for a flag that is not there
 	return c
 }
+
+func newRestoreEtcdCommand() *cobra.Command {
+	var path, reason string
+	var from uint8
+	c := &cobra.Command{Use: "restore-etcd --reason TEXT", Short: "Go on with an etcd that was restored from a snapshot",
+		Long: `Makes the state in an etcd that was restored from an older snapshot one that
+replicas can go on with. Every replica must be down. What was recorded since the
+snapshot is gone: each replica becomes another instance, so that no serial can come
+twice, its new log begins with a record of that, and the trust sequence is raised
+beyond all that agents have seen. The logs of before stay, to be read. All is checked
+first, and done as one change. Then set instance and authority.rootReplica in the
+configurations to what is printed, and start the replicas.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			c, err := loadConfig(path)
+			if err != nil {
+				return err
+			}
+			if !c.Storage.Etcd.enabled() {
+				return errors.New("going on with a restored etcd: storage.etcd.endpoints is empty: name its members")
+			}
+			cfg := ca.Config{}
+			closeState, err := c.Storage.open(cmd.Context(), &cfg)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, closeState()) }()
+			r, err := replica.Restoration{Store: cfg.Shared.Store, Files: cfg.Shared.Files, Wait: cfg.Shared.LogWait, From: from, Reason: reason}.Run(cmd.Context())
+			if err != nil {
+				return err
+			}
+			out := fmt.Sprintf("trust sequence: %d\n", r.TrustSequence)
+			for _, x := range r.Replicas {
+				out += fmt.Sprintf("instance: %d, which was %d, with records up to %d\n", x.To, x.From, x.Records)
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), out)
+			return err
+		}}
+	c.Flags().StringVar(&path, "config", "/etc/signet/ca.yaml", "configuration `FILE` of any replica, with storage.etcd")
+	c.Flags().StringVar(&reason, "reason", "", "why, for those who read the logs later")
+	c.Flags().Uint8Var(&from, "instances-from", 0, "the lowest instance to give; those below it are never given to anybody. Set it above all that replicas had which joined since the snapshot; 0 takes the lowest that the snapshot does not know")
+	_ = c.MarkFlagRequired("reason") // fails only for a flag that is not there
+	return c
+}

@@ -41,7 +41,7 @@ func (p *place) find() (dataDir, socket string, err error) {
 }
 
 // newStoreCommands are what an operator does with log and state, all but backup
-// while the authority is down: log, backup, restore, verify-store, migrate-store.
+// while the authority is down: log, backup, restore, verify-store, migrate-store, restore-etcd.
 func newStoreCommands() []*cobra.Command {
 	var p place
 	log := &cobra.Command{Use: "log", Short: "Read the issuance log of an authority that is down",
@@ -60,7 +60,7 @@ func newStoreCommands() []*cobra.Command {
 	for _, c := range log.Commands() {
 		p.flags(c)
 	}
-	return []*cobra.Command{log, newBackupCommand(), newRestoreCommand(), newVerifyStoreCommand(), newMigrateCommand()}
+	return []*cobra.Command{log, newBackupCommand(), newRestoreCommand(), newVerifyStoreCommand(), newMigrateCommand(), newRestoreEtcdCommand()}
 }
 
 // folder is a ca.Folder as a source.

@@ -1,0 +1,170 @@
+package ca_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/replica"
+	"github.com/signet-mesh/signet/storage"
+)
+
+// TestASharedStateIsRestored: what `signet-ca restore-etcd` does to a state that was put
+// back, seen from two replicas, twice, and over commits without an answer.
+func TestASharedStateIsRestored(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	retention := 48 * time.Hour
+	var off time.Duration // of both clocks; changed while neither runs
+	one := func(c *ca.Config) {
+		c.Shared, c.RootReplica, c.CRL.Enabled, c.LogRetention = shared, 1, true, retention
+		ca.WithWall(c, func() time.Time { return time.Now().Round(0).Add(off) })
+	}
+	a := newWorld(t, one, func(c *ca.Config) { c.Instance = 1 })
+	stopA := a.run()
+	b := newWorld(t, one)
+	stopB := b.run()
+	agent, _ := b.attest(agentB)
+	rs, err := issue(t, agent, item(t, byUID(onNodeB.PodUID)))
+	if err != nil || rs[0].GetX509() == nil {
+		t.Fatal(rs, err)
+	}
+	leaf := parseChain(t, rs[0].GetX509().GetChain())
+	if ca.Serial(leaf[0])[0] != 2 {
+		t.Fatalf("serial %x", ca.Serial(leaf[0]))
+	}
+	// A folder that has claimed an instance and not begun.
+	if n, err := replica.Claim(t.Context(), shared.Store, "somebody", 0); err != nil || n != 3 {
+		t.Fatal(n, err)
+	}
+	sequence, intermediate, root := trustOf(b).Sequence(), b.Intermediate(), b.Root()
+	restoration := replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, Reason: "a test"}
+	if _, err := restoration.Run(t.Context()); !errors.Is(err, storage.ErrLocked) || !strings.Contains(err.Error(), "stop every replica first") {
+		t.Fatalf("while they run: %v", err)
+	}
+	stopA()
+	a.close()
+	if _, err := restoration.Run(t.Context()); !errors.Is(err, storage.ErrLocked) {
+		t.Fatalf("while one runs: %v", err)
+	}
+	stopB()
+	b.close()
+	if _, err := (replica.Restoration{Store: shared.Store, Files: shared.Files}).Run(t.Context()); err == nil {
+		t.Error("without a reason")
+	}
+	head, _ := b.Log().SignedHead()
+
+	// A commit without an answer that has not happened changes nothing; one that has can be
+	// done again, and only leaves numbers out.
+	for _, landed := range []bool{false, true} {
+		for n := 0; ; n++ {
+			failing := restoration
+			failing.Store = &nthUnknown{Store: shared.Store, armed: true, n: n, landed: landed}
+			if _, err := failing.Run(t.Context()); err == nil {
+				break
+			} else if !errors.Is(err, storage.ErrUnknown) {
+				t.Fatal(err)
+			}
+		}
+	}
+	done, err := restoration.Run(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("note: %+v", done)
+	if len(done.Replicas) != 3 || done.TrustSequence < sequence+1<<20 {
+		t.Errorf("%+v", done)
+	}
+	now := done.Replicas[0].To
+	if _, err := ca.Open(t.Context(), a.cfg); !errors.Is(err, replica.ErrClaimed) || !strings.Contains(err.Error(), "since: set instance") {
+		t.Errorf("the former instance in the configuration: %v", err)
+	}
+
+	begin := func() (end func()) {
+		t.Helper()
+		a.cfg.Instance, a.cfg.RootReplica, b.cfg.RootReplica = now, now, now
+		a.open()
+		stopA := a.run()
+		b.open()
+		stopB := b.run()
+		return func() { stopA(); a.close(); stopB(); b.close() }
+	}
+	end := begin()
+	if !b.Intermediate().Equal(intermediate) || !a.Root().Equal(root) {
+		t.Error("another intermediate or root")
+	}
+	for _, w := range []*world{a, b} {
+		eventually(t, "it to be ready", func() bool { return w.Ready() == nil })
+		first := true
+		for r := range records(w) {
+			if d := r.GetDecision(); first && (d.GetWhat() != capb.Decision_WHAT_RESTORED || d.GetReason() != "a test" || len(d.GetHash()) != 32) {
+				t.Errorf("the first record of %v: %v", w.ID(), r)
+			}
+			first = false
+		}
+		if first {
+			t.Errorf("the log of %v is empty", w.ID())
+		}
+		if n := trustOf(w).Sequence(); n < done.TrustSequence {
+			t.Errorf("trust sequence %d after %d", n, done.TrustSequence)
+		}
+		intact(t, w)
+	}
+	// What it was it knows: it revokes what it issued then, and heads of then tell nothing new.
+	if err := b.Revoke(t.Context(), ca.Serial(leaf[0])); err != nil {
+		t.Errorf("revoking what the former instance issued: %v", err)
+	}
+	eventually(t, "it to be on a list", func() bool { return a.revoked(leaf) && b.revoked(leaf) })
+	agent, _ = b.attest(agentB)
+	rs, err = issue(t, agent, item(t, byUID(onNodeB.PodUID)))
+	if err != nil || rs[0].GetX509() == nil || rs[0].GetX509().GetChain()[0] == nil {
+		t.Fatal(rs, err)
+	}
+	if s := ca.Serial(parseChain(t, rs[0].GetX509().GetChain())[0]); s[0] != done.Replicas[1].To {
+		t.Errorf("serial %x, and it is instance %d", s, done.Replicas[1].To)
+	}
+	if err := b.Ready(); err != nil || head.Sequence == 0 {
+		t.Errorf("head %d, %v", head.Sequence, err)
+	}
+	end()
+
+	// Once more, with instances left out.
+	restoration.From = 100
+	if done, err = restoration.Run(t.Context()); err != nil || done.Replicas[0].To != 100 || done.Replicas[1].To != 101 {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	now = done.Replicas[0].To
+	if n, err := replica.Claim(t.Context(), shared.Store, "somebody else", 0); err != nil || n < 103 {
+		t.Errorf("somebody who joins is instance %d, %v", n, err)
+	}
+	end = begin()
+	for _, w := range []*world{a, b} {
+		intact(t, w)
+	}
+	if _, err := ca.Open(t.Context(), b.cfg); err == nil {
+		t.Error("two processes are one replica")
+	}
+	end()
+
+	// The logs of former instances go when they are as old as the retention.
+	names, err := shared.Files.List("log/002")
+	if err != nil || len(names) == 0 {
+		t.Fatalf("the former log of the second: %q, %v", names, err)
+	}
+	off = retention + time.Hour
+	b.open()
+	if _, err := b.admin().AcceptClock(t.Context(), &capb.AcceptClockRequest{Record: b.Log().Head().Sequence, Reason: "it was off"}); err != nil {
+		t.Logf("note: accepting the clock: %v", err)
+	}
+	if err := b.Tick(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if names, err := shared.Files.List("log/002"); err != nil || len(names) != 0 {
+		t.Errorf("the former log of the second after the retention: %q, %v", names, err)
+	}
+	intact(t, b)
+	b.close()
+}
