@@ -62,6 +62,7 @@ soak: tools ## run what takes long: the property test on many clusters, and on t
 	go test -race -timeout 20m ./integration -run TestNoHandshakeFailsWhileAuthoritiesAreReplaced -rotate 10m -v
 	go test -timeout 20m ./ca -run TestRotationCrashMatrix -every-fault -v
 	go test -timeout 20m ./ca -run TestReplicasUnderLostAnswersOfEtcd -every-commit -v
+	go test -race -timeout 20m ./integration -run TestMigrationsAreKilled -kill-every-step -v
 	go test -timeout 60m ./ca/rotation -states 1000000 -walks 10000 -v
 	go test -timeout 60m ./authz/explain -denied 20000 -asked 10000000 -v
 	go test -timeout 20m ./ca/caclient -run TestStorm -storm 10000 -v

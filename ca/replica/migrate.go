@@ -483,7 +483,7 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	if !id.Begun {
-		return out, fmt.Errorf("the folder is that of no replica: %w", fs.ErrNotExist)
+		return out, m.finishedBack(ctx, &out)
 	}
 	if out.Instance, err = Claim(ctx, m.Store, id.ID, 0); err != nil {
 		return out, err
@@ -534,6 +534,34 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	return out, syncFolder(m.Dir)
+}
+
+// finishedBack is nil if the folder has what was moved into it, and nothing is left to do.
+func (m Migration) finishedBack(ctx context.Context, out *Moved) error {
+	none := fmt.Errorf("the folder is that of no replica: %w", fs.ErrNotExist)
+	b, err := os.ReadFile(filepath.Join(m.Dir, identityName+movedSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		return none
+	}
+	var was Identity
+	if err == nil {
+		err = json.Unmarshal(b, &was)
+	}
+	if err == nil {
+		_, err = os.Lstat(filepath.Join(m.Dir, stateName))
+	}
+	if err != nil {
+		return errors.Join(none, err)
+	}
+	there, _, err := readMoved(ctx, m.Store)
+	if err != nil {
+		return err
+	}
+	if was.ID == "" || there.ID != was.ID || there.From != "" {
+		return none
+	}
+	out.Instance, err = Claim(ctx, m.Store, was.ID, 0)
+	return err
 }
 
 // alone refuses to leave the logs of other replicas behind.
