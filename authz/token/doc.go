@@ -3,7 +3,7 @@
 // signed (RFC 7515) by a key of the rule's JSON Web Key Set (RFC 7517).
 //
 //	verifier, err := token.New(token.Config{Keys: sets})
-//	result := verifier.Verify(program, &request, time.Now())
+//	result := verifier.Verify(ctx, program, &request, time.Now())
 //	if result.Status == token.Good {
 //		request.Claims = result.Claims
 //	}
@@ -25,7 +25,8 @@
 //     rule's, it is neither expired nor of the future ([Skew] is forgiven), and a
 //     key verifies its signature. A token without exp does not expire.
 //   - A key is tried if its algorithm and key ID are the token's, or it has none; or
-//     the token has no key ID.
+//     the token has no key ID. At most [MaxSignatures] are tried for a request, where
+//     Envoy tries all; give keys and tokens an ID where a set has more.
 //   - Algorithms are RS, PS and ES with 256, 384 and 512 bits, and EdDSA. There is
 //     no none, and no HMAC: whoever can read such a key could make tokens.
 //   - Claims are as Envoy hands them to policies: those that hold lists of words
@@ -39,7 +40,8 @@
 // # Trust
 //
 // An attacker who chooses every byte of a request can at most have it refused, and
-// cost a few signatures per request: at most [MaxTokens] for each rule. An attacker
+// cost a few signatures per request: [MaxSignatures] at most, and none after the
+// check was given up. An attacker
 // who can replace a rule's keys is whoever the rule's issuer could name. Keys come
 // from [Source]; nothing in a token (jwk, jku, x5u, x5c) says which key to use. A
 // source without keys refuses every token.

@@ -1,6 +1,7 @@
 package token
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
@@ -21,7 +22,7 @@ const (
 	minRSA = 2048
 	// maxRSA bounds the work of one signature.
 	maxRSA = 8192
-	// maxKeys bounds a set: each may be tried for each token.
+	// maxKeys bounds a set.
 	maxKeys = 1000
 )
 
@@ -168,21 +169,40 @@ func usable(public any) error {
 	return errors.New("a key is of no type that is used")
 }
 
-// verify reports whether a key verifies the signature, and whether one could be
-// tried.
-func (k *Keys) verify(jws *jose.JSONWebSignature, id, alg string) (ok, tried bool) {
-	if k == nil {
-		return false, false
-	}
+// verify says whether a key verifies the signature, while left, which counts down, is
+// positive and ctx goes on. It is one of Good, UnknownKey, Forged, TooManyKeys and
+// Interrupted.
+func (k *Keys) verify(ctx context.Context, jws *jose.JSONWebSignature, id, alg string, left *int) Status {
+	status := UnknownKey
 	for i := range k.list {
 		c := &k.list[i]
 		if id != "" && c.id != "" && c.id != id || c.alg != "" && c.alg != alg {
 			continue
 		}
-		tried = true
+		status = Forged
+		switch {
+		case !c.fits(alg):
+			continue
+		case *left == 0:
+			return TooManyKeys
+		case ctx.Err() != nil:
+			return Interrupted
+		}
+		*left--
 		if _, err := jws.Verify(c.public); err == nil {
-			return true, true
+			return Good
 		}
 	}
-	return false, tried
+	return status
+}
+
+// fits reports whether the key is of the type that the algorithm has.
+func (k *key) fits(alg string) bool {
+	switch k.public.(type) {
+	case *rsa.PublicKey:
+		return strings.HasPrefix(alg, "RS") || strings.HasPrefix(alg, "PS")
+	case *ecdsa.PublicKey:
+		return strings.HasPrefix(alg, "ES")
+	}
+	return alg == string(jose.EdDSA)
 }

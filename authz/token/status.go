@@ -34,6 +34,10 @@ const (
 	Forged
 	// TooMany: there are more than MaxTokens.
 	TooMany
+	// TooManyKeys: more than MaxSignatures keys would have to be tried.
+	TooManyKeys
+	// Interrupted: the context of the check ended before a key verified it.
+	Interrupted
 
 	statuses
 )
@@ -52,6 +56,9 @@ var statusTexts = [statuses]struct{ name, text string }{
 	UnknownKey: {"unknown-key", "Jwks doesn't have key to match kid or alg from Jwt"},
 	Forged:     {"signature", "Jwt verification fails"},
 	TooMany:    {"too-many", "Found multiple Jwt tokens"},
+
+	TooManyKeys: {"too-many-keys", "Jwt verification fails"},
+	Interrupted: {"interrupted", "Jwt verification fails"},
 }
 
 // String is a stable code: metrics and records may rely on it.

@@ -3,6 +3,7 @@ package token
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -29,6 +30,10 @@ const (
 	MaxSize = 64 << 10
 	// MaxTokens is how many tokens of one request a rule looks at; more are refused.
 	MaxTokens = 16
+	// MaxSignatures is how many keys are tried for one request, for all its tokens and
+	// all rules together; a request that would need more is refused. A token with a key
+	// ID has the keys of that ID tried, and those without one.
+	MaxSignatures = 100
 	// maxRemembered is how many tokens are remembered, and maxRememberedSize the
 	// longest of them in bytes.
 	maxRemembered, maxRememberedSize = 2048, 4 << 10
@@ -61,6 +66,7 @@ type Verifier struct {
 	known    *lru.Cache[proof, *parsed]
 	verified *prometheus.CounterVec
 	hits     prometheus.Counter
+	tried    prometheus.Counter
 	counts   [statuses]prometheus.Counter
 }
 
@@ -89,15 +95,21 @@ func New(cfg Config) (*Verifier, error) {
 		Name: "signet_token_remembered_total",
 		Help: "Tokens whose signature was known to be good.",
 	})
+	v.tried = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "signet_token_signatures_total",
+		Help: "Keys that were tried for the signatures of tokens.",
+	})
 	for s := range statuses {
 		v.counts[s] = v.verified.WithLabelValues(s.String())
 	}
-	if cfg.Metrics != nil {
-		if err := cfg.Metrics.Register(v.verified); err != nil {
-			return nil, err
-		}
-		if err := cfg.Metrics.Register(v.hits); err != nil {
-			cfg.Metrics.Unregister(v.verified)
+	if cfg.Metrics == nil {
+		return v, nil
+	}
+	for i, c := range []prometheus.Collector{v.verified, v.hits, v.tried} {
+		if err := cfg.Metrics.Register(c); err != nil {
+			for _, c := range []prometheus.Collector{v.verified, v.hits}[:i] {
+				cfg.Metrics.Unregister(c)
+			}
 			return nil, err
 		}
 	}
@@ -130,33 +142,38 @@ type Result struct {
 type Header struct{ Name, Value string }
 
 // Verify verifies the tokens of a request to the workload of p, as of now. It
-// changes neither, and keeps nothing of them.
+// changes neither, and keeps nothing of them. When ctx ends no more keys are tried,
+// and the request is refused.
 //
 // Claims that are in r already, because the proxy has verified a token, are left to
 // [authz.Program.Decide]: nothing is verified, and the Status is Missing.
-func (v *Verifier) Verify(p *authz.Program, r *authz.Request, now time.Time) Result {
+func (v *Verifier) Verify(ctx context.Context, p *authz.Program, r *authz.Request, now time.Time) Result {
 	rules := p.Verifies()
 	if len(rules) == 0 || !r.HTTP || r.Claims != nil || r.Preflight() {
 		return Result{}
 	}
-	result := v.verify(rules, r, uint64(max(0, now.Unix())))
+	left := MaxSignatures
+	result := v.verify(ctx, rules, r, uint64(max(0, now.Unix())), &left)
+	if tried := MaxSignatures - left; tried > 0 {
+		v.tried.Add(float64(tried))
+	}
 	v.counts[result.Status].Inc()
 	return result
 }
 
-func (v *Verifier) verify(rules []*authz.TokenRule, r *authz.Request, now uint64) Result {
+func (v *Verifier) verify(ctx context.Context, rules []*authz.TokenRule, r *authz.Request, now uint64, left *int) Result {
 	// Why no rule took the tokens. The configuration that Istio makes tries each rule
 	// alone, and then all together, where a missing token is no error: the first
 	// refusal there is what Envoy answers, but that an issuer is another's is a worse
 	// reason than any other.
 	var first, last Result
 	for _, rule := range rules {
-		result := v.rule(rule, r, now)
+		result := v.rule(ctx, rule, r, now, left)
 		switch {
 		case result.Status == Good:
 			result.outputs(rules)
 			return result
-		case result.Status == Unread:
+		case result.Status == Unread || result.Status == TooManyKeys || result.Status == Interrupted:
 			return result // it might be good, with other claims than those of the rules that follow
 		case result.Status == Missing:
 			continue
@@ -176,8 +193,9 @@ func (v *Verifier) verify(rules []*authz.TokenRule, r *authz.Request, now uint64
 	return first
 }
 
-// rule verifies the tokens that one rule finds: all must be good.
-func (v *Verifier) rule(rule *authz.TokenRule, r *authz.Request, now uint64) (out Result) {
+// rule verifies the tokens that one rule finds: all must be good. left is how many
+// keys may be tried.
+func (v *Verifier) rule(ctx context.Context, rule *authz.TokenRule, r *authz.Request, now uint64, left *int) (out Result) {
 	if !rule.Complete(r) {
 		return Result{Status: Unread, Rule: rule}
 	}
@@ -190,7 +208,7 @@ func (v *Verifier) rule(rule *authz.TokenRule, r *authz.Request, now uint64) (ou
 	}
 	// From the last to the first, as Envoy does: the first one's claims count.
 	for _, at := range slices.Backward(found) {
-		t, status := v.token(rule, at.Text(), now)
+		t, status := v.token(ctx, rule, at.Text(), now, left)
 		if status != Good {
 			return Result{Status: status, Rule: rule}
 		}
@@ -209,7 +227,7 @@ func (v *Verifier) rule(rule *authz.TokenRule, r *authz.Request, now uint64) (ou
 }
 
 // token verifies one token.
-func (v *Verifier) token(rule *authz.TokenRule, text []byte, now uint64) (*parsed, Status) {
+func (v *Verifier) token(ctx context.Context, rule *authz.TokenRule, text []byte, now uint64, left *int) (*parsed, Status) {
 	keys := v.keys(rule)
 	var p proof
 	remember := keys != nil && len(text) <= maxRememberedSize
@@ -241,15 +259,11 @@ func (v *Verifier) token(rule *authz.TokenRule, text []byte, now uint64) (*parse
 	if keys == nil {
 		return nil, NoKeys
 	}
-	ok, tried := keys.verify(t.jws, t.kid, t.alg)
-	if !ok {
-		if !tried {
-			if v.source != nil && rule.Spec.GetJwks() == "" {
-				v.source.UnknownKey(rule)
-			}
-			return nil, UnknownKey
+	if status := keys.verify(ctx, t.jws, t.kid, t.alg, left); status != Good {
+		if status == UnknownKey && v.source != nil && rule.Spec.GetJwks() == "" {
+			v.source.UnknownKey(rule)
 		}
-		return nil, Forged
+		return nil, status
 	}
 	t.jws, t.normal = nil, normalized(t.claims, rule)
 	if remember {

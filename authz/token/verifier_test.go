@@ -1,6 +1,7 @@
 package token_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -137,7 +138,7 @@ func TestATokenIsGoodUntilItExpiresAlsoWhenItIsRemembered(t *testing.T) {
 		{0, token.Good}, {0, token.Good}, {time.Hour, token.Good}, {time.Hour + token.Skew, token.Good}, {time.Hour + token.Skew + time.Second, token.Expired},
 		{-token.Skew, token.Good}, {-token.Skew - time.Second, token.Future}, {30 * 24 * time.Hour, token.Expired}, {0, token.Good},
 	} {
-		if got := v.Verify(p, bearer(text), now.Add(c.at)).Status; got != c.want {
+		if got := v.Verify(t.Context(), p, bearer(text), now.Add(c.at)).Status; got != c.want {
 			t.Errorf("after %s: %v, want %v", c.at, got, c.want)
 		}
 	}
@@ -153,7 +154,7 @@ func TestRotatedKeysForgetTokens(t *testing.T) {
 	check := func(want token.Status, unknown int) {
 		t.Helper()
 		for range 2 {
-			if got := v.Verify(p, bearer(text), now).Status; got != want {
+			if got := v.Verify(t.Context(), p, bearer(text), now).Status; got != want {
 				t.Errorf("%v, want %v", got, want)
 			}
 		}
@@ -180,11 +181,11 @@ func TestRulesDoNotShareWhatTheyFound(t *testing.T) {
 	text := i.token(t, map[string]any{"iss": "iss", "aud": "shop", "scope": "a b", "words": "a b"})
 	shop := program(t, map[string]any{"issuer": "iss", "jwks": i.set, "audiences": []string{"shop"}, "spaceDelimitedClaims": []string{"words"}})
 	for range 2 {
-		r := v.Verify(shop, bearer(text), now)
+		r := v.Verify(t.Context(), shop, bearer(text), now)
 		if r.Status != token.Good || len(r.Claims.GetFields()["words"].GetListValue().GetValues()) != 2 {
 			t.Fatalf("%v %v", r.Status, r.Claims)
 		}
-		r = v.Verify(program(t, map[string]any{"issuer": "iss", "jwks": i.set}), bearer(text), now)
+		r = v.Verify(t.Context(), program(t, map[string]any{"issuer": "iss", "jwks": i.set}), bearer(text), now)
 		if r.Status != token.Good || r.Claims.GetFields()["words"].GetStringValue() != "a b" || len(r.Claims.GetFields()["scope"].GetListValue().GetValues()) != 2 {
 			t.Fatalf("%v %v", r.Status, r.Claims)
 		}
@@ -193,7 +194,7 @@ func TestRulesDoNotShareWhatTheyFound(t *testing.T) {
 			token.Foreign:  {"issuer": "other", "jwks": i.set},
 			token.Forged:   {"issuer": "iss", "jwks": newIssuer(t, "a").set},
 		} {
-			if got := v.Verify(program(t, rule), bearer(text), now); got.Status != want || got.Claims != nil {
+			if got := v.Verify(t.Context(), program(t, rule), bearer(text), now); got.Status != want || got.Claims != nil {
 				t.Errorf("%v, want %v", got.Status, want)
 			}
 		}
@@ -205,7 +206,7 @@ func TestTokensAreLeftToDecideWhereTheProxyHasVerified(t *testing.T) {
 	i := newIssuer(t, "a")
 	p := program(t, map[string]any{"issuer": "iss", "jwks": i.set})
 	v := newVerifier(t, nil)
-	good := v.Verify(p, bearer(i.token(t, map[string]any{"iss": "iss"})), now)
+	good := v.Verify(t.Context(), p, bearer(i.token(t, map[string]any{"iss": "iss"})), now)
 	r := bearer("bad")
 	r.Claims = good.Claims
 	tcp := bearer("bad")
@@ -216,7 +217,7 @@ func TestTokensAreLeftToDecideWhereTheProxyHasVerified(t *testing.T) {
 		p *authz.Program
 		r *authz.Request
 	}{"claims of the proxy": {p, r}, "a bare connection": {p, tcp}, "a preflight": {p, preflight}, "no rules": {nil, bearer("bad")}} {
-		if got := v.Verify(c.p, c.r, now); got.Status != token.Missing || got.Claims != nil {
+		if got := v.Verify(t.Context(), c.p, c.r, now); got.Status != token.Missing || got.Claims != nil {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
@@ -235,7 +236,7 @@ func TestWhatIsNotKnownIsNotGood(t *testing.T) {
 	} {
 		r := bearer(text)
 		change(r)
-		got := v.Verify(p, r, now)
+		got := v.Verify(t.Context(), p, r, now)
 		if got.Status != token.Unread || got.Claims != nil {
 			t.Errorf("%s: %v", name, got.Status)
 		}
@@ -246,7 +247,7 @@ func TestWhatIsNotKnownIsNotGood(t *testing.T) {
 	// Values that came joined could be several tokens.
 	r := request("/", "authorization", "Bearer "+text+",Bearer "+text)
 	r.Headers[0].Form = authz.HeaderJoined
-	if got := v.Verify(p, r, now); got.Status != token.Malformed {
+	if got := v.Verify(t.Context(), p, r, now); got.Status != token.Malformed {
 		t.Errorf("joined: %v", got.Status)
 	}
 }
@@ -260,7 +261,7 @@ func TestHeadersOfClaims(t *testing.T) {
 	other := map[string]any{"issuer": "zzz", "jwks": i.set, "forwardOriginalToken": true, "outputClaimToHeaders": []any{map[string]any{"header": "X-Other", "claim": "sub"}}}
 	p := program(t, rule, other)
 	text := i.token(t, map[string]any{"iss": "iss", "sub": "alice", "evil": "a\r\nx-admin: true"})
-	got := v.Verify(p, request("/?access_token="+text, "x-sub", "root", "x-other", "root"), now)
+	got := v.Verify(t.Context(), p, request("/?access_token="+text, "x-sub", "root", "x-other", "root"), now)
 	want := []token.Header{{Name: "x-payload", Value: strings.Split(text, ".")[1]}, {Name: "x-sub", Value: "alice"}}
 	if got.Status != token.Good || !slices.Equal(got.SetHeaders, want) {
 		t.Errorf("%v: set %v", got.Status, got.SetHeaders)
@@ -269,11 +270,11 @@ func TestHeadersOfClaims(t *testing.T) {
 	if !slices.Equal(got.RemoveHeaders, []string{"x-evil", "x-gone", "x-other"}) || !slices.Equal(got.RemoveParams, []string{"access_token"}) {
 		t.Errorf("removed %v %v", got.RemoveHeaders, got.RemoveParams)
 	}
-	none := v.Verify(p, request("/", "x-sub", "root"), now)
+	none := v.Verify(t.Context(), p, request("/", "x-sub", "root"), now)
 	if none.Status != token.Missing || !slices.Equal(none.RemoveHeaders, []string{"x-payload", "x-sub", "x-evil", "x-gone", "x-other"}) {
 		t.Errorf("without a token: %v removed %v", none.Status, none.RemoveHeaders)
 	}
-	forwarded := v.Verify(program(t, other), bearer(i.token(t, map[string]any{"iss": "zzz", "sub": "b"})), now)
+	forwarded := v.Verify(t.Context(), program(t, other), bearer(i.token(t, map[string]any{"iss": "zzz", "sub": "b"})), now)
 	if forwarded.Status != token.Good || len(forwarded.RemoveHeaders) != 0 {
 		t.Errorf("forwarded: %v removed %v", forwarded.Status, forwarded.RemoveHeaders)
 	}
@@ -287,7 +288,7 @@ func TestOneChangedByteRefuses(t *testing.T) {
 	p := program(t, map[string]any{"issuer": "iss", "jwks": i.set})
 	v := newVerifier(t, nil)
 	text := i.token(t, map[string]any{"iss": "iss", "sub": "s"})
-	if v.Verify(p, bearer(text), now).Status != token.Good {
+	if v.Verify(t.Context(), p, bearer(text), now).Status != token.Good {
 		t.Fatal("the token is not good")
 	}
 	for at := range text {
@@ -297,14 +298,119 @@ func TestOneChangedByteRefuses(t *testing.T) {
 				continue
 			}
 			changed[at] = c
-			if got := v.Verify(p, bearer(string(changed)), now); got.Status == token.Good && at != len(text)-1 {
+			if got := v.Verify(t.Context(), p, bearer(string(changed)), now); got.Status == token.Good && at != len(text)-1 {
 				t.Errorf("byte %d changed to %q: %v", at, c, got.Status)
 			}
 		}
-		if got := v.Verify(p, bearer(text[:at]), now); got.Status == token.Good {
+		if got := v.Verify(t.Context(), p, bearer(text[:at]), now); got.Status == token.Good {
 			t.Errorf("cut at %d: good", at)
 		}
 	}
+}
+
+// TestSignaturesAreBounded counts the keys that are tried.
+func TestSignaturesAreBounded(t *testing.T) {
+	t.Parallel()
+	good := newIssuer(t, "")
+	// keys is a set of keys of strangers and, where it is not negative, the good one at
+	// that place.
+	keys := func(n, at int, id, alg string) string {
+		set := jose.JSONWebKeySet{}
+		for i := range n {
+			k := newIssuer(t, "").key.Public()
+			if i == at {
+				k = good.key.Public()
+			}
+			set.Keys = append(set.Keys, jose.JSONWebKey{Key: k, KeyID: id, Algorithm: alg})
+		}
+		b, err := json.Marshal(set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	ed := func(n int) string {
+		set := jose.JSONWebKeySet{}
+		for range n {
+			k, _, err := ed25519.GenerateKey(rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set.Keys = append(set.Keys, jose.JSONWebKey{Key: k})
+		}
+		set.Keys = append(set.Keys, jose.JSONWebKey{Key: good.key.Public()})
+		b, err := json.Marshal(set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	named := newIssuer(t, "named")
+	one := strings.TrimSuffix(strings.TrimPrefix(named.set, `{"keys":[`), "]}")
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	text, other := good.token(t, map[string]any{"iss": "iss"}), good.token(t, map[string]any{"iss": "iss", "sub": "other"})
+	for _, tt := range []struct {
+		name  string
+		ctx   context.Context
+		sets  []string // one for each rule
+		r     *authz.Request
+		want  token.Status
+		tried float64
+	}{
+		{"the good key is the hundredth", t.Context(), []string{keys(150, 99, "", "")}, bearer(text), token.Good, 100},
+		{"the good key comes after a hundred", t.Context(), []string{keys(150, 100, "", "")}, bearer(text), token.TooManyKeys, 100},
+		{"no key is good", t.Context(), []string{keys(100, -1, "", "")}, bearer(text), token.Forged, 100},
+		{"several rules", t.Context(), []string{keys(60, -1, "", ""), keys(60, 50, "", "")}, bearer(text), token.TooManyKeys, 100},
+		{"several tokens", t.Context(), []string{keys(80, 60, "", "")}, request("/?access_token="+text, "authorization", "Bearer "+other), token.TooManyKeys, 100},
+		{"keys of other types", t.Context(), []string{ed(150)}, bearer(text), token.Good, 1},
+		{"keys of other IDs", t.Context(), []string{keys(150, -1, "other", "ES256")}, bearer(named.token(t, map[string]any{"iss": "iss"})), token.UnknownKey, 0},
+		{"a key of the ID among keys of others", t.Context(), []string{strings.Replace(keys(150, -1, "other", "ES256"), `{"keys":[`, `{"keys":[`+one+",", 1)},
+			bearer(named.token(t, map[string]any{"iss": "iss"})), token.Good, 1},
+		{"a check that was given up", ended, []string{keys(1, 0, "", "")}, bearer(text), token.Interrupted, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			reg := prometheus.NewRegistry()
+			v, err := token.New(token.Config{Metrics: reg})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var rules []map[string]any
+			for _, s := range tt.sets {
+				rules = append(rules, map[string]any{"issuer": "iss", "jwks": s})
+			}
+			p := program(t, rules...)
+			if got := v.Verify(tt.ctx, p, tt.r, now); got.Status != tt.want || (got.Claims != nil) != (tt.want == token.Good) {
+				t.Errorf("the token is %s; want %s", got.Status, tt.want)
+			}
+			if n := signatures(t, reg); n != tt.tried {
+				t.Errorf("%v keys were tried; want %v", n, tt.tried)
+			}
+			// What is known to be good costs nothing more, even then.
+			if tt.want == token.Good {
+				if got := v.Verify(ended, p, tt.r, now); got.Status != token.Good || signatures(t, reg) != tt.tried {
+					t.Errorf("the second time it is %s, for %v keys", got.Status, signatures(t, reg))
+				}
+			}
+		})
+	}
+}
+
+// signatures is how many keys were tried.
+func signatures(t *testing.T, reg *prometheus.Registry) float64 {
+	t.Helper()
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == "signet_token_signatures_total" {
+			return f.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+	t.Fatal("no such metric")
+	return 0
 }
 
 func TestParseKeys(t *testing.T) {
@@ -389,7 +495,7 @@ func TestMetricsCountStatuses(t *testing.T) {
 	}
 	good := i.token(t, map[string]any{"iss": "iss"})
 	for _, r := range []*authz.Request{request("/"), bearer(good), bearer(good), bearer("x")} {
-		v.Verify(p, r, now)
+		v.Verify(t.Context(), p, r, now)
 	}
 	for name, want := range map[string]float64{"missing": 1, "good": 2, "malformed": 1, "expired": 0} {
 		if got := count(t, reg, name); got != want {
@@ -424,7 +530,7 @@ func ExampleVerifier_Verify() {
 	snapshot, _ := authz.Compile(set, authz.Options{})
 	p := snapshot.For(identity.Workload{Namespace: "default"})
 	r := authz.Request{Known: authz.FieldsHTTP, HTTP: true, Headers: []authz.Header{{Name: "authorization", Value: []byte("Bearer x.y.z")}}}
-	result := v.Verify(p, &r, time.Now())
+	result := v.Verify(context.Background(), p, &r, time.Now())
 	r.Claims = result.Claims
 	fmt.Println(result.Status, result.Status.HTTP(), p.Decide(&r).Reason)
 	// Output: malformed 401 token-refused
@@ -439,7 +545,7 @@ func FuzzVerify(f *testing.F) {
 	good := i.token(f, map[string]any{"iss": "iss", "sub": "s", "aud": []string{"a"}, "scope": "x y"})
 	p := program(f, map[string]any{"issuer": "iss", "jwks": i.set, "outputClaimToHeaders": []any{map[string]any{"header": "x", "claim": "a.b"}}},
 		map[string]any{"issuer": "other", "jwks": i.set, "fromHeaders": []any{map[string]any{"name": "x-t"}, map[string]any{"name": "x-u", "prefix": "T "}}, "fromParams": []string{"p"}, "fromCookies": []string{"c"}})
-	want := v.Verify(p, bearer(good), now).Claims
+	want := v.Verify(f.Context(), p, bearer(good), now).Claims
 	f.Add("/", "authorization", "Bearer "+good, uint8(0))
 	f.Add("/?p=%2E", "x-u", "T ..", uint8(1))
 	f.Add("/?access_token="+good, "cookie", `c="x"; d`, uint8(2))
@@ -448,7 +554,7 @@ func FuzzVerify(f *testing.F) {
 	f.Fuzz(func(t *testing.T, path, name, value string, form uint8) {
 		r := request(path, strings.ToLower(name), value)
 		r.Headers[0].Form = authz.HeaderForm(form % 3)
-		got := v.Verify(p, r, now)
+		got := v.Verify(t.Context(), p, r, now)
 		switch {
 		case got.Status == token.Good:
 			if !proto.Equal(got.Claims, want) || !strings.Contains(path+value, strings.Split(good, ".")[0]) && !strings.Contains(path, "%") {
@@ -484,7 +590,7 @@ func BenchmarkVerify(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				v.Verify(p, r, now)
+				v.Verify(b.Context(), p, r, now)
 			}
 		})
 	}

@@ -118,8 +118,8 @@ func (t *requestTokens) watch(ctx context.Context, policies policies, pods *iden
 }
 
 // Claims is [extauthz.Tokens].
-func (t *requestTokens) Claims(_ context.Context, p *authz.Program, r *authz.Request) extauthz.Verified {
-	found := t.verifier.Verify(p, r, time.Now())
+func (t *requestTokens) Claims(ctx context.Context, p *authz.Program, r *authz.Request) extauthz.Verified {
+	found := t.verifier.Verify(ctx, p, r, time.Now())
 	switch found.Status {
 	case token.Good:
 		r.Claims = found.Claims
@@ -130,6 +130,9 @@ func (t *requestTokens) Claims(_ context.Context, p *authz.Program, r *authz.Req
 	err := fmt.Errorf("verifying the request's token: %s", found.Status)
 	if rule := found.Rule; rule != nil {
 		err = fmt.Errorf("verifying the request's token by RequestAuthentication %s/%s rule %d: %s", rule.Namespace, rule.Name, rule.Index, found.Status)
+	}
+	if found.Status == token.TooManyKeys {
+		err = fmt.Errorf("%w: more than %d keys would have to be tried; give the tokens, and the keys of the set, a kid", err, token.MaxSignatures)
 	}
 	return extauthz.Verified{Refused: found.Status.Text(), Forbidden: found.Status.HTTP() == 403, Err: err}
 }

@@ -546,7 +546,7 @@ func TestTokensAgreeWithEnvoy(t *testing.T) {
 			t.Errorf("%s: reading the CheckRequest: %v", c.name, err)
 			continue
 		}
-		result := verifier.Verify(programs[c.world], &r, time.Now())
+		result := verifier.Verify(t.Context(), programs[c.world], &r, time.Now())
 		if result.Status == token.Good {
 			r.Claims = result.Claims
 		}
