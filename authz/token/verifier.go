@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -35,8 +36,9 @@ const (
 	// ID has the keys of that ID tried, and those without one.
 	MaxSignatures = 100
 	// maxRemembered is how many tokens are remembered, and maxRememberedSize the
-	// longest of them in bytes.
-	maxRemembered, maxRememberedSize = 2048, 4 << 10
+	// longest of them in bytes; maxRememberedWeight is how much memory they take at
+	// most, about, with their claims, which can take forty times the token.
+	maxRemembered, maxRememberedSize, maxRememberedWeight = 2048, 4 << 10, 16 << 20
 	// maxInline is how many rules' inline keys are remembered.
 	maxInline = 1024
 )
@@ -64,6 +66,7 @@ type Verifier struct {
 	source   Source
 	inline   *lru.Cache[*authz.TokenRule, *Keys] // nil values for sets that cannot be read
 	known    *lru.Cache[proof, *parsed]
+	weight   atomic.Int64 // of known
 	verified *prometheus.CounterVec
 	hits     prometheus.Counter
 	tried    prometheus.Counter
@@ -83,7 +86,7 @@ func New(cfg Config) (*Verifier, error) {
 	v := &Verifier{source: cfg.Keys}
 	var err1, err2 error
 	v.inline, err1 = lru.New[*authz.TokenRule, *Keys](maxInline)
-	v.known, err2 = lru.New[proof, *parsed](maxRemembered)
+	v.known, err2 = lru.NewWithEvict(maxRemembered, func(_ proof, t *parsed) { v.weight.Add(-t.weight) })
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
@@ -267,9 +270,23 @@ func (v *Verifier) token(ctx context.Context, rule *authz.TokenRule, text []byte
 	}
 	t.jws, t.normal = nil, normalized(t.claims, rule)
 	if remember {
-		v.known.Add(p, t)
+		v.remember(p, t)
 	}
 	return t, Good
+}
+
+// remember adds a token to those that are known, and takes as many away as it has no
+// room for.
+func (v *Verifier) remember(p proof, t *parsed) {
+	t.weight = t.weigh()
+	if there, _ := v.known.ContainsOrAdd(p, t); there {
+		return // another request came first
+	}
+	for v.weight.Add(t.weight); v.weight.Load() > maxRememberedWeight; {
+		if _, _, ok := v.known.RemoveOldest(); !ok {
+			return
+		}
+	}
 }
 
 // keys are those by which tokens of the rule are verified, or nil.

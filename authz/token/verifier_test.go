@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -371,11 +372,7 @@ func TestSignaturesAreBounded(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			reg := prometheus.NewRegistry()
-			v, err := token.New(token.Config{Metrics: reg})
-			if err != nil {
-				t.Fatal(err)
-			}
+			v := newVerifier(t, nil)
 			var rules []map[string]any
 			for _, s := range tt.sets {
 				rules = append(rules, map[string]any{"issuer": "iss", "jwks": s})
@@ -384,33 +381,65 @@ func TestSignaturesAreBounded(t *testing.T) {
 			if got := v.Verify(tt.ctx, p, tt.r, now); got.Status != tt.want || (got.Claims != nil) != (tt.want == token.Good) {
 				t.Errorf("the token is %s; want %s", got.Status, tt.want)
 			}
-			if n := signatures(t, reg); n != tt.tried {
+			if n := token.Tried(v); n != tt.tried {
 				t.Errorf("%v keys were tried; want %v", n, tt.tried)
 			}
 			// What is known to be good costs nothing more, even then.
 			if tt.want == token.Good {
-				if got := v.Verify(ended, p, tt.r, now); got.Status != token.Good || signatures(t, reg) != tt.tried {
-					t.Errorf("the second time it is %s, for %v keys", got.Status, signatures(t, reg))
+				if got := v.Verify(ended, p, tt.r, now); got.Status != token.Good || token.Tried(v) != tt.tried {
+					t.Errorf("the second time it is %s, for %v keys", got.Status, token.Tried(v))
 				}
 			}
 		})
 	}
 }
 
-// signatures is how many keys were tried.
-func signatures(t *testing.T, reg *prometheus.Registry) float64 {
-	t.Helper()
-	families, err := reg.Gather()
-	if err != nil {
-		t.Fatal(err)
+// TestRememberedTokensTakeLittleMemory is not parallel: it counts what the process
+// has. Each token's claims take some forty times its size.
+func TestRememberedTokensTakeLittleMemory(t *testing.T) {
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
 	}
-	for _, f := range families {
-		if f.GetName() == "signet_token_signatures_total" {
-			return f.GetMetric()[0].GetCounter().GetValue()
+	i := newIssuer(t, "a")
+	p := program(t, map[string]any{"issuer": "iss", "jwks": i.set})
+	v := newVerifier(t, nil)
+	list := make([]any, 900)
+	for j := range list {
+		list[j] = []any{}
+	}
+	before := heap()
+	var last *authz.Request
+	for j := range 600 {
+		last = bearer(i.token(t, map[string]any{"iss": "iss", "n": j, "l": list}))
+		if got := v.Verify(t.Context(), p, last, now); got.Status != token.Good {
+			t.Fatal(got.Status)
 		}
 	}
-	t.Fatal("no such metric")
-	return 0
+	if after := heap(); after > before+40<<20 {
+		t.Errorf("600 tokens of 4 KiB are kept in %d MiB", (after-before)>>20)
+	}
+	// Those that came last are.
+	tried := token.Tried(v)
+	if got := v.Verify(t.Context(), p, last, now); got.Status != token.Good || token.Tried(v) != tried {
+		t.Error("the last token is not remembered")
+	}
+	// Many small ones are, too.
+	var small []*authz.Request
+	for j := range 500 {
+		small = append(small, bearer(i.token(t, map[string]any{"iss": "iss", "n": j})))
+	}
+	for round := range 2 {
+		tried := token.Tried(v)
+		for _, r := range small {
+			v.Verify(t.Context(), p, r, now)
+		}
+		if n := token.Tried(v) - tried; round == 1 && n != 0 {
+			t.Errorf("%v of 500 small tokens are not remembered", n)
+		}
+	}
 }
 
 func TestParseKeys(t *testing.T) {
