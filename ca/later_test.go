@@ -138,6 +138,7 @@ func TestWhatALaterVersionWroteStays(t *testing.T) {
 	check("replicas/001", 1, `"state":"old"`)
 
 	// What is known of the time, and which clocks were accepted.
+	const clock = "replica-clock/001"
 	ahead := time.Now().Add(time.Hour)
 	set := func(d time.Duration) {
 		ahead := ahead.Add(d)
@@ -148,14 +149,14 @@ func TestWhatALaterVersionWroteStays(t *testing.T) {
 		}
 	}
 	set(0)
-	edit(t, store, "clock", func(r map[string]any) {
+	edit(t, store, clock, func(r map[string]any) {
 		r["accepted"] = []map[string]any{{"clock": time.Now(), "newest": time.Now(), "reason": "a test"}}
 	})
-	later(t, store, "clock")
+	later(t, store, clock)
 	set(time.Hour)
-	check("clock", 2, `"time":"`+ahead.Add(time.Hour).UTC().Format("2006-01-02T15:04:05"))
+	check(clock, 2, `"time":"`+ahead.Add(time.Hour).UTC().Format("2006-01-02T15:04:05"))
 	a.SetClock(time.Now, time.Now())
-	edit(t, store, "clock", func(r map[string]any) { r["time"] = time.Now(); delete(r, "accepted") })
+	edit(t, store, clock, func(r map[string]any) { r["time"] = time.Now(); delete(r, "accepted") })
 
 	// What was lost of a log and is there again, at a start.
 	if err := a.SignHead(t.Context()); err != nil {
