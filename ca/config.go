@@ -92,6 +92,10 @@ type Config struct {
 	SVID SVIDConfig
 	// Pods is the authority's own view of the pods that are alive. Required.
 	Pods *identity.Pods
+	// PodsStale is since when Pods is not kept up to date because what it is read from is
+	// away, zero while it is. Agents then forget no pod that is not in Pods, and ask
+	// another replica for one that is not known. Nil: it always is kept up to date.
+	PodsStale func() time.Time
 	// Agents verifies an agent's token: audience signet-ca, an account on the
 	// allow-list. An agent whose account was taken off the list is none from then on,
 	// whatever its SVID says. Required.

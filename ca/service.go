@@ -586,7 +586,7 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 			f := &refusal{code: capb.Refusal_CODE_EVIDENCE, public: attest.Public(err), err: err}
 			switch {
 			case errors.Is(err, attest.ErrUnknownPod):
-				f.code, f.retry = capb.Refusal_CODE_UNKNOWN_WORKLOAD, retryUnknownPod
+				f.code, f.retry = a.unknownPod(), retryUnknownPod
 			case errors.Is(err, attest.ErrUnavailable):
 				f.code, f.retry = capb.Refusal_CODE_UNAVAILABLE, retryFailure
 			}
@@ -599,7 +599,7 @@ func (a *Authority) check(ctx context.Context, r *agent, item *capb.IssueItem) (
 		}
 		var ok bool
 		if w, ok = a.cfg.Pods.Lookup(e.PodUid); !ok {
-			return certificate{}, &refusal{code: capb.Refusal_CODE_UNKNOWN_WORKLOAD, retry: retryUnknownPod, public: "the pod is not known",
+			return certificate{}, &refusal{code: a.unknownPod(), retry: retryUnknownPod, public: "the pod is not known",
 				err: fmt.Errorf("pod %q is not in the authority's view", e.PodUid)}
 		}
 	default:

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/identity"
@@ -17,6 +18,14 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const (
+	// staleAgain is how often it is asked whether a view of the pods is stale that was.
+	staleAgain = time.Second
+	// staleAfter is how long a view has to be stale until another replica is better asked
+	// for a pod: agents need not run about when an API server is started again.
+	staleAfter = 10 * time.Second
 )
 
 func (s service) WatchTrust(stream grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
@@ -175,8 +184,13 @@ func (s service) WatchNode(_ *capb.WatchNodeRequest, stream grpc.ServerStreaming
 
 func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
 	sent := map[string]identity.Workload{}
-	full := true
+	full, stale := true, false
 	for {
+		since := a.podsStale() // before the pods are read
+		if stale && since.IsZero() {
+			// What went meanwhile the agent has kept.
+			sent, full, stale = map[string]identity.Workload{}, true, false
+		}
 		pods, changed := a.cfg.Pods.OnNode(r.Node)
 		// The stream ends when the agent's pod or node goes, but perhaps only after
 		// this round: the pods could be those of a new node with the same name.
@@ -184,6 +198,10 @@ func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerS
 			return status.Error(codes.Unauthenticated, err.Error())
 		}
 		m := &capb.WatchNodeResponse{NodeUid: r.NodeUID, Full: full}
+		if !since.IsZero() {
+			m.StaleSince = timestamppb.New(since)
+			stale = stale || full
+		}
 		now := make(map[string]identity.Workload, len(pods))
 		for _, w := range pods {
 			now[w.PodUID] = w
@@ -205,12 +223,35 @@ func (a *Authority) watchNode(ctx context.Context, r *agent, stream grpc.ServerS
 			}
 		}
 		sent, full = now, false
+		var again <-chan time.Time
+		if stale {
+			again = time.After(staleAgain)
+		}
 		select {
 		case <-ctx.Done():
 			return ended(ctx)
 		case <-changed:
+		case <-again:
 		}
 	}
+}
+
+// podsStale is since when the view of the pods is not kept up to date; zero if it is.
+func (a *Authority) podsStale() time.Time {
+	if a.cfg.PodsStale == nil {
+		return time.Time{}
+	}
+	return a.cfg.PodsStale()
+}
+
+// unknownPod is how a pod is refused that is not in the view. Where that has not been kept up
+// to date for a while another replica may know the pod, and only the API server's
+// absence keeps it from being known here.
+func (a *Authority) unknownPod() capb.Refusal_Code {
+	if since := a.podsStale(); !since.IsZero() && time.Since(since) >= staleAfter {
+		return capb.Refusal_CODE_UNAVAILABLE
+	}
+	return capb.Refusal_CODE_UNKNOWN_WORKLOAD
 }
 
 func trustToProto(t *identity.Trust) *capb.Trust {

@@ -124,11 +124,12 @@ type Client struct {
 	up      identity.Watched[uint64] // how often the authority was reached after it was not
 	heads   heads
 	contact contact
-	wall    func() time.Time      // the system's clock
-	failure atomic.Pointer[error] // why there is no session; nil while there is one
-	warned  atomic.Bool           // the first failure of this process was logged
-	told    atomic.Bool           // the state of trust was heard at least once in this process
-	synced  atomic.Bool           // the pods of the node were heard at least once in this process
+	wall    func() time.Time          // the system's clock
+	failure atomic.Pointer[error]     // why there is no session; nil while there is one
+	warned  atomic.Bool               // the first failure of this process was logged
+	told    atomic.Bool               // the state of trust was heard at least once in this process
+	judged  atomic.Pointer[time.Time] // when a replica was left last because of how it answered
+	synced  atomic.Bool               // the pods of the node were heard at least once in this process
 	metrics *metrics
 }
 

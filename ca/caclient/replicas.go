@@ -27,6 +27,9 @@ const leaveAfter = 4
 // rankAfter is how long an address that was put last stays there.
 const rankAfter = 10 * time.Minute
 
+// leaveAgain is how often, at most, a replica is left that is cut off from where pods are known.
+const leaveAgain = time.Minute
+
 // order is the order in which replicas are tried. Each agent begins with its own, so that
 // agents spread over the replicas, and keeps it, so that it stays with one: grpc's
 // pick_first moves on when that is gone. A replica that answers and cannot do its work

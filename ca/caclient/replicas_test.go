@@ -101,8 +101,9 @@ func (f logFile) WriteAt(b []byte, at int64) (int, error) {
 	return f.File.WriteAt(b, at)
 }
 
-// twoReplicas share a state. Which of them can write its log is set in files.
-func twoReplicas(t *testing.T) (a, b *authority, files *logs) {
+// twoReplicas share a state. Which of them can write its log is set in files; edits change
+// the configuration of the second.
+func twoReplicas(t *testing.T, edits ...func(*ca.Config)) (a, b *authority, files *logs) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "shared")
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -125,6 +126,9 @@ func twoReplicas(t *testing.T) (a, b *authority, files *logs) {
 	})
 	b = newAuthority(t, func(c *ca.Config) {
 		c.Shared, c.RootReplica, c.Pods, c.Agents, c.Workloads = a.cfg.Shared, 1, a.cfg.Pods, a.cfg.Agents, a.cfg.Workloads
+		for _, e := range edits {
+			e(c)
+		}
 	})
 	return a, b, files
 }

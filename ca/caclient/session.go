@@ -33,6 +33,7 @@ type session struct {
 	refused chan error    // one element: the authority refuses this SVID
 	left    chan struct{} // one element: the replica cannot do its work
 	served  atomic.Bool   // something was issued on this session
+	stale   atomic.Bool   // the replica is cut off from where pods are known
 	heard   atomic.Bool   // the authority has answered on this session
 	hurried bool          // the SVID is renewed because it is tainted; owned by hold
 	overdue bool          // the SVID is to be renewed at once; owned by Run
@@ -277,9 +278,14 @@ func (s *session) watchNode(ctx context.Context, alive func()) error {
 			pods = append(pods, w)
 		}
 		if m.GetFull() {
-			s.c.cfg.Pods.Replace(pods)
 			s.c.synced.Store(true)
-			continue
+			if s.stale.Store(m.GetStaleSince() != nil); !s.stale.Load() {
+				s.c.cfg.Pods.Replace(pods)
+				continue
+			}
+			// The replica is cut off from where pods are known: what it does not have may
+			// have begun since, and another replica has said so.
+			s.c.cfg.Log.Warn("the replica's view of the pods is not up to date; pods that it does not know are kept", "since", m.GetStaleSince().AsTime())
 		}
 		for _, w := range pods {
 			s.c.cfg.Pods.Set(w)
@@ -357,7 +363,9 @@ func (c *Client) Issue(ctx context.Context, reqs []identity.Request) ([]identity
 	return out, nil
 }
 
-// judge leaves the replica if it can record nothing or sign nothing.
+// judge leaves the replica if it can record nothing or sign nothing, or does not know a pod
+// because it is cut off from where pods are known. One that has said so is left once in a
+// while only: all may be cut off.
 func (s *session) judge(results []*capb.IssueResult) {
 	for _, r := range results {
 		if r.GetX509() != nil {
@@ -367,9 +375,14 @@ func (s *session) judge(results []*capb.IssueResult) {
 			return
 		}
 	}
-	if len(results) > 0 {
-		s.leave()
+	if len(results) == 0 {
+		return
 	}
+	now, last := time.Now(), s.c.judged.Load()
+	if s.stale.Load() && last != nil && now.Sub(*last) < leaveAgain || !s.c.judged.CompareAndSwap(last, &now) {
+		return
+	}
+	s.leave()
 }
 
 func toItems(reqs []identity.Request) []*capb.IssueItem {

@@ -1803,7 +1803,11 @@ type WatchNodeResponse struct {
 	Full bool   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`
 	Pods []*Pod `protobuf:"bytes,3,rep,name=pods,proto3" json:"pods,omitempty"`
 	// deleted are pod UIDs.
-	Deleted       []string `protobuf:"bytes,4,rep,name=deleted,proto3" json:"deleted,omitempty"`
+	Deleted []string `protobuf:"bytes,4,rep,name=deleted,proto3" json:"deleted,omitempty"`
+	// stale_since is set while the authority's own view of the pods is not kept up to
+	// date: of what is not in pods it does not know that it is gone. When it knows again
+	// it sends everything once more.
+	StaleSince    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=stale_since,json=staleSince,proto3" json:"stale_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1862,6 +1866,13 @@ func (x *WatchNodeResponse) GetPods() []*Pod {
 func (x *WatchNodeResponse) GetDeleted() []string {
 	if x != nil {
 		return x.Deleted
+	}
+	return nil
+}
+
+func (x *WatchNodeResponse) GetStaleSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StaleSince
 	}
 	return nil
 }
@@ -4560,12 +4571,14 @@ const file_ca_proto_rawDesc = "" +
 	"\x04hash\x18\x03 \x01(\fR\x04hash\x12.\n" +
 	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1c\n" +
 	"\tsignature\x18\x05 \x01(\fR\tsignature\"\x12\n" +
-	"\x10WatchNodeRequest\"\x83\x01\n" +
+	"\x10WatchNodeRequest\"\xc0\x01\n" +
 	"\x11WatchNodeResponse\x12\x19\n" +
 	"\bnode_uid\x18\x01 \x01(\tR\anodeUid\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12%\n" +
 	"\x04pods\x18\x03 \x03(\v2\x11.signet.ca.v1.PodR\x04pods\x12\x18\n" +
-	"\adeleted\x18\x04 \x03(\tR\adeleted\"\xaf\x02\n" +
+	"\adeleted\x18\x04 \x03(\tR\adeleted\x12;\n" +
+	"\vstale_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"staleSince\"\xaf\x02\n" +
 	"\x03Pod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -4904,91 +4917,92 @@ var file_ca_proto_depIdxs = []int32{
 	65, // 28: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
 	65, // 29: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
 	25, // 30: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	64, // 31: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	57, // 32: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	22, // 33: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	63, // 34: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	22, // 35: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	65, // 36: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	65, // 37: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	65, // 38: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	67, // 39: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
-	22, // 40: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
-	32, // 41: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
-	22, // 42: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	65, // 43: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	65, // 44: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	43, // 45: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	65, // 46: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	65, // 47: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	43, // 48: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	65, // 49: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
-	52, // 50: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	52, // 51: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	52, // 52: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
-	54, // 53: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
-	65, // 54: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
-	65, // 55: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
-	53, // 56: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
-	65, // 57: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
-	65, // 58: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	65, // 59: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	65, // 60: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
-	65, // 61: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
-	65, // 62: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
-	65, // 63: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
-	57, // 64: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	60, // 65: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
-	65, // 66: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
-	60, // 67: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
-	66, // 68: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
-	65, // 69: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	1,  // 70: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
-	60, // 71: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
-	65, // 72: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	2,  // 73: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	6,  // 74: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	14, // 75: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	23, // 76: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	26, // 77: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	28, // 78: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	30, // 79: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	33, // 80: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	35, // 81: signet.ca.v1.Admin.AcceptClock:input_type -> signet.ca.v1.AcceptClockRequest
-	55, // 82: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	37, // 83: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	39, // 84: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	41, // 85: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	58, // 86: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
-	61, // 87: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
-	44, // 88: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	46, // 89: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	48, // 90: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	50, // 91: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	4,  // 92: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	10, // 93: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	15, // 94: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	24, // 95: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	27, // 96: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	29, // 97: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	31, // 98: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	34, // 99: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	36, // 100: signet.ca.v1.Admin.AcceptClock:output_type -> signet.ca.v1.AcceptClockResponse
-	56, // 101: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	38, // 102: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	40, // 103: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	42, // 104: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	59, // 105: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
-	62, // 106: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
-	45, // 107: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	47, // 108: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	49, // 109: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	51, // 110: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	92, // [92:111] is the sub-list for method output_type
-	73, // [73:92] is the sub-list for method input_type
-	73, // [73:73] is the sub-list for extension type_name
-	73, // [73:73] is the sub-list for extension extendee
-	0,  // [0:73] is the sub-list for field type_name
+	65, // 31: signet.ca.v1.WatchNodeResponse.stale_since:type_name -> google.protobuf.Timestamp
+	64, // 32: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	57, // 33: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	22, // 34: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	63, // 35: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	22, // 36: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	65, // 37: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	65, // 38: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	65, // 39: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	67, // 40: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	22, // 41: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	32, // 42: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	22, // 43: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	65, // 44: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	65, // 45: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	43, // 46: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	65, // 47: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	65, // 48: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	43, // 49: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	65, // 50: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	52, // 51: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 52: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 53: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	54, // 54: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	65, // 55: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	65, // 56: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	53, // 57: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	65, // 58: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	65, // 59: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	65, // 60: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	65, // 61: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
+	65, // 62: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
+	65, // 63: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
+	65, // 64: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
+	57, // 65: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	60, // 66: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	65, // 67: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	60, // 68: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	66, // 69: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	65, // 70: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	1,  // 71: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
+	60, // 72: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	65, // 73: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 74: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	6,  // 75: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	14, // 76: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	23, // 77: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	26, // 78: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	28, // 79: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	30, // 80: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	33, // 81: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	35, // 82: signet.ca.v1.Admin.AcceptClock:input_type -> signet.ca.v1.AcceptClockRequest
+	55, // 83: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	37, // 84: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	39, // 85: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	41, // 86: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	58, // 87: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	61, // 88: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	44, // 89: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	46, // 90: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	48, // 91: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	50, // 92: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 93: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 94: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 95: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 96: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 97: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 98: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 99: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 100: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	36, // 101: signet.ca.v1.Admin.AcceptClock:output_type -> signet.ca.v1.AcceptClockResponse
+	56, // 102: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	38, // 103: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	40, // 104: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	42, // 105: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	59, // 106: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	62, // 107: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	45, // 108: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	47, // 109: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	49, // 110: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	51, // 111: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	93, // [93:112] is the sub-list for method output_type
+	74, // [74:93] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }

@@ -160,6 +160,10 @@ func (c *Cluster) Ready() error {
 	}
 }
 
+// Stale is since when Pods is not kept up to date because the API server cannot be watched, or
+// has not had the time yet to tell what happened meanwhile; zero while it is.
+func (c *Cluster) Stale() time.Time { return c.view.stale() }
+
 func because(err error) string {
 	if err == nil {
 		return ""

@@ -44,6 +44,53 @@ func TestBusyIsNotAway(t *testing.T) {
 	})
 }
 
+// TestAViewIsStale from when the API server went until it has had the time to tell what
+// happened meanwhile.
+func TestAViewIsStale(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := kube.Fed(&counting{}, (&published{}).fetch, "")
+		busy, gone := apierrors.NewTooManyRequests("later", 1), errors.New("connection refused")
+		says := func(what string, want time.Time) {
+			t.Helper()
+			if got := c.Stale(); !got.Equal(want) {
+				t.Errorf("%s: stale since %v, want %v", what, got, want)
+			}
+		}
+		says("nothing happened", time.Time{})
+		c.Tried("pods", busy)
+		says("busy", time.Time{})
+		c.Tried("pods", nil)
+		says("busy no more", time.Time{})
+		lost := time.Now()
+		c.Tried("pods", gone)
+		time.Sleep(time.Second)
+		c.Tried("nodes", gone)
+		says("away", lost)
+		time.Sleep(20 * time.Minute)
+		c.Tried("nodes", nil)
+		time.Sleep(time.Minute)
+		says("half of it back", lost)
+		c.Tried("pods", busy)
+		time.Sleep(15 * time.Second)
+		says("back and busy", lost)
+		c.Tried("pods", nil)
+		says("back", lost)
+		time.Sleep(10*time.Second - time.Nanosecond)
+		says("not all told yet", lost)
+		time.Sleep(time.Nanosecond)
+		says("all told", time.Time{})
+		// A moment's absence, of which nobody asked, too.
+		lost = time.Now()
+		c.Tried("pods", gone)
+		time.Sleep(time.Second)
+		c.Tried("pods", nil)
+		time.Sleep(5 * time.Second)
+		says("back after a moment", lost)
+		time.Sleep(5 * time.Second)
+		says("all told", time.Time{})
+	})
+}
+
 // TestNamespacesThatWentAreForgotten: of the writes in them nothing is remembered.
 func TestNamespacesThatWentAreForgotten(t *testing.T) {
 	r := kube.NewRootCerts()

@@ -42,6 +42,8 @@ type view struct {
 	accounts map[string]string              // NAMESPACE/NAME → UID; guarded by mu
 	read     map[string]bool                // which of the three were read; guarded by mu
 	failed   map[string]failure             // of what is watched and does not work; guarded by mu
+	lost     time.Time                      // since when it is not kept up to date; zero if it is; guarded by mu
+	back     time.Time                      // since when all can be watched again; guarded by mu
 	ending   map[string]time.Time           // keys of pods that are being deleted → their end; guarded by mu
 	wake     chan struct{}                  // one element: ending changed
 }
@@ -242,11 +244,44 @@ func (v *view) away() bool {
 	return false
 }
 
+// catchUp is how long the API server may take, once it is watched again, to tell what
+// happened meanwhile.
+const catchUp = 10 * time.Second
+
+// stale is since when the view is not kept up to date; zero if it is.
+func (v *view) stale() (since time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.look(time.Now())
+}
+
+// look is stale, and remembers. mu is held.
+func (v *view) look(now time.Time) (since time.Time) {
+	for _, f := range v.failed {
+		if f.away(now) && (v.lost.IsZero() || f.since.Before(v.lost)) {
+			v.lost = f.since
+		}
+	}
+	switch {
+	case v.lost.IsZero():
+	case len(v.failed) > 0:
+		v.back = time.Time{}
+	case v.back.IsZero():
+		v.back = now
+	case now.Sub(v.back) >= catchUp:
+		v.lost, v.back = time.Time{}, time.Time{}
+	}
+	return v.lost
+}
+
 // tried notes how an attempt to read or watch a resource went. changed says that the
 // one before went otherwise.
 func (v *view) tried(resource string, err error) (changed bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	now := time.Now()
+	v.look(now)
+	defer v.look(now)
 	before, failed := v.failed[resource]
 	switch {
 	case err == nil:
@@ -256,7 +291,7 @@ func (v *view) tried(resource string, err error) (changed bool) {
 		v.failed[resource] = failure{err, before.since}
 		return false
 	default:
-		v.failed[resource] = failure{err, time.Now()}
+		v.failed[resource] = failure{err, now}
 		return true
 	}
 }

@@ -100,7 +100,7 @@ func serve(ctx context.Context, path string, accept accepted, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	cfg.Pods, cfg.Agents, cfg.Workloads, cfg.TokenKeys = world.pods, world.agents, world.workloads, world.tokenKeys
+	cfg.Pods, cfg.PodsStale, cfg.Agents, cfg.Workloads, cfg.TokenKeys = world.pods, world.stale, world.agents, world.workloads, world.tokenKeys
 
 	cfg.AcceptLogLoss, cfg.AcceptClock, cfg.Built = accept.loss, accept.clock, built()
 	cfg.Version, cfg.Log, cfg.Metrics = version.Current().String(), log, reg

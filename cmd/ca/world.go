@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/ca"
@@ -18,7 +19,9 @@ import (
 
 // world is where pods and their proofs come from: Kubernetes, or the configuration.
 type world struct {
-	pods      *identity.Pods
+	pods *identity.Pods
+	// stale is since when they are not kept up to date; nil: they always are.
+	stale     func() time.Time
 	agents    ca.AgentAttestor
 	workloads ca.Attestor
 	// attestor makes another verifier of tokens over the same pods and keys. Where
@@ -82,7 +85,7 @@ func (c config) cluster(agents, workloads attest.Config, log *slog.Logger, reg p
 	if err != nil {
 		return world{}, err
 	}
-	w := world{pods: k.Pods(), tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced, putSecret: k.PutTLSSecret}
+	w := world{pods: k.Pods(), stale: k.Stale, tokenKeys: k.TokenKeys(), ready: k.Ready, synced: k.Synced, putSecret: k.PutTLSSecret}
 	w.attestor = func(a attest.Config, reviewed bool) (ca.AgentAttestor, error) {
 		at, err := k.Attestor(a, reviewed)
 		if err != nil {

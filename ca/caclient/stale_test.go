@@ -1,0 +1,112 @@
+package caclient_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/identity"
+)
+
+// TestAReplicaThatIsCutOffFromThePods takes none from agents that it does not know, until it
+// knows again, and does not keep agents with a new pod.
+func TestAReplicaThatIsCutOffFromThePods(t *testing.T) {
+	t.Parallel()
+	var stale atomic.Bool
+	stale.Store(true)
+	lost, known := time.Now().Add(-time.Hour), &identity.Pods{}
+	known.Replace([]identity.Workload{agent, server})
+	a, b, _ := twoReplicas(t, func(c *ca.Config) {
+		c.Pods = known
+		c.PodsStale = func() time.Time {
+			if stale.Load() {
+				return lost
+			}
+			return time.Time{}
+		}
+	})
+	young, old := server, server
+	young.PodUID, young.Pod, old.PodUID, old.Pod = "uid-young", "server-1", "uid-old", "server-2"
+	a.pods.Set(young)
+	known.Set(old)
+
+	cfg := a.config()
+	cfg.Addresses = []string{a.addr, b.addr}
+	var only atomic.Pointer[string] // the one replica that can be reached; nil: all
+	only.Store(&a.addr)
+	var mu sync.Mutex
+	var conns []net.Conn
+	cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		if o := only.Load(); o != nil && *o != address {
+			return nil, errors.New("cannot be reached")
+		}
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		if err == nil {
+			mu.Lock()
+			conns = append(conns, conn)
+			mu.Unlock()
+		}
+		return conn, err
+	}
+	c, _ := run(t, cfg)
+	has := func(uid string) bool { _, ok := cfg.Pods.Lookup(uid); return ok }
+	within(t, "the young pod", func() bool { return has("uid-young") && c.Ready() == nil })
+
+	only.Store(&b.addr)
+	mu.Lock()
+	for _, conn := range conns {
+		conn.Close()
+	}
+	mu.Unlock()
+	within(t, "what the other replica knows", func() bool { return has("uid-old") })
+	if !has("uid-young") {
+		t.Fatal("a replica that is cut off took a pod that began since")
+	}
+
+	// It issues for those it knows. For others the agent leaves it.
+	ask := func(uid string) func() bool {
+		return func() bool {
+			r, _ := request(t)
+			r.PodUID = uid
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			rs, err := c.Issue(ctx, []identity.Request{r})
+			return err == nil && rs[0].Err == nil
+		}
+	}
+	within(t, "an SVID of the replica that is cut off", ask("uid-old"))
+	only.Store(nil)
+	within(t, "an SVID of the other replica", ask("uid-young"))
+
+	// When it knows again, what is not there is gone.
+	within(t, "what the first replica knows", func() bool { return !has("uid-old") })
+	only.Store(&b.addr)
+	mu.Lock()
+	for _, conn := range conns {
+		conn.Close()
+	}
+	mu.Unlock()
+	within(t, "what the other replica knows", func() bool { return has("uid-old") })
+	if !has("uid-young") {
+		t.Fatal("a replica that is cut off took a pod that began since")
+	}
+	stale.Store(false)
+	within(t, "the end of a pod", func() bool { return !has("uid-young") })
+}
+
+// within polls until f holds, for long enough on a machine that is busy.
+func within(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(2 * time.Minute)
+	for !f() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited for %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
