@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -201,29 +200,41 @@ func (a *Authority) alive(r *agent) error {
 func (as *agents) forget(ctx context.Context, ttl time.Duration, now time.Time) error {
 	as.mu.RLock()
 	var ops []storage.Op
-	var serials []string
-	for s, r := range as.bySerial {
+	for _, r := range as.bySerial {
 		if r.until(ttl).Before(now) {
 			ops = append(ops, storage.Op{Key: agentKey(r.serial), Delete: true})
-			serials = append(serials, s)
 		}
 	}
 	as.mu.RUnlock()
-	for part := range slices.Chunk(ops, 256) {
+	for part := range storage.Parts(ops) {
 		if _, err := as.store.Commit(ctx, nil, part); err != nil {
 			return fmt.Errorf("forgetting expired agents: %w", err)
+		}
+		if err := as.forgotten(part); err != nil {
+			return err
 		}
 	}
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	for _, s := range serials {
-		delete(as.bySerial, s)
-	}
 	known := make(map[machine]bool, len(as.bySerial))
 	for _, r := range as.bySerial {
 		known[r.machine()] = true
 	}
 	maps.DeleteFunc(as.streams, func(m machine, s *streamsOfNode) bool { return s.open == 0 && !known[m] })
+	return nil
+}
+
+// forgotten drops the agents whose records were deleted.
+func (as *agents) forgotten(ops []storage.Op) error {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	for _, op := range ops {
+		serial, err := agentSerial(op.Key)
+		if err != nil {
+			return fmt.Errorf("forgetting agent %s: %w", op.Key, err)
+		}
+		delete(as.bySerial, string(serial))
+	}
 	return nil
 }
 

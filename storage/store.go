@@ -184,6 +184,28 @@ func CheckCommit(conds []Cond, ops []Op) error {
 	return nil
 }
 
+// Parts are the ops in their order, cut so that one Commit takes each: not more than MaxOps,
+// and not more than MaxCommit bytes. A single op that is too long is a part of its own,
+// which Commit refuses.
+func Parts(ops []Op) iter.Seq[[]Op] {
+	return func(yield func([]Op) bool) {
+		from, size := 0, 0
+		for i, op := range ops {
+			n := len(op.Key) + len(op.Value)
+			if i > from && (i-from == MaxOps || size+n > MaxCommit) {
+				if !yield(ops[from:i:i]) {
+					return
+				}
+				from, size = i, 0
+			}
+			size += n
+		}
+		if from < len(ops) {
+			yield(ops[from:])
+		}
+	}
+}
+
 // CheckLease says what is wrong with the arguments of a Lease, for engines.
 func CheckLease(name string, ttl time.Duration) error {
 	if err := CheckKey(name); err != nil {
