@@ -28,6 +28,8 @@ const (
 	steady = 24 * time.Hour
 	// clockEvery is how often the time is kept in the state.
 	clockEvery = 10 * time.Minute
+	// clockTries is how often that is tried on what somebody else has changed.
+	clockTries = 4
 	// replicaClockEvery is that where replicas share the state, and how often each looks at
 	// what others keep: by that one whose clock jumped hears that theirs did not.
 	replicaClockEvery = 15 * time.Second
@@ -460,12 +462,16 @@ func (a *Authority) tendClock(ctx context.Context) error {
 	k := &a.keptClock
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if r.past.Sub(k.state.Time) < a.clockPause() {
-		return nil
+	kept := func() bool { return r.past.Sub(k.state.Time) < a.clockPause() }
+	for try := 1; !kept(); try++ {
+		next := k.state // as it is after a conflict
+		next.Time = r.past.UTC()
+		// What is stored is read after an error: it may be this change, or be as good.
+		if err := a.commitClock(ctx, next); err != nil && !kept() && (!errors.Is(err, storage.ErrConflict) || try == clockTries) {
+			return err
+		}
 	}
-	next := k.state
-	next.Time = r.past.UTC()
-	return a.commitClock(ctx, next)
+	return nil
 }
 
 // clockError is why the clock is refused, and what to do.

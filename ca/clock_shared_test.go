@@ -1,8 +1,11 @@
 package ca_test
 
 import (
+	"context"
 	"encoding/json"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -189,4 +192,69 @@ func TestAReplicaWithAWrongClock(t *testing.T) {
 	right.clockSays(believed)
 	wrong.reopen(time.Duration(right.off.Load()))
 	wrong.clockSays(believed)
+}
+
+// clockAnswers is a state that does not answer a commit of the time, which it has made,
+// once it is armed.
+type clockAnswers struct {
+	storage.Store
+	armed atomic.Bool
+}
+
+func (s *clockAnswers) Commit(ctx context.Context, conds []storage.Cond, ops []storage.Op) (uint64, error) {
+	hit := slices.ContainsFunc(ops, func(o storage.Op) bool { return strings.HasPrefix(o.Key, "replica-clock/") }) && s.armed.CompareAndSwap(true, false)
+	revision, err := s.Store.Commit(ctx, conds, ops)
+	if hit && err == nil {
+		return 0, storage.ErrUnknown
+	}
+	return revision, err
+}
+
+// TestReplicasKeepTheTimeSideBySide: neither that another replica has kept the time just
+// now, nor that its record was changed, nor a lost answer, makes one unready that has its
+// record as it should be.
+func TestReplicasKeepTheTimeSideBySide(t *testing.T) {
+	t.Parallel()
+	_, upstream := upstreamFolder(t)
+	shared := newShared(t)
+	a := newSteppedReplica(t, shared, upstream)
+	store := &clockAnswers{Store: shared.Store}
+	shared.Store = store
+	b := newSteppedReplica(t, shared, upstream)
+	goOn := func(what string) {
+		t.Helper()
+		for _, s := range []*stepped{a, b} {
+			s.off.Add(int64(4 * time.Minute))
+		}
+		for i, s := range []*stepped{a, b} {
+			before := keptTime(t, shared, []string{"001", "002"}[i])
+			if err := s.TendClock(t.Context()); err != nil {
+				t.Errorf("%s: replica %d: %v", what, i+1, err)
+			}
+			if err := s.Ready(); err != nil {
+				t.Errorf("%s: replica %d: %v", what, i+1, err)
+			}
+			if kept := keptTime(t, shared, []string{"001", "002"}[i]); kept.Sub(before) < 3*time.Minute {
+				t.Errorf("%s: replica %d keeps %v after %v", what, i+1, kept, before)
+			}
+		}
+	}
+	for range 2 {
+		a.goesOn(20 * time.Second) // that there is a record
+		b.goesOn(20 * time.Second)
+	}
+	for range 3 {
+		goOn("one after the other")
+	}
+	e, err := shared.Store.Get(t.Context(), "replica-clock/002")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, shared.Store, e.Key, string(e.Value))
+	goOn("after another change of the record")
+	store.armed.Store(true)
+	goOn("with an answer lost")
+	if store.armed.Load() {
+		t.Error("no answer was lost")
+	}
 }

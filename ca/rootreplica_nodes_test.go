@@ -39,7 +39,14 @@ func TestReplicasReplaceTheirRoot(t *testing.T) {
 				roots := map[string]bool{}
 				inters := map[*world]map[string]bool{a: {}, b: {}}
 				for range 3 * 6 { // six hours
-					time.Sleep(20*time.Minute - 30*time.Second)
+					for range 20*6 - 3 {
+						time.Sleep(10 * time.Second)
+						for _, w := range []*world{a, b} {
+							if err := w.Ready(); err != nil {
+								t.Fatalf("%v: %v", w.ID(), err)
+							}
+						}
+					}
 					leaves = append(leaves, a.once(), b.once())
 					time.Sleep(30 * time.Second)
 					for _, w := range []*world{a, b} {
