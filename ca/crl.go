@@ -607,6 +607,20 @@ func (a *Authority) refuseRevoked(c *x509.Certificate) error {
 	return nil
 }
 
+// ErrRevoked is why nothing is issued for a certificate that is to be renewed, or that
+// asks: it was revoked.
+var ErrRevoked = errors.New("the certificate that asks was revoked")
+
+// refuseRequester is an error that wraps ErrRevoked for what is asked for with a
+// certificate that was revoked. A door that keeps a connection, or what it verified, need
+// not look by itself.
+func (a *Authority) refuseRequester(c *certificate) error {
+	if len(c.requester) > 0 && a.revoked.Value().Has(c.requester) {
+		return fmt.Errorf("%w: %x", ErrRevoked, c.requester)
+	}
+	return nil
+}
+
 // CRLs are the lists that are published, DER, by the subject key identifier of their
 // authority in hexadecimal.
 func (a *Authority) CRLs() map[string][]byte {

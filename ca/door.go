@@ -69,8 +69,8 @@ type Issued struct {
 func Serial(c *x509.Certificate) []byte { return profile.Serial(c) }
 
 // Issue runs the ceremony for an order. Concurrent orders share the write to the
-// log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrBanned, ErrUnavailable or ErrClock
-// where those are the reason; every other one is internal.
+// log. Errors wrap ErrPublicKey, ErrKeyInUse, ErrBanned, ErrRevoked, ErrUnavailable or
+// ErrClock where those are the reason; every other one is internal.
 func (a *Authority) Issue(ctx context.Context, o Order) (Issued, error) {
 	if o.Door == "" || o.Evidence == capb.IssuanceRecord_EVIDENCE_UNSPECIFIED {
 		return Issued{}, errors.New("issuing: an order needs a door and evidence")

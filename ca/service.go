@@ -269,6 +269,8 @@ func code(err error) error {
 		return status.Error(codes.Unavailable, "the authority cannot issue now; try again later")
 	case errors.Is(err, ErrBanned):
 		return status.Error(codes.PermissionDenied, ErrBanned.Error())
+	case errors.Is(err, ErrRevoked):
+		return status.Error(codes.Unauthenticated, ErrRevoked.Error())
 	case errors.Is(err, ErrKeyInUse):
 		return status.Error(codes.InvalidArgument, ErrKeyInUse.Error())
 	case errors.Is(err, attest.ErrUnavailable):
@@ -348,7 +350,7 @@ func (a *Authority) attest(ctx context.Context, req *capb.AttestRequest) (*capb.
 	if err == nil {
 		err = out[0].err
 	}
-	if errors.Is(err, ErrBanned) {
+	if errors.Is(err, ErrBanned) || errors.Is(err, ErrRevoked) {
 		a.warn("agent attestation refused", "spiffe_id", id.String(), "err", err)
 		return nil, code(err)
 	}
@@ -531,6 +533,9 @@ func (a *Authority) answer(ctx context.Context, r *agent, req *capb.IssueRequest
 			case errors.Is(out[k].err, ErrKeyInUse):
 				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
 				refuse(i, capb.Refusal_CODE_MALFORMED, 0, ErrKeyInUse.Error())
+			case errors.Is(out[k].err, ErrRevoked):
+				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
+				refuse(i, capb.Refusal_CODE_EVIDENCE, 0, "the agent's SVID was revoked")
 			case errors.Is(out[k].err, ErrBanned):
 				a.warn("issuing refused", "node", r.Node, "serial", fmt.Sprintf("%x", r.serial), "spiffe_id", certs[k].id.String(), "err", out[k].err)
 				refuse(i, capb.Refusal_CODE_BANNED, retryBanned, ErrBanned.Error())

@@ -1,17 +1,27 @@
 package istio_test
 
 import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
+	"net"
+	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/istio"
 	"github.com/signet-mesh/signet/identity"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	pb "istio.io/api/security/v1alpha1"
 )
 
 const serverID = "spiffe://cluster.local/ns/default/sa/server"
@@ -63,6 +73,57 @@ func TestRenewalByCertificate(t *testing.T) {
 	w.deny(t, codes.Unauthenticated, msgCaller, with(third))
 	w.pods.Set(server)
 	w.allow(t, serverID, with(third))
+}
+
+// TestARevokedCertificateDoesNotRenew over the connection on which it did before: what was
+// verified for the handshake does not say that it was not revoked since.
+func TestARevokedCertificateDoesNotRenew(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, renewalFor("default/server"))
+	first := w.allow(t, serverID, w.token(server))
+	conn := w.dial(first)
+	renew := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, err := conn.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: csrPEM(t, newKey(t), &x509.CertificateRequest{})})
+		return err
+	}
+	for range 2 { // the second time nothing is verified
+		if err := renew(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := w.records()
+	w.revoke(first)
+	if err := renew(); status.Code(err) != codes.Unauthenticated || status.Convert(err).Message() != msgCaller {
+		t.Errorf("after it was revoked: %v", err)
+	}
+	if got := w.records(); got != n {
+		t.Errorf("%d certificates were issued after it was revoked", got-n)
+	}
+	// A token is another proof, and so is another certificate.
+	w.allow(t, serverID, with(w.allow(t, serverID, w.token(server))))
+}
+
+// revoke has an operator revoke a certificate.
+func (w *world) revoke(c *tls.Certificate) {
+	w.t.Helper()
+	path := filepath.Join(w.t.TempDir(), "a")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	s := w.authority.NewAdminServer()
+	var done sync.WaitGroup
+	done.Go(func() { _ = s.Serve(listener) })
+	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer func() { conn.Close(); s.Stop(); done.Wait() }()
+	if _, err := capb.NewAdminClient(conn).Revoke(w.t.Context(), &capb.RevokeRequest{Serial: ca.Serial(c.Leaf), Reason: 1}); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // TestAForeignCertificateEndsTheHandshake, as in istiod: before any RPC.

@@ -75,6 +75,10 @@ func (d *Door) refuse(ctx context.Context, o ca.Order, err error) error {
 		d.metrics.signing.WithLabelValues("CSR_ERROR").Inc()
 		d.warn("request refused", "namespace", o.Workload.Namespace, "service_account", o.Workload.ServiceAccount, "pod_uid", o.Workload.PodUID, "err", err)
 		return status.Errorf(codes.InvalidArgument, "CSR signing error (%v)", public)
+	case errors.Is(err, ca.ErrRevoked):
+		d.metrics.authentication.Inc()
+		d.warn("caller refused", "peer", peerAddress(ctx), "namespace", o.Workload.Namespace, "service_account", o.Workload.ServiceAccount, "pod_uid", o.Workload.PodUID, "err", err)
+		return errCaller
 	case errors.Is(err, ca.ErrBanned):
 		d.metrics.signing.WithLabelValues("AUTHORIZATION_ERROR").Inc()
 		d.warn("request refused", "namespace", o.Workload.Namespace, "service_account", o.Workload.ServiceAccount, "pod_uid", o.Workload.PodUID, "err", err)
