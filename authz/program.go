@@ -101,8 +101,9 @@ type Program struct {
 	refused []*Rule
 	peer    peerModes
 	tokens  tokens
-	// verifies are tokens by issuer.
+	// verifies are tokens by issuer, outputs the headers in which they put claims.
 	verifies []*TokenRule
+	outputs  []string
 	// custom are the CUSTOM rules by provider, in the order of the providers'
 	// names. several says that Istio would not ask several.
 	custom  []provider
@@ -144,28 +145,46 @@ type provider struct {
 
 // Decide answers the request, in Istio's order: PeerAuthentication, CUSTOM,
 // RequestAuthentication, AUDIT, DENY, ALLOW. Before all of them a ban denies whom it
-// means, and a resource that cannot be enforced denies whatever the request. It does not allocate, but for
-// an authority longer than 256 bytes with upper-case letters in it, and for a
-// malformed IPv6 address in X-Forwarded-For where policies read that; it keeps
-// nothing of r and is safe for concurrent use.
+// means, and a resource that cannot be enforced denies whatever the request. It does
+// not allocate, but for an authority longer than 256 bytes with upper-case letters in
+// it, for a malformed IPv6 address in X-Forwarded-For where policies read that, and for
+// headers in which RequestAuthentications put claims; it keeps nothing of r and is safe
+// for concurrent use.
 func (p *Program) Decide(r *Request) (d Decision) {
-	p.decide(&d, r, 0)
+	p.decide(&d, r, 0, false)
 	return d
 }
 
+// Custom is as much of Decide as comes before tokens: the decision asks for the first
+// extension provider that must be asked, or it does not ask, and then says nothing
+// else. So CUSTOM policies can be done with before the request's token is looked at:
+// providers may change it.
+func (p *Program) Custom(r *Request) (d Decision) {
+	p.decide(&d, r, 0, true)
+	return d
+}
+
+// CustomAfter is as much of After, for a decision of Custom.
+func (p *Program) CustomAfter(d Decision, r *Request) (next Decision) {
+	p.decide(&next, r, d.stage+1, true)
+	return next
+}
+
 // After decides what follows once the provider that d asks for has allowed the
-// request: another provider must be asked, or the request is allowed or denied.
+// request: another provider must be asked, or the request is allowed or denied. What
+// the provider has changed must be in r ([Changes.Apply]).
 // d must be a decision of p about r; one that does not ask is returned as it is.
 func (p *Program) After(d Decision, r *Request) (next Decision) {
 	if !d.Ask {
 		return d
 	}
-	p.decide(&next, r, d.stage+1)
+	p.decide(&next, r, d.stage+1, false)
 	return next
 }
 
-// decide answers once that many providers have allowed. d is zero.
-func (p *Program) decide(d *Decision, r *Request, asked int) {
+// decide answers once that many providers have allowed; custom ends it before tokens.
+// d is zero.
+func (p *Program) decide(d *Decision, r *Request, asked int, custom bool) {
 	if p == nil || !p.compiled {
 		d.decide(nil, false, ReasonNoPolicies)
 		return
@@ -186,24 +205,24 @@ func (p *Program) decide(d *Decision, r *Request, asked int) {
 	}
 	v := newView(r, p.language)
 	if hasUpper(v.host) {
-		p.folded(d, &v, asked)
+		p.folded(d, &v, asked, custom)
 		return
 	}
-	p.policies(d, &v, asked)
+	p.policies(d, &v, asked, custom)
 }
 
 // folded is policies for a host with upper-case letters.
 //
 //go:noinline
-func (p *Program) folded(d *Decision, v *view, asked int) {
+func (p *Program) folded(d *Decision, v *view, asked int, custom bool) {
 	var buf [256]byte
 	w := *v // a copy, so that the buffer need not live longer than this call
 	w.host = lower(v.host, buf[:])
-	p.policies(d, &w, asked)
+	p.policies(d, &w, asked, custom)
 }
 
 // policies decides by what comes after PeerAuthentication.
-func (p *Program) policies(d *Decision, v *view, asked int) {
+func (p *Program) policies(d *Decision, v *view, asked int, custom bool) {
 	for i := asked; i < len(p.custom); i++ {
 		m := p.custom[i].rules.find(v)
 		if m.rule == nil {
@@ -220,12 +239,24 @@ func (p *Program) policies(d *Decision, v *view, asked int) {
 		d.Ask, d.Provider, d.stage = true, p.custom[i].name, i
 		return
 	}
+	if custom {
+		return
+	}
 	if len(p.tokens) > 0 {
 		if by, reason := p.tokens.check(v); reason != "" {
 			d.decide(by, false, reason)
 			return
 		}
 	}
+	if rewrites(v.Request, p.outputs) {
+		p.rewritten(d, v)
+		return
+	}
+	p.rules(d, v)
+}
+
+// rules decides by AUDIT, DENY and ALLOW.
+func (p *Program) rules(d *Decision, v *view) {
 	if p.audit != nil {
 		d.audit = p.audit.find(v)
 	}

@@ -143,6 +143,12 @@ type Request struct {
 	// no kind (the zero Value) is one that is not known, as in a record that does
 	// not show it. It is read, never changed.
 	Claims *structpb.Struct
+	// Token is what the verification of the token in Claims changes of the request for
+	// what comes after it, and nothing where it is empty. It is nil where Claims are the
+	// proxy's own word, whose filter has changed the request already. Without Claims
+	// there was no token, and it is not looked at: all headers are then left out in
+	// which RequestAuthentications put claims.
+	Token *Changes
 	// Metadata is the dynamic metadata of Envoy's filters by the name of the
 	// filter, as "envoy.filters.network.mysql_proxy", for the conditions
 	// experimental.envoy.filters.*. Values of no kind are as in Claims. It is read,

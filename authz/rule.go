@@ -462,14 +462,24 @@ func newView(r *Request, l language) view {
 	case r.Known&FieldPrincipal != 0:
 		v.peer = yes
 	}
-	// Envoy's path matcher leaves out the query and the fragment.
+	v.cutPath()
+	return v
+}
+
+// sees makes path and host those of the request.
+func (v *view) sees() {
+	v.path, v.host = v.Path, v.Host
+	v.cutPath()
+}
+
+// cutPath leaves out the query and the fragment, as Envoy's path matcher does.
+func (v *view) cutPath() {
 	for i, c := range v.path {
 		if c == '?' || c == '#' {
 			v.path = v.path[:i]
 			break
 		}
 	}
-	return v
 }
 
 // match evaluates the rule.

@@ -462,6 +462,7 @@ func newProgram(policies []*policy, o *Options, before *Program) *Program {
 		p.verifies = append(p.verifies, t.TokenRule)
 	}
 	slices.SortStableFunc(p.verifies, func(a, b *TokenRule) int { return cmp.Compare(a.Spec.GetIssuer(), b.Spec.GetIssuer()) })
+	p.outputs = p.tokens.outputs()
 	p.peer = compose(peers, o.root())
 	for _, at := range slices.SortedFunc(maps.Keys(layers), layer.compare) {
 		var rules *ruleset

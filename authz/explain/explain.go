@@ -21,6 +21,8 @@ type Case struct {
 	// Providers are the answers of extension providers, as far as they are known. One
 	// that is not here is taken to allow, where that is needed to go on.
 	Providers map[string]bool
+	// Changes are what those that allowed changed of the request.
+	Changes map[string]*authz.Changes
 }
 
 // Explanation is why a request was decided as it was, and what would decide it
@@ -113,17 +115,22 @@ type outcome struct {
 	asks []string
 	// refusedBy is the provider that denied.
 	refusedBy string
+	// behind is the request as AUDIT, DENY and ALLOW see it.
+	behind authz.Request
 }
 
 func (c *Case) decide(p *authz.Program, r *authz.Request) (o outcome) {
-	o.Decision = p.Decide(r)
+	now := *r
+	o.Decision = p.Decide(&now)
+	defer func() { o.behind = authz.AfterTokens(slices.Collect(p.TokenRules()), &now) }()
 	for o.Ask {
 		o.asks = append(o.asks, o.Provider)
 		if allowed, known := c.Providers[o.Provider]; known && !allowed {
 			o.refusedBy = o.Provider
 			return o
 		}
-		o.Decision = p.After(o.Decision, r)
+		c.Changes[o.Provider].Apply(&now)
+		o.Decision = p.After(o.Decision, &now)
 	}
 	return o
 }
@@ -170,10 +177,18 @@ type tracer struct {
 	outcome
 }
 
+// sees is the request as the rule sees it.
+func (t *tracer) sees(r *rule) *authz.Request {
+	if r.Action == authz.ActionCustom {
+		return &t.Request
+	}
+	return &t.behind
+}
+
 // clause is what a test says of the request.
 func (t *tracer) clause(x *test, r *rule) Clause {
-	truth := x.match(&t.Request)
-	got, known := got(x.of, &t.Request)
+	truth := x.match(t.sees(r))
+	got, known := got(x.of, t.sees(r))
 	c := Clause{Field: x.path(), Values: x.values, Got: got, Holds: truth.String()}
 	label := string(x.of)
 	if x.in == inWhen {
@@ -239,7 +254,7 @@ func quoted(s string) string {
 
 // traced is a rule as it stands with the request.
 func (t *tracer) traced(r *rule) Rule {
-	out := Rule{Index: r.Index, Line: r.Line, Matches: r.whole.Match(&t.Request).String()}
+	out := Rule{Index: r.Index, Line: r.Line, Matches: r.whole.Match(t.sees(r)).String()}
 	for _, x := range r.tests {
 		out.Clauses = append(out.Clauses, t.clause(x, r))
 	}
@@ -269,7 +284,7 @@ func (t *tracer) misses() []Miss {
 			all = append(all, m)
 			continue
 		}
-		best := r.nearest(&t.Request)
+		best := r.nearest(t.sees(r))
 		for _, x := range best {
 			m.But = append(m.But, t.clause(x, r))
 			m.absent += 2

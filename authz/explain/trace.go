@@ -225,7 +225,7 @@ func (t *tracer) verdict(decision string) (summary string, because []string) {
 			return
 		}
 		for _, a := range r.alternatives {
-			if a.match(&t.Request) == authz.No {
+			if a.match(t.sees(r)) == authz.No {
 				continue
 			}
 			for _, x := range a.tests {
@@ -240,7 +240,7 @@ func (t *tracer) verdict(decision string) (summary string, because []string) {
 		}
 		hints := map[string]bool{}
 		for _, x := range r.tests {
-			if x.match(&t.Request) == authz.Unknown {
+			if x.match(t.sees(r)) == authz.Unknown {
 				if h := hint(x.of); h != "" && !hints[h] {
 					hints[h] = true
 					because = append(because, h)

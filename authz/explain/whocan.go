@@ -343,6 +343,8 @@ func (c *Coverage) Verdict(r *authz.Request) (about bool, verdict string) {
 	if _, reason := authz.CheckTokens(c.tokens, r); reason != "" {
 		return true, "deny"
 	}
+	behind := authz.AfterTokens(c.tokens, r)
+	r = &behind
 	if most(c.denies, c.answer.Denies, false) == authz.No && (c.answer.Open || most(c.allow, c.answer.Allows, true) == authz.Yes) {
 		return true, "allow"
 	}

@@ -238,27 +238,28 @@ func (as *Denial) deniedBy(d authz.Decision, grpc bool, by *authv3.CheckResponse
 	return r
 }
 
-// allowed lets a request through, changed as the providers and then the tokens say.
-func allowed(tokens *authv3.OkHttpResponse, providers []*authv3.CheckResponse) *authv3.CheckResponse {
+// allowed lets a request through, changed as the providers and then the token say:
+// in Istio that comes after CUSTOM.
+func allowed(changed *rewrite, providers []*authv3.CheckResponse) *authv3.CheckResponse {
 	ok := &authv3.OkHttpResponse{}
 	r := &authv3.CheckResponse{
 		Status:       &statuspb.Status{Code: int32(codes.OK)},
 		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: ok},
 	}
 	for _, p := range providers {
-		if o := p.GetOkResponse(); o != nil {
-			proto.Merge(ok, o)
+		m := p.GetDynamicMetadata()
+		//lint:ignore SA1019 to Envoy it is in place of the other
+		if own := p.GetOkResponse().GetDynamicMetadata(); own != nil {
+			m = own
 		}
-		if m := p.GetDynamicMetadata(); m != nil {
+		if m != nil {
 			if r.DynamicMetadata == nil {
 				r.DynamicMetadata = &structpb.Struct{}
 			}
 			proto.Merge(r.DynamicMetadata, m)
 		}
 	}
-	if tokens != nil { // in Istio they come after CUSTOM, so their headers stand
-		proto.Merge(ok, tokens)
-	}
+	changed.answer(ok)
 	return r
 }
 
@@ -268,7 +269,7 @@ func (s *Server) encode(c *check) *answer {
 	case c.Decision.Allowed && c.verified.Upstream == nil && len(c.passed) == 0:
 		return s.allowed
 	case c.Decision.Allowed:
-		return encode(allowed(c.verified.Upstream, c.passed))
+		return encode(allowed(&c.rewrite, c.passed))
 	case c.denied != nil:
 		return encode(s.denials.of(c.Workload.Namespace).deniedBy(c.Decision, c.attributes.grpc(), c.denied))
 	}

@@ -197,6 +197,8 @@ var errMessage = malformed("its bytes are no CheckRequest")
 const (
 	jwtFilter  = "envoy.filters.http.jwt_authn"
 	jwtPayload = "payload"
+	// authzFilter is where Envoy's ext_authz leaves the metadata of answers.
+	authzFilter = "envoy.filters.http.ext_authz"
 )
 
 func readClaims(into *authz.Request) error {

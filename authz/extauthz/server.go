@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"runtime/debug"
 	"slices"
@@ -81,7 +82,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{
 		snapshot: cfg.Snapshot, tokens: cfg.Tokens, providers: cfg.Providers, records: cfg.Records,
-		log: cfg.Log, metrics: m, denials: ds, allowed: encode(allowed(nil, nil)),
+		log: cfg.Log, metrics: m, denials: ds, allowed: encode(allowed(&rewrite{}, nil)),
 		reader: reader{
 			peers:    &remembered[*peer]{most: maxPeers, longest: maxCertificate},
 			metadata: &remembered[map[string]*structpb.Struct]{most: maxMetadata, longest: maxMetadataSize},
@@ -136,6 +137,7 @@ type check struct {
 	request authz.Request
 	asked   [2]string // behind Record.Asked
 	// What is passed on to the proxy if the answer is the provider's, or allows.
+	rewrite  rewrite
 	verified Verified
 	passed   []*authv3.CheckResponse
 	denied   *authv3.CheckResponse
@@ -146,7 +148,7 @@ func (c *check) reset() {
 	c.attributes.reset()
 	c.Record = Record{}
 	c.request = authz.Request{Headers: kept(c.request.Headers)}
-	c.verified, c.passed, c.denied = Verified{}, nil, nil
+	c.rewrite, c.verified, c.passed, c.denied = rewrite{}, Verified{}, nil, nil
 }
 
 func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {
@@ -195,8 +197,8 @@ func (s *Server) recordPanic(w *identity.Workload, message []byte, d authz.Decis
 		Err: errors.New("a defect of this program, of which its log tells")})
 }
 
-// decide takes a check through its steps: read the message, verify tokens, decide,
-// ask providers.
+// decide takes a check through its steps: read the message, ask providers, verify
+// tokens, decide.
 func (s *Server) decide(ctx context.Context, c *check) {
 	c.Snapshot = s.snapshot()
 	c.Program = c.Snapshot.For(*c.Workload)
@@ -217,46 +219,111 @@ func (s *Server) decide(ctx context.Context, c *check) {
 	if len(c.labels.list) > 0 && !c.labels.equal(c.Workload.Labels) {
 		s.metrics.labels.Inc()
 	}
-	if s.tokens != nil && c.request.HTTP && c.request.Claims == nil && len(c.Program.Verifies()) > 0 {
+	verifies := c.request.HTTP && len(c.Program.Verifies()) > 0
+	if !verifies {
+		for c.Decision = c.Program.Decide(&c.request); c.Decision.Ask; c.Decision = c.Program.After(c.Decision, &c.request) {
+			if !s.ask(ctx, c) {
+				return
+			}
+		}
+		return
+	}
+	// Providers first: what they change of the request may be its token.
+	for d := c.Program.Custom(&c.request); d.Ask; d = c.Program.CustomAfter(d, &c.request) {
+		c.Decision = d
+		if !s.ask(ctx, c) {
+			return
+		}
+	}
+	if s.tokens != nil && c.request.Claims == nil {
 		c.verified = s.tokens.Claims(ctx, c.Program, &c.request)
 		c.Err = c.verified.Err
+		if c.verified.Upstream != nil || c.request.Claims != nil {
+			c.request.Token = c.rewrite.token(c.verified.Upstream, &c.request)
+		}
 	}
-	c.Decision = c.Program.Decide(&c.request)
-	for c.Decision.Ask {
-		s.ask(ctx, c)
+	if len(c.Asked) > 0 {
+		c.Decision = c.Program.After(c.Decision, &c.request)
+	} else {
+		c.Decision = c.Program.Decide(&c.request)
 	}
 }
 
-// ask has the provider asked that the decision names. Afterwards the decision asks
-// for another, or for none.
-func (s *Server) ask(ctx context.Context, c *check) {
-	d := c.Decision
-	deny := func(reason authz.Reason, err error) {
+// ask has the provider asked that the decision names, and makes what it changes in
+// the request. It reports whether it allowed; if not, the decision is a denial.
+func (s *Server) ask(ctx context.Context, c *check) bool {
+	deny := func(reason authz.Reason, err error) bool {
+		d := c.Decision
 		d.Ask, d.Allowed, d.Reason = false, false, reason
 		c.Decision, c.Err = d, err
+		return false
 	}
+	name := c.Decision.Provider
 	if s.providers == nil {
-		deny(ReasonNotAsked, errors.New("a CUSTOM policy wants an extension provider to be asked, and none is configured"))
-		return
+		return deny(ReasonNotAsked, errors.New("a CUSTOM policy wants an extension provider to be asked, and none is configured"))
 	}
-	c.Asked = append(c.Asked, d.Provider)
-	switch a, err := s.providers.Ask(ctx, d.Provider, c.Message); {
+	message := c.Message
+	if len(c.rewrite.headers)+len(c.rewrite.params) > 0 {
+		var err error
+		if message, err = c.rewrite.message(c.Message, &c.request); err != nil {
+			return deny(ReasonInternal, err)
+		}
+	}
+	c.Asked = append(c.Asked, name)
+	switch a, err := s.providers.Ask(ctx, name, message); {
 	case err != nil:
 		c.denied = a.Response
 		reason := ReasonProviderFailed
 		if errors.Is(err, ErrUnknownProvider) {
 			reason = ReasonProviderUnknown
 		}
-		deny(reason, fmt.Errorf("asking extension provider %s: %w", d.Provider, err))
+		return deny(reason, fmt.Errorf("asking extension provider %s: %w", name, err))
 	case !a.Allowed:
 		c.denied = a.Response
-		deny(ReasonProviderDenied, nil)
+		return deny(ReasonProviderDenied, nil)
 	default:
-		if a.Response != nil {
-			c.passed = append(c.passed, a.Response)
+		if err := s.changedBy(c, a.Response); err != nil {
+			return deny(ReasonProviderFailed, fmt.Errorf("asking extension provider %s: %w", name, err))
 		}
-		c.Decision = c.Program.After(d, &c.request)
+		return true
 	}
+}
+
+// changedBy makes what a provider that allowed changes in the request.
+func (s *Server) changedBy(c *check, by *authv3.CheckResponse) error {
+	c.Changed = append(c.Changed, nil)
+	if by == nil {
+		return nil
+	}
+	c.passed = append(c.passed, by)
+	ok := by.GetOkResponse()
+	if c.request.Metadata[authzFilter] != nil && (by.GetDynamicMetadata() != nil || ok.GetDynamicMetadata() != nil) {
+		return errChange("metadata that policies may have from another filter")
+	}
+	if ok == nil || !c.request.HTTP {
+		return nil
+	}
+	if c.request.Known&authz.FieldHeaders == 0 && len(ok.GetHeaders())+len(ok.GetHeadersToRemove()) > 0 {
+		// Nobody needed them so far.
+		var all authz.Request
+		if err := FromBytes(c.Message, authz.FieldHeaders, &all); err != nil {
+			return err
+		}
+		c.request.Headers, c.request.Known = all.Headers, c.request.Known|all.Known&authz.FieldHeaders
+	}
+	changes, err := c.rewrite.provider(ok, &c.request)
+	if err != nil {
+		return err
+	}
+	c.Changed[len(c.Changed)-1] = changes
+	if c.request.Claims != nil && changes.LooksAt(c.Program.Verifies()) {
+		// The proxy verified a token of the request as it came. What is there now was
+		// not, and in Istio would be.
+		c.request.Claims = nil
+		c.request.Metadata = maps.Clone(c.request.Metadata)
+		delete(c.request.Metadata, jwtFilter)
+	}
+	return nil
 }
 
 // read reads the message into the request, as much as the policies need.

@@ -67,6 +67,11 @@ var server = identity.Workload{
 
 func compile(t testing.TB, text string) *authz.Snapshot {
 	t.Helper()
+	return compileWith(t, text, authz.Options{})
+}
+
+func compileWith(t testing.TB, text string, o authz.Options) *authz.Snapshot {
+	t.Helper()
 	resources, problems := authz.Parse("test.yaml", []byte(text))
 	for _, p := range problems {
 		t.Fatal(p)
@@ -75,7 +80,7 @@ func compile(t testing.TB, text string) *authz.Snapshot {
 	for _, p := range problems {
 		t.Fatal(p)
 	}
-	snapshot, problems := authz.Compile(set, authz.Options{})
+	snapshot, problems := authz.Compile(set, o)
 	for _, p := range problems {
 		t.Fatal(p)
 	}

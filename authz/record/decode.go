@@ -67,6 +67,16 @@ type wireAnswer struct {
 	Provider string       `json:"provider"`
 	Allowed  bool         `json:"allowed"`
 	Reason   authz.Reason `json:"reason"`
+	Changes  *wireChanges `json:"changes"`
+}
+
+type wireChanges struct {
+	Names       []string     `json:"names"`
+	Headers     []wireHeader `json:"headers"`
+	Method      raw          `json:"method"`
+	Path        raw          `json:"path"`
+	QueryHidden bool         `json:"queryHidden"`
+	Host        raw          `json:"host"`
 }
 
 type wireRequest struct {
@@ -87,6 +97,7 @@ type wireRequest struct {
 	Headers         []wireHeader               `json:"headers"`
 	Claims          json.RawMessage            `json:"claims"`
 	HiddenClaims    []string                   `json:"hiddenClaims"`
+	Token           *wireChanges               `json:"token"`
 	Metadata        map[string]json.RawMessage `json:"metadata"`
 	HiddenMetadata  map[string][]string        `json:"hiddenMetadata"`
 }
@@ -166,8 +177,8 @@ func decode(line []byte) (r Record, err error) {
 		return r, err
 	case v.Version == nil:
 		return r, errors.New("it has no version")
-	case *v.Version != Version:
-		return r, fmt.Errorf("it is of version %d; this program reads version %d", *v.Version, Version)
+	case *v.Version < 1 || *v.Version > Version:
+		return r, fmt.Errorf("it is of version %d; this program reads versions up to %d", *v.Version, Version)
 	}
 	var w wire
 	if err := strictly(line, &w); err != nil {
@@ -202,10 +213,19 @@ func decode(line []byte) (r Record, err error) {
 		r.DryRuns = append(r.DryRuns, out)
 	}
 	for _, a := range w.Providers {
-		r.Answers = append(r.Answers, Answer(a))
+		out := Answer{Provider: a.Provider, Allowed: a.Allowed, Reason: a.Reason}
+		if out.Changes, err = a.Changes.read(); err != nil {
+			return r, err
+		}
+		r.Answers = append(r.Answers, out)
 	}
-	err = w.Request.read(&r.Request)
-	return r, err
+	if err := w.Request.read(&r.Request); err != nil {
+		return r, err
+	}
+	if got := r.version(); int64(*v.Version) < got {
+		return r, fmt.Errorf("it is of version %d and says what only version %d can", *v.Version, got)
+	}
+	return r, nil
 }
 
 func (w *wireRequest) read(r *authz.Request) error {
@@ -225,22 +245,13 @@ known:
 	}
 	r.SourceIP, r.RemoteIP, r.DestinationIP, r.DestinationPort = w.SourceIP.Addr, w.RemoteIP.Addr, w.DestinationIP.Addr, w.DestinationPort
 	r.SNI, r.Method, r.Path, r.QueryHidden, r.Host = w.SNI, w.Method, w.Path, w.QueryHidden, w.Host
-headers:
-	for _, h := range w.Headers {
-		out := authz.Header{Name: string(h.Name), Value: h.Value}
-		if h.Form != "" {
-			for form, name := range forms {
-				if name == h.Form {
-					out.Form = form
-					r.Headers = append(r.Headers, out)
-					continue headers
-				}
-			}
-			return fmt.Errorf("a header is of the form %q", h.Form)
-		}
-		r.Headers = append(r.Headers, out)
-	}
 	var err error
+	if r.Headers, err = readHeaders(w.Headers); err != nil {
+		return err
+	}
+	if r.Token, err = w.Token.read(); err != nil {
+		return err
+	}
 	if len(w.Claims) > 0 {
 		if r.Claims, err = structure(w.Claims, w.HiddenClaims); err != nil {
 			return fmt.Errorf("claims: %w", err)
@@ -262,6 +273,37 @@ headers:
 		}
 	}
 	return nil
+}
+
+func readHeaders(list []wireHeader) (out []authz.Header, err error) {
+headers:
+	for _, h := range list {
+		header := authz.Header{Name: string(h.Name), Value: h.Value}
+		if h.Form != "" {
+			for form, name := range forms {
+				if name == h.Form {
+					header.Form = form
+					out = append(out, header)
+					continue headers
+				}
+			}
+			return nil, fmt.Errorf("a header is of the form %q", h.Form)
+		}
+		out = append(out, header)
+	}
+	return out, nil
+}
+
+// read is nil for nil.
+func (w *wireChanges) read() (*authz.Changes, error) {
+	if w == nil {
+		return nil, nil
+	}
+	headers, err := readHeaders(w.Headers)
+	if err != nil {
+		return nil, err
+	}
+	return &authz.Changes{Names: w.Names, Headers: headers, Method: w.Method, Path: w.Path, QueryHidden: w.QueryHidden, Host: w.Host}, nil
 }
 
 // structure reads an object and adds fields whose values are hidden.

@@ -66,7 +66,7 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 	e := encoder{b: b}
 	e.open()
 	e.key("version")
-	e.b = strconv.AppendInt(e.b, Version, 10)
+	e.b = strconv.AppendInt(e.b, r.version(), 10)
 	e.key("time")
 	e.b = append(r.Time.UTC().AppendFormat(append(e.b, '"'), "2006-01-02T15:04:05.000000000Z"), '"')
 	e.key("workload")
@@ -132,6 +132,10 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 			e.text("provider", a.Provider)
 			e.flag("allowed", a.Allowed)
 			e.text("reason", string(a.Reason))
+			if a.Changes != nil {
+				e.key("changes")
+				e.changes(a.Changes, &show)
+			}
 			e.close()
 		}
 		e.end()
@@ -144,6 +148,14 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 	e.text("traceId", r.TraceID)
 	e.close()
 	return append(e.b, '\n')
+}
+
+// version is the oldest that can say what the record says.
+func (r *Record) version() int64 {
+	if r.Request.Token != nil || slices.ContainsFunc(r.Answers, func(a Answer) bool { return a.Changes != nil }) {
+		return 2
+	}
+	return 1
 }
 
 // encoder appends JSON.
@@ -342,6 +354,10 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 			e.names(hidden)
 		}
 	}
+	if r.Token != nil {
+		e.key("token")
+		e.changes(r.Token, show)
+	}
 	if len(r.Metadata) > 0 {
 		filters := slices.Sorted(maps.Keys(r.Metadata))
 		hidden := make([][]string, len(filters))
@@ -365,6 +381,36 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 			e.close()
 		}
 	}
+	e.close()
+}
+
+// changes appends what somebody changed of a request; values are hidden as in the
+// request itself.
+func (e *encoder) changes(c *authz.Changes, show *Shown) {
+	path, hidden := c.Path, c.QueryHidden
+	if !hidden {
+		path, hidden = show.path(path)
+	}
+	e.open()
+	if len(c.Names) > 0 {
+		e.key("names")
+		e.names(c.Names)
+	}
+	if len(c.Headers) > 0 {
+		e.key("headers")
+		e.list()
+		for i := range c.Headers {
+			e.comma()
+			e.header(&c.Headers[i], show)
+		}
+		e.end()
+	}
+	e.bytes("method", c.Method)
+	e.bytes("path", path)
+	if hidden && path != nil {
+		e.flag("queryHidden", true)
+	}
+	e.bytes("host", c.Host)
 	e.close()
 }
 

@@ -7,9 +7,13 @@ import (
 	"github.com/signet-mesh/signet/identity"
 )
 
-// Version is that of the records that this package writes. A change of what a
-// record means is another version; the one before stays readable.
-const Version = 1
+// Version is the newest of the records that this package writes. A change of what a
+// record means is another version; the one before stays readable, and is written where
+// a record has nothing that only the newer one can say.
+//
+// Version 2 has what extension providers, and the verification of the token, changed
+// of the request.
+const Version = 2
 
 // Record is one decision and what it rests on.
 type Record struct {
@@ -20,7 +24,8 @@ type Record struct {
 	// labels.
 	Workload identity.Workload
 	// Request is what was decided about, but for what a record does not show: see
-	// [Shown]. Replayed it may be unknown where it once was known, never the other
+	// [Shown]. It is as it came: what providers changed is in Answers, and what the
+	// token changed in Request.Token; its Claims are those that were decided on. Replayed it may be unknown where it once was known, never the other
 	// way round.
 	Request authz.Request
 	// Unread says that the request could not be read, or was refused before any
@@ -60,6 +65,9 @@ type Answer struct {
 	Allowed bool
 	// Reason is why it did not allow, or empty.
 	Reason authz.Reason
+	// Changes are what it changed of the request, as far as a record shows it; nil
+	// for nothing.
+	Changes *authz.Changes
 }
 
 // Banned reports whether a ban decided. Bans come before policies, and a record does
@@ -77,7 +85,8 @@ func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
 	if r.Unread || r.Banned() {
 		return authz.Decision{Kind: r.Kind, Policy: r.Policy, Rule: r.Rule, Reason: r.Reason}, false
 	}
-	d = p.Decide(&r.Request)
+	request := r.Request
+	d = p.Decide(&request)
 	for d.Ask {
 		a := r.answer(d.Provider)
 		switch {
@@ -87,7 +96,8 @@ func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
 			d.Ask, d.Allowed, d.Reason = false, false, a.Reason
 			return d, true
 		}
-		d = p.After(d, &r.Request)
+		a.Changes.Apply(&request)
+		d = p.After(d, &request)
 	}
 	return d, true
 }

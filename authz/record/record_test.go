@@ -152,7 +152,7 @@ func TestDecodeRefuses(t *testing.T) {
 	s := sample()
 	good := string(s.Append(nil, shown))
 	for _, tt := range []struct{ name, old, new, err string }{
-		{"another version", `"version":1`, `"version":2`, "version 2"},
+		{"another version", `"version":1`, `"version":3`, "version 3"},
 		{"no version", `"version":1,`, ``, "no version"},
 		{"a key of another version", `"decision"`, `"shadow":true,"decision"`, "unknown field"},
 		{"an unknown attribute", `"peer"`, `"ja4"`, `"ja4" is not something that can be known`},

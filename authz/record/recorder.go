@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -82,10 +83,12 @@ type Recorder struct {
 type item struct {
 	Record
 	message  []byte
-	claims   *structpb.Struct
+	claims   *structpb.Struct // that were decided on, or nil
+	token    *authz.Changes
 	program  *authz.Program
 	decision authz.Decision
 	asked    []string
+	changed  []*authz.Changes
 }
 
 // New makes a Recorder. Nothing is recorded before Run.
@@ -153,13 +156,13 @@ func (r *Recorder) Add(from *extauthz.Record) {
 			Allowed: d.Allowed, Kind: d.Kind, Policy: d.Policy, Rule: d.Rule, Reason: d.Reason,
 			Generation: from.Snapshot.Generation(), Latency: from.Took,
 		},
-		message: bytes.Clone(from.Message), program: from.Program, decision: d, asked: slices.Clone(from.Asked),
+		message: bytes.Clone(from.Message), program: from.Program, decision: d, asked: slices.Clone(from.Asked), changed: slices.Clone(from.Changed),
 	}
 	if from.Err != nil {
 		it.Err = from.Err.Error()
 	}
 	if c := from.Request.Claims; c != nil {
-		it.claims = proto.Clone(c).(*structpb.Struct)
+		it.claims, it.token = proto.Clone(c).(*structpb.Struct), from.Request.Token
 	}
 	select {
 	case r.queue <- it:
@@ -219,6 +222,9 @@ func (r *Recorder) Run(ctx context.Context) error {
 	return nil
 }
 
+// jwtFilter is where Envoy's jwt_authn leaves what it says of a token.
+const jwtFilter = "envoy.filters.http.jwt_authn"
+
 // record makes the record of an item and hands it to the outputs.
 func (r *Recorder) record(it *item) {
 	r.bytes.Add(-int64(len(it.message)))
@@ -229,8 +235,15 @@ func (r *Recorder) record(it *item) {
 		// Metadata that is too much and that the decision did not need is not shown.
 		_ = extauthz.FromBytes(it.message, authz.FieldsHTTP&^(authz.FieldClaims|authz.FieldMetadata), &rec.Request)
 	}
-	if rec.Request.Claims == nil && it.claims != nil {
-		rec.Request.Claims = it.claims
+	if rec.Request.Claims != nil && len(it.program.Verifies()) > 0 && (it.claims == nil || it.token != nil) {
+		// A provider changed where tokens are looked for, and since then what the proxy
+		// said of a token does not count.
+		rec.Request.Claims = nil
+		rec.Request.Metadata = maps.Clone(rec.Request.Metadata)
+		delete(rec.Request.Metadata, jwtFilter)
+	}
+	if it.claims != nil {
+		rec.Request.Claims, rec.Request.Token = it.claims, it.token
 		rec.Request.Known |= authz.FieldClaims
 	}
 	rec.RequestID, rec.TraceID = ids(&rec.Request)
@@ -240,6 +253,9 @@ func (r *Recorder) record(it *item) {
 	rec.DryRuns = it.decision.DryRuns()
 	for i, name := range it.asked {
 		a := Answer{Provider: name, Allowed: true}
+		if i < len(it.changed) {
+			a.Changes = it.changed[i]
+		}
 		if i == len(it.asked)-1 && !rec.Allowed && it.decision.Provider == name && byProvider(rec.Reason) {
 			a.Allowed, a.Reason = false, rec.Reason
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
@@ -176,9 +177,9 @@ func TestRecorder(t *testing.T) {
 	want := []string{
 		"/a?q= true  -1 no-allow-policy [] " + dry,
 		"/b false shop/deny 0 deny-rule [] " + dry,
-		"/ask/allowed false shop/deny 0 deny-rule [{opa true }] " + dry,
-		"/ask/denied false shop/ask 0 provider-denied [{opa false provider-denied}] []",
-		"/ask/failed false shop/ask 0 provider-failed [{opa false provider-failed}] []",
+		"/ask/allowed false shop/deny 0 deny-rule [{opa true  <nil>}] " + dry,
+		"/ask/denied false shop/ask 0 provider-denied [{opa false provider-denied <nil>}] []",
+		"/ask/failed false shop/ask 0 provider-failed [{opa false provider-failed <nil>}] []",
 		"/next true  -1 no-allow-policy [] [{DENY false {shop/next 0 true}}]",
 		" false  -1 check-request [] []",
 		" false  -1 check-request [] []",
@@ -483,4 +484,149 @@ func BenchmarkAdd(b *testing.B) {
 			<-done
 		})
 	}
+}
+
+// TestRecorderOfChanges: what a provider and a token changed of a request is in its
+// record, hidden like the request's own, so that it is decided again as it was; also by
+// policies that would have put other claims elsewhere.
+func TestRecorderOfChanges(t *testing.T) {
+	t.Parallel()
+	compile := func(text string) *authz.Snapshot {
+		rs, problems := authz.Parse("p.yaml", []byte(text))
+		set, more := authz.Set{}.Update(rs)
+		if problems = append(problems, more...); len(problems) > 0 {
+			t.Fatal(problems)
+		}
+		s, _ := authz.Compile(set, authz.Options{})
+		return s
+	}
+	const text = `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: ask, namespace: shop}
+spec: {action: CUSTOM, provider: {name: opa}, rules: [{to: [{operation: {paths: [/ask*]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: shop}
+spec: {jwtRules: [{issuer: iss, outputClaimToHeaders: [{header: x-group, claim: group}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: allow, namespace: shop}
+spec:
+  rules:
+  - when: [{key: "request.headers[x-user]", values: [alice]}]
+  - when: [{key: "request.headers[x-group]", values: [admin]}]
+  - to: [{operation: {paths: [/changed]}}]
+`
+	snapshot := compile(text)
+	claims := &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss"), "group": structpb.NewStringValue("admin")}}
+	var out bytes.Buffer
+	rec, err := record.New(record.Config{Outputs: []record.Output{record.Stream("stdout", &out)}, Allowed: 1, AllowedPerSecond: 10000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(kv ...string) *authv3.OkHttpResponse {
+		o := &authv3.OkHttpResponse{}
+		for i := 0; i < len(kv); i += 2 {
+			o.Headers = append(o.Headers, &corev3.HeaderValueOption{Header: &corev3.HeaderValue{Key: kv[i], Value: kv[i+1]}})
+		}
+		return o
+	}
+	s, err := extauthz.New(extauthz.Config{Snapshot: func() *authz.Snapshot { return snapshot }, Records: rec,
+		Providers: answers(func(path []byte) (extauthz.ProviderAnswer, error) {
+			ok := map[string]*authv3.OkHttpResponse{
+				"/ask/alice":   set("x-user", "alice", "x-secret", "provider-secret"),
+				"/ask/mallory": set("x-user", "mallory"),
+				"/ask/path":    set(":path", "/changed?q=query-secret"),
+				"/ask/token":   set("authorization", "Bearer provider-secret"),
+				"/ask/gone":    {HeadersToRemove: []string{"authorization"}},
+			}[string(path)]
+			return extauthz.ProviderAnswer{Allowed: true, Response: &authv3.CheckResponse{HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: ok}}}, nil
+		}),
+		Tokens: verifying(func(r *authz.Request) extauthz.Verified {
+			for _, h := range r.Headers {
+				if h.Name == "authorization" {
+					r.Claims = claims
+					ok := set("x-group", "admin")
+					ok.HeadersToRemove = []string{"authorization"}
+					return extauthz.Verified{Upstream: ok}
+				}
+			}
+			return extauthz.Verified{}
+		})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := identity.WithCaller(t.Context(), identity.Caller{Workload: cart})
+	check := func(path string, proxy *structpb.Struct, headers ...string) {
+		h := &authv3.AttributeContext_HttpRequest{HeaderMap: &corev3.HeaderMap{}}
+		for i, kv := 0, append([]string{":path", path, ":method", "GET", ":authority", "cart"}, headers...); i < len(kv); i += 2 {
+			h.HeaderMap.Headers = append(h.HeaderMap.Headers, &corev3.HeaderValue{Key: kv[i], RawValue: []byte(kv[i+1])})
+		}
+		r := &authv3.CheckRequest{Attributes: &authv3.AttributeContext{Source: &authv3.AttributeContext_Peer{}, Request: &authv3.AttributeContext_Request{Http: h}}}
+		if proxy != nil {
+			r.Attributes.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+				"envoy.filters.http.jwt_authn": {Fields: map[string]*structpb.Value{"payload": structpb.NewStructValue(proxy)}}}}
+		}
+		b, err := proto.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Answer(ctx, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("/ask/alice", nil, "x-user", "mallory")
+	check("/ask/mallory", nil, "x-user", "alice")
+	check("/ask/path", nil)
+	check("/ask/token", nil)
+	check("/ask/token", &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss")}}, "x-group", "user")
+	check("/ask/gone", nil, "authorization", "Bearer client-secret", "x-group", "admin")
+	check("/ask/gone", claims, "x-group", "admin")
+	check("/", nil, "authorization", "Bearer client-secret", "x-group", "user")
+	check("/", nil, "x-group", "admin")
+	check("/", claims, "x-group", "admin")
+	done, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := rec.Run(done); err != nil {
+		t.Fatal(err)
+	}
+	other := compile(strings.ReplaceAll(text, "outputClaimToHeaders: [{header: x-group", "outputClaimToHeaders: [{header: x-user"))
+	var got []string
+	for r, err := range record.Read(bytes.NewReader(out.Bytes())) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, ok := record.Replay(snapshot.For(cart), &r)
+		if !ok || d.Allowed != r.Allowed || d.Reason != r.Reason || d.Rule != r.Rule {
+			t.Errorf("decided again: %+v, %t; the record: %+v", d, ok, r)
+		}
+		then, _ := record.Replay(other.For(cart), &r)
+		got = append(got, fmt.Sprintf("%s %s %d, other rules: %s", r.Request.Path, r.Reason, r.Rule, then.Reason))
+	}
+	want := []string{
+		"/ask/alice allow-rule 0, other rules: no-allow-rule", "/ask/mallory no-allow-rule -1, other rules: no-allow-rule", "/ask/path allow-rule 2, other rules: allow-rule",
+		"/ask/token allow-rule 1, other rules: allow-unknown", "/ask/token allow-rule 1, other rules: allow-unknown",
+		"/ask/gone no-allow-rule -1, other rules: allow-rule", "/ask/gone no-allow-rule -1, other rules: allow-rule",
+		"/ allow-rule 1, other rules: allow-unknown", "/ no-allow-rule -1, other rules: allow-rule", "/ allow-rule 1, other rules: allow-rule",
+	}
+	if g, w := strings.Join(got, "\n"), strings.Join(want, "\n"); g != w {
+		t.Errorf("recorded\n%s\nwant\n%s", g, w)
+	}
+	if text := out.String(); strings.Contains(text, "provider-secret") || strings.Contains(text, "client-secret") || strings.Contains(text, "query-secret") {
+		t.Errorf("records show what is hidden\n%s", out.String())
+	}
+	// A record that says more than its version can is refused.
+	line, _, _ := strings.Cut(out.String(), "\n")
+	if _, err := record.Decode([]byte(strings.Replace(line, `"version":2`, `"version":1`, 1))); err == nil || !strings.Contains(err.Error(), "only version 2") {
+		t.Errorf("a record of version 1 with changes: %v", err)
+	}
+}
+
+// verifying verifies tokens.
+type verifying func(r *authz.Request) extauthz.Verified
+
+func (f verifying) Claims(_ context.Context, _ *authz.Program, r *authz.Request) extauthz.Verified {
+	return f(r)
 }

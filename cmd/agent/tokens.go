@@ -19,6 +19,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 // requestTokens verifies the tokens of requests whose proxy did not.
@@ -123,9 +124,9 @@ func (t *requestTokens) Claims(ctx context.Context, p *authz.Program, r *authz.R
 	switch found.Status {
 	case token.Good:
 		r.Claims = found.Claims
-		return extauthz.Verified{Upstream: upstream(&found)}
+		return extauthz.Verified{Upstream: upstream(&found, r)}
 	case token.Missing:
-		return extauthz.Verified{Upstream: upstream(&found)}
+		return extauthz.Verified{Upstream: upstream(&found, r)}
 	}
 	err := fmt.Errorf("verifying the request's token: %s", found.Status)
 	if rule := found.Rule; rule != nil {
@@ -138,21 +139,23 @@ func (t *requestTokens) Claims(ctx context.Context, p *authz.Program, r *authz.R
 }
 
 // upstream is what the proxy changes of a request, or nil.
-func upstream(found *token.Result) *authv3.OkHttpResponse {
+func upstream(found *token.Result, r *authz.Request) *authv3.OkHttpResponse {
 	if len(found.SetHeaders)+len(found.RemoveHeaders)+len(found.RemoveParams) == 0 {
 		return nil
 	}
-	ok := &authv3.OkHttpResponse{HeadersToRemove: found.RemoveHeaders, QueryParametersToRemove: found.RemoveParams}
+	ok := &authv3.OkHttpResponse{HeadersToRemove: found.RemoveHeaders}
+	for _, p := range found.RemoveParams {
+		// As they stand in the path, because the proxy compares them so: ext_authz does
+		// not undo their encoding, and other filters and applications do.
+		ok.QueryParametersToRemove = append(ok.QueryParametersToRemove, authz.ParamNames(r.Path, p)...)
+	}
 	set := map[string]bool{}
 	for _, h := range found.SetHeaders {
-		action := corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD
-		if set[h.Name] { // another value of the same header
-			action = corev3.HeaderValueOption_APPEND_IF_EXISTS_OR_ADD
-		}
-		set[h.Name] = true
+		//lint:ignore SA1019 this is the field that every Envoy's ext_authz filter reads; append_action is not
 		ok.Headers = append(ok.Headers, &corev3.HeaderValueOption{
-			Header: &corev3.HeaderValue{Key: h.Name, Value: h.Value}, AppendAction: action,
+			Header: &corev3.HeaderValue{Key: h.Name, Value: h.Value}, Append: wrapperspb.Bool(set[h.Name]), // another value of the same header
 		})
+		set[h.Name] = true
 	}
 	return ok
 }

@@ -2,6 +2,7 @@ package oracle_test
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -16,6 +17,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strings"
@@ -169,6 +171,8 @@ func tokenWorlds(tb testing.TB, k *issuerKeys) map[string]object {
 			{"issuer": "https://iss", "jwks": all, "audiences": []string{"shop"}, "outputClaimToHeaders": []object{{"header": "X-Sub", "claim": "sub"}}},
 			{"issuer": "other", "jwks": all, "outputClaimToHeaders": []object{{"header": "X-Other", "claim": "sub"}}},
 		}},
+		"reads":     {"jwtRules": []object{{"issuer": "https://iss", "jwks": all, "outputPayloadToHeader": "X-Payload", "outputClaimToHeaders": []object{{"header": "X-Group", "claim": "group"}}}}},
+		"reads not": {"jwtRules": []object{{"issuer": "https://iss", "jwks": all, "outputClaimToHeaders": []object{{"header": "X-Group", "claim": "group"}}}}},
 		"two custom": {"jwtRules": []object{
 			{"issuer": "https://iss", "jwks": all, "fromHeaders": []object{{"name": "X-Token"}}}, {"issuer": "other", "jwks": all, "fromHeaders": []object{{"name": "X-Token"}}},
 		}},
@@ -413,6 +417,8 @@ func tokenTable(k *issuerKeys) []tokenCase {
 		q("one", "access_token", "access_token="+good),
 		q("one", "access_token that is bad", "access_token="+bad),
 		q("one", "access_token percent encoded", "access%5Ftoken="+strings.ReplaceAll(url.QueryEscape(good), ".", "%2E")),
+		q("one", "a query of many forms", "b=2&a&access_token="+good+"&c=%41&b=1&d=x%20y+z&A=1"),
+		q("one", "access_token encoded, and again", "b=2&access%5Ftoken="+good+"&access_token=zzz&c"),
 		q("one", "access_token twice, the second bad", "access_token="+good+"&access_token="+bad),
 		q("one", "access_token twice, the first bad", "access_token="+bad+"&access_token="+good),
 		q("one", "access_token empty", "access_token="),
@@ -476,6 +482,23 @@ func tokenTable(k *issuerKeys) []tokenCase {
 		in("same issuer", "one issuer twice, the first's audience", good),
 		in("same issuer", "one issuer twice, the second's audience", aud(`"bank"`)),
 		in("same issuer", "one issuer twice, neither's audience", aud(`"third"`)),
+		// Policies that read what the token changes.
+		h("reads", "no token, a client's group", [2]string{"X-Group", "admin"}),
+		h("reads", "no token, a client's payload", [2]string{"X-Payload", "e30"}),
+		in("reads", "a group in the token", with(`"group":"admin"`)),
+		in("reads", "another group in the token", with(`"group":"user"`)),
+		h("reads", "another group in the token, a client's group", append(bearer(with(`"group":"user"`)), [2]string{"X-Group", "admin"})...),
+		h("reads", "no group in the token, a client's group", append(bearer(good), [2]string{"X-Group", "admin"})...),
+		h("reads", "a group in the token, another of the client", append(bearer(with(`"group":"admin"`)), [2]string{"X-Group", "user"}, [2]string{"x-group", "other"})...),
+		h("reads", "a group of two in the token", append(bearer(with(`"group":"user,admin"`)), [2]string{"X-Group", "admin"})...),
+		h("reads", "Basic, which is no token", [2]string{"Authorization", "Basic dXNlcjpwYXNz"}),
+		q("reads", "a parameter that is gone", "a=1&access_token="+good),
+		q("reads", "a parameter that is there", "a=1&b=2"),
+		q("reads", "a parameter that is gone, others in another order", "b=2&access_token="+good+"&a=1"),
+		{name: "a preflight with a client's group", world: "reads", method: "OPTIONS", headers: [][2]string{{"X-Group", "admin"}, {"Origin", "https://x"}, {"Access-Control-Request-Method", "GET"}}},
+		h("reads not", "no token, a client's trusted group", [2]string{"X-Group", "trusted"}),
+		in("reads not", "a trusted group in the token", with(`"group":"trusted"`)),
+		h("reads not", "another group in the token, a client's trusted group", append(bearer(with(`"group":"user"`)), [2]string{"X-Group", "trusted"})...),
 		// Preflights.
 		{name: "a preflight with a bad token", world: "one", method: "OPTIONS", headers: append(bearer(bad), [2]string{"Origin", "https://x"}, [2]string{"Access-Control-Request-Method", "GET"})},
 		{name: "a preflight with a good token", world: "one", method: "OPTIONS", headers: append(bearer(good), [2]string{"Origin", "https://x"}, [2]string{"Access-Control-Request-Method", "GET"})},
@@ -505,12 +528,18 @@ func TestTokensAgreeWithEnvoy(t *testing.T) {
 	}
 	const policy = `{rules: [{from: [{source: {requestPrincipals: ["https://iss/alice", "other/*"]}}], when: [{key: "request.auth.claims[scope]", notValues: ["root"]}]},` +
 		` {from: [{source: {notRequestPrincipals: ["*"]}}]}]}`
+	// Those that read what the token changes: the group, the payload, the token itself, the query.
+	others := map[string]string{
+		"reads": `{rules: [{when: [{key: "request.headers[x-group]", values: [admin]}]}, {when: [{key: "request.headers[x-payload]", values: [e30]}]},` +
+			` {when: [{key: "request.headers[authorization]", values: ["*"]}]}, {when: [{key: "request.headers[:path]", values: ["/?a=1", "/?a=1&b=2"]}]}]}`,
+		"reads not": `{action: DENY, rules: [{when: [{key: "request.headers[x-group]", notValues: [trusted]}]}]}`,
+	}
 	var workloads []workload
 	programs := map[string]*authz.Program{}
 	for name, spec := range tokenWorlds(t, keys) {
 		m := mesh{Namespace: "a", Labels: map[string]string{"app": "server"}, RootNamespace: "root", TrustDomain: "own.td"}
 		m.Resources = resource("RequestAuthentication", "a", "jwt", nil, spec) +
-			"\n---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: a}\nspec: " + policy
+			"\n---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: a}\nspec: " + cmp.Or(others[name], policy)
 		programs[name] = m.program(t)
 		workloads = append(workloads, workload{name: name, filters: pilot.build(t, m)})
 	}
@@ -548,7 +577,7 @@ func TestTokensAgreeWithEnvoy(t *testing.T) {
 		}
 		result := verifier.Verify(t.Context(), programs[c.world], &r, time.Now())
 		if result.Status == token.Good {
-			r.Claims = result.Claims
+			r.Claims, r.Token = result.Claims, changesOf(result, &r)
 		}
 		d := programs[c.world].Decide(&r)
 		status := 403
@@ -611,25 +640,47 @@ func compareAfterTokens(t *testing.T, name string, result token.Result, sent *au
 	}
 	path := sent.Path
 	for _, p := range result.RemoveParams {
-		path = withoutParam(path, p)
+		path = withoutParam(string(path), p)
 	}
 	if !bytes.Equal(path, got.Path) {
 		t.Errorf("%s: path\nEnvoy:  %s\nSignet: %s", name, got.Path, path)
 	}
 }
 
-// withoutParam is what Envoy makes of a path when it removes a query parameter.
-func withoutParam(path []byte, name string) []byte {
-	before, query, _ := strings.Cut(string(path), "?")
-	var kept []string
+// changesOf is what the verification of a token changes, as package extauthz has it.
+func changesOf(result token.Result, r *authz.Request) *authz.Changes {
+	c := &authz.Changes{Names: result.RemoveHeaders}
+	for _, h := range result.SetHeaders {
+		c.Names = append(c.Names, h.Name)
+		c.Headers = append(c.Headers, authz.Header{Name: h.Name, Value: []byte(h.Value)})
+	}
+	for _, p := range result.RemoveParams {
+		c.Path = withoutParam(cmp.Or(string(c.Path), string(r.Path)), p)
+	}
+	return c
+}
+
+// withoutParam is what Envoy's jwt_authn makes of a path when it removes a query
+// parameter: it writes the query anew, by name, and without percent encoding.
+func withoutParam(path, name string) []byte {
+	before, query, _ := strings.Cut(path, "?")
+	params := map[string][]string{}
 	for _, pair := range strings.Split(query, "&") {
-		key, _, _ := strings.Cut(pair, "=")
-		if decoded, err := url.PathUnescape(key); err != nil || decoded != name {
-			kept = append(kept, pair)
+		key, value, _ := strings.Cut(pair, "=")
+		k, err1 := url.PathUnescape(key)
+		v, err2 := url.PathUnescape(value)
+		if err1 != nil || err2 != nil {
+			panic("the table has a query that is none")
+		}
+		if k != name {
+			params[k] = append(params[k], v)
 		}
 	}
-	if len(kept) == 0 {
-		return []byte(before)
+	out, sep := before, "?"
+	for _, k := range slices.Sorted(maps.Keys(params)) {
+		for _, v := range params[k] {
+			out, sep = out+sep+k+"="+v, "&"
+		}
 	}
-	return []byte(before + "?" + strings.Join(kept, "&"))
+	return []byte(out)
 }
