@@ -152,6 +152,8 @@ spec:
   rules:
   - from: [{source: {requestPrincipals: ["*"]}}]
     when: [{key: "request.auth.claims[scope]", notValues: [read]}]
+  - to: [{operation: {paths: [/admins]}}]
+    when: [{key: "request.headers[x-team]", notValues: [a]}]
 `)
 	var c config
 	c.Policies.Keys.Refresh = time.Hour
@@ -252,6 +254,35 @@ spec:
 	status, body, _, s = get("/", "x-user", "root", "x-team", "root", "x-payload", "e30", "x-other", "kept")
 	if status != 200 || s.Headers.Get("X-User")+s.Headers.Get("X-Team")+s.Headers.Get("X-Payload") != "" || s.Headers.Get("X-Other") != "kept" {
 		t.Errorf("no token: %d %s", status, body)
+	}
+	status, body, _, s = get("/x?a=b&access%5Ftoken="+good+"&access_token=other&c=d", "x-user", "root")
+	if status != 200 || strings.Contains(s.Path, "token") || !slices.Equal(s.Headers.Values("X-User"), []string{"alice"}) {
+		t.Errorf("a good token in a parameter with an encoded name: %d %s", status, body)
+	}
+	// A policy on a header with a claim reads the claim, not what a client wrote there.
+	if status, body, _, _ = get("/admins", "x-team", "a"); status != 403 {
+		t.Errorf("no token, and the header of a claim: %d %s", status, body)
+	}
+	if status, body, _, _ = get("/admins", "authorization", "Bearer "+good, "x-team", "b"); status != 200 {
+		t.Errorf("a token with the claim: %d %s", status, body)
+	}
+	if status, body, _, _ = get("/admins", "authorization", "Bearer "+issuer.token(t, map[string]any{"sub": "eve", "aud": "shop", "scope": "read", "org": map[string]any{"team": "b"}}), "x-team", "a"); status != 403 {
+		t.Errorf("a token with another claim, and the header: %d %s", status, body)
+	}
+	// So it is in a preflight, which has no token.
+	if r, err := http.NewRequestWithContext(t.Context(), http.MethodOptions, url+"/x", nil); err != nil {
+		t.Error(err)
+	} else {
+		r.Header = http.Header{"Origin": {"https://x"}, "Access-Control-Request-Method": {"GET"}, "X-User": {"root"}}
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var s seen
+		err = json.NewDecoder(resp.Body).Decode(&s)
+		if resp.Body.Close(); err != nil || resp.StatusCode != 200 || s.Headers.Get("X-User") != "" {
+			t.Errorf("a preflight: %d, %v; the application got %v", resp.StatusCode, err, s.Headers)
+		}
 	}
 	for name, c := range map[string]struct {
 		token  string
