@@ -466,6 +466,12 @@ func (a *Authority) start(ctx context.Context) error {
 	if a.believed() != nil {
 		return nil // Run makes a serving certificate when the clock is right
 	}
+	if a.orphaned() {
+		// Nothing could be signed before an operator accepted the loss, just now.
+		if err := a.renewIntermediate(ctx); err != nil {
+			return err
+		}
+	}
 	return a.renewServing(ctx)
 }
 
@@ -685,11 +691,16 @@ func (a *Authority) renew(ctx context.Context) error {
 // The key is in memory only. The root goes out with the chain, so that an agent
 // that knows no more than the root's hash can find it.
 func (a *Authority) renewServing(ctx context.Context) error {
+	iss := a.intermediate.Load()
+	// Before anything is recorded: what is below no root serves nobody.
+	root, err := a.rootOf(iss, a.current())
+	if err != nil {
+		return fmt.Errorf("renewing the serving certificate: %w", err)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return fmt.Errorf("renewing the serving certificate: %w", err)
 	}
-	iss := a.intermediate.Load()
 	out, err := a.issue(ctx, iss, []certificate{{
 		kind: capb.IssuanceRecord_KIND_SERVING, evidence: capb.IssuanceRecord_EVIDENCE_SELF,
 		id: a.id, dnsNames: a.cfg.DNSNames, pub: key.Public(), ttl: a.cfg.SVID.AgentTTL,
@@ -697,10 +708,6 @@ func (a *Authority) renewServing(ctx context.Context) error {
 	if err == nil {
 		err = out[0].err
 	}
-	if err != nil {
-		return fmt.Errorf("renewing the serving certificate: %w", err)
-	}
-	root, err := a.rootOf(iss, a.current())
 	if err != nil {
 		return fmt.Errorf("renewing the serving certificate: %w", err)
 	}

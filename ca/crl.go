@@ -584,7 +584,7 @@ func (a *Authority) forgetRevoked(ctx context.Context, now time.Time) error {
 // list: proxies that check lists refuse what an authority without one issued.
 func (a *Authority) listFirst() bool {
 	iss := a.intermediate.Load()
-	return a.cfg.CRL.Enabled && iss != nil && a.clock.past().Before(iss.cert.NotAfter)
+	return a.cfg.CRL.Enabled && iss != nil && a.clock.past().Before(iss.cert.NotAfter) && !a.orphaned()
 }
 
 // listed is the sequence that agents must have acknowledged for an intermediate to be

@@ -238,12 +238,25 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	if j.Source == sourceOwn && !now.Before(a.root.Load().cert.NotAfter) {
 		return a.replaceExpiredRoot(ctx)
 	}
-	// An intermediate that expired while the authority was down is replaced before
-	// anything is served; one that is due is left to Run.
-	if !now.Before(a.intermediate.Load().cert.NotAfter) && a.signing() == nil {
+	// An intermediate that expired while the authority was down, or whose root others took
+	// out of the bundle, is replaced before anything is served; one that is due is left to
+	// Run.
+	if (!now.Before(a.intermediate.Load().cert.NotAfter) || a.orphaned()) && a.signing() == nil {
 		return a.renewIntermediate(ctx)
 	}
 	return nil
+}
+
+// orphaned reports whether the intermediate is below a root that is not trusted any more,
+// because another replica took it out of the bundle: what it signed would verify nowhere, so
+// that it is as good as none.
+func (a *Authority) orphaned() bool {
+	iss := a.intermediate.Load()
+	if iss == nil {
+		return false
+	}
+	_, err := a.rootOf(iss, a.current())
+	return err != nil
 }
 
 // findRoot notes which root an issuer leads to.
@@ -274,7 +287,7 @@ func leadsTo(iss *issuer, roots []*x509.Certificate) (*x509.Certificate, error) 
 			return r, nil
 		}
 	}
-	return nil, fmt.Errorf("journal: no root in it signed %s; restore the store from backup", last.Subject)
+	return nil, fmt.Errorf("journal: no root in it signed %s: that root has left the bundle, or this is another authority's state", last.Subject)
 }
 
 // renewIntermediate replaces the intermediate under a root that every agent trusts
@@ -304,7 +317,7 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 	if root == nil {
 		return errors.New("journal: there is no active root")
 	}
-	if end := root.cert.NotAfter; !a.intermediate.Load().cert.NotAfter.Before(end) {
+	if end := root.cert.NotAfter; !a.orphaned() && !a.intermediate.Load().cert.NotAfter.Before(end) {
 		// Another intermediate would end no later: it gains nothing.
 		return fmt.Errorf("the root ends at %s, no later than the intermediate: it is replaced first (`signet ca authority list`)", end.Format(time.RFC3339))
 	}

@@ -330,12 +330,13 @@ func (a *Authority) rootsAnswer(ctx context.Context, e journal.Entry) (iss *issu
 		journal.Entry{Kind: journal.KindIntermediate, State: journal.StateActive, Certificate: c.Raw, Key: e.Key}, nil
 }
 
-// awaitIntermediate is for a replica that has none that is valid: it asks until it has.
+// awaitIntermediate is for a replica that has none that is valid, below a root that is
+// trusted: it asks until it has.
 // Nobody else runs yet.
 func (a *Authority) awaitIntermediate(ctx context.Context) error {
 	valid := func() bool {
 		iss := a.intermediate.Load()
-		return iss != nil && a.clock.past().Before(iss.cert.NotAfter)
+		return iss != nil && a.clock.past().Before(iss.cert.NotAfter) && !a.orphaned()
 	}
 	for said := ""; !valid(); {
 		err := a.followJournal(ctx)

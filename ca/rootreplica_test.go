@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -171,6 +172,71 @@ func TestOneReplicaHoldsTheRoot(t *testing.T) {
 	}
 	for _, w := range []*world{a, b} {
 		intact(t, w)
+	}
+}
+
+// TestAReplicaThatWasDownWhenARootWasRevoked starts again, whoever has the root's key: its
+// intermediate is good for long yet, but its root is not trusted any more, so that it is as
+// good as none.
+func TestAReplicaThatWasDownWhenARootWasRevoked(t *testing.T) {
+	t.Parallel()
+	for name, keep := range map[string]func(*ca.Config){
+		"the root is with another replica": func(c *ca.Config) { c.RootReplica = 1 },
+		"the root is in a device of all":   newDevice().configure,
+	} {
+		for lists, withLists := range map[string]func(*ca.Config){"": func(*ca.Config) {}, ", and there are lists": withCRL} {
+			t.Run(name+lists, func(t *testing.T) {
+				t.Parallel()
+				shared := newShared(t)
+				edit := func(c *ca.Config) { c.Shared = shared; keep(c); withLists(c) }
+				a := newWorld(t, brisk, edit, func(c *ca.Config) { c.Instance = 1 })
+				stopA := a.run()
+				b := newWorld(t, brisk, edit)
+				stopA() // what is due does not come between the steps
+				root, before := a.Root(), b.Intermediate()
+				b.close()
+				for _, s := range []struct {
+					step  capb.RotateRequest_Step
+					id    string
+					force bool
+				}{
+					{capb.RotateRequest_STEP_REPLACE, idOf(root), false},
+					{capb.RotateRequest_STEP_ACTIVATE, "", true},
+					{capb.RotateRequest_STEP_TAINT, idOf(root), false},
+					{capb.RotateRequest_STEP_REVOKE, idOf(root), true},
+				} {
+					if err := a.Rotate(t.Context(), s.step, s.id, s.force); err != nil {
+						t.Fatalf("%v: %v", s.step, err)
+					}
+				}
+				roots := trustOf(a).Roots()
+				if slices.ContainsFunc(roots, root.Equal) || !time.Now().Before(before.NotAfter) {
+					t.Fatal("the root is trusted, or the intermediate of the other replica has ended")
+				}
+				defer a.run()()
+				b.open()
+				if b.Intermediate().Equal(before) {
+					t.Error("it signs with the intermediate below the root that is revoked")
+				}
+				client, _ := b.attest(agentB) // its serving certificate verifies, too
+				rs, err := issue(t, client, item(t, byUID(onNodeB.PodUID)))
+				if err != nil || rs[0].GetX509() == nil {
+					t.Fatalf("not issued: %v, %v", rs, err)
+				}
+				if err := verifies(parseChain(t, rs[0].GetX509().GetChain()), roots...); err != nil {
+					t.Error(err)
+				}
+				// And it starts once more, from what is stored now.
+				b.close()
+				b.open()
+				if err := b.Ready(); err != nil {
+					t.Error(err)
+				}
+				for _, w := range []*world{a, b} {
+					intact(t, w)
+				}
+			})
+		}
 	}
 }
 
