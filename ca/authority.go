@@ -92,6 +92,7 @@ type Authority struct {
 	unstored                               []revocation.Entry // revoked in the log and perhaps not in the state; guarded by revokeMu
 	folderHash                             [sha256.Size]byte  // of the folder that the issuer is from; owned by Open and then by Run
 	folderGood                             folderGood         // owned by Run
+	upstreamAgain                          time.Time          // when an upstream is asked under another root again; owned by Run
 	intermediate                           atomic.Pointer[issuer]
 	trust                                  identity.Watched[*identity.Trust]
 	head                                   identity.Watched[storage.Head] // newest signed head; zero before the first
@@ -674,6 +675,7 @@ func (a *Authority) renew(ctx context.Context) error {
 		if a.cfg.source() != sourceOwn && a.staged.Load() == nil && now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)/2)) {
 			errs = append(errs, a.renewIntermediate(ctx))
 		}
+		errs = append(errs, a.followRootFile(ctx, now))
 		// One that a clock made which was ahead, before an operator accepted the right one.
 		if a.cfg.source() == sourceOwn && a.staged.Load() == nil && now.Before(c.NotBefore) {
 			errs = append(errs, a.renewIntermediate(ctx))

@@ -55,6 +55,10 @@ func btoi(b bool) int {
 	return 0
 }
 
+// upstreamPause is how long an upstream that did not sign under another root is not asked
+// again, while the present intermediate is good.
+const upstreamPause = 30 * time.Second
+
 // staged is an issuer whose root is published and not yet trusted by everybody.
 type staged struct {
 	issuer   *issuer
@@ -229,7 +233,10 @@ func (a *Authority) loadAuthorities(ctx context.Context) error {
 	}
 	if j.Source != sourceOwn {
 		if err := a.findRoot(a.intermediate.Load(), roots); err != nil {
-			return err
+			if j.Source != sourceUpstream || clockErr != nil {
+				return err
+			}
+			return a.replaceOrphan(ctx)
 		}
 	}
 	if clockErr != nil {
@@ -257,6 +264,21 @@ func (a *Authority) orphaned() bool {
 	}
 	_, err := a.rootOf(iss, a.current())
 	return err != nil
+}
+
+// replaceOrphan has an upstream sign another intermediate in the place of one whose root has
+// left the bundle. It is used at once: the present one is good for nothing. Nobody else runs
+// yet.
+func (a *Authority) replaceOrphan(ctx context.Context) error {
+	if a.staged.Load() == nil {
+		if err := a.renewIntermediate(ctx); err != nil {
+			return err
+		}
+	}
+	if s := a.staged.Load(); s != nil && a.orphaned() {
+		return a.settled(ctx, s)
+	}
+	return nil
 }
 
 // findRoot notes which root an issuer leads to.
@@ -341,7 +363,21 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journal.Entry, 
 	}
 	var gone []string
 	now := a.clock.past() // a key that is removed does not come back
+	// Leaves are valid that long; clocks of replicas are not quite the same.
+	leaves := now.Add(a.cfg.SVID.MaxTTL + a.cfg.SVID.Backdate)
 	err := a.edit(ctx, func(j *journal.Journal) error {
+		present, err := j.Roots()
+		if err != nil {
+			return err
+		}
+		if a.cfg.shared() && len(present) > 0 {
+			if _, err := leadsTo(iss, present); err != nil {
+				return err // another replica took it out of the bundle a moment ago
+			}
+		}
+		signed := slices.DeleteFunc(slices.Clone(j.Authorities), func(e journal.Entry) bool {
+			return e.Kind != journal.KindIntermediate || e.State != journal.StateActive
+		})
 		var next []journal.Entry
 		for _, e := range j.Authorities {
 			c, err := e.Cert()
@@ -352,7 +388,18 @@ func (a *Authority) take(ctx context.Context, iss *issuer, entry journal.Entry, 
 			case entry.Key != "" && e.Key == entry.Key:
 				continue
 			case e.Kind == journal.KindRoot && roots != nil && e.State == journal.StateActive && !slices.ContainsFunc(roots, c.Equal):
-				e.State, e.Until = journal.StateOld, earlier(now.Add(a.cfg.SVID.MaxTTL), c.NotAfter)
+				e.State, e.Until = journal.StateOld, earlier(leaves, c.NotAfter)
+			case e.Kind == journal.KindRoot && roots != nil && e.State == journal.StateOld && !slices.ContainsFunc(roots, c.Equal):
+				// Another replica has left it before, and this one does now.
+				for _, m := range signed {
+					below, err := m.LeadsTo(c)
+					if err != nil {
+						return err
+					}
+					if until := earlier(leaves, c.NotAfter); below && !e.Until.IsZero() && e.Until.Before(until) {
+						e.Until = until
+					}
+				}
 			case e.Kind == journal.KindRoot && roots != nil && slices.ContainsFunc(roots, c.Equal):
 				e.State, e.Until = journal.StateActive, time.Time{}
 			case e.Kind == journal.KindIntermediate && c != nil && now.After(c.NotAfter), e.Kind == journal.KindIntermediate && c != nil && e.Key == "":
@@ -421,7 +468,16 @@ func (a *Authority) use(ctx context.Context, s *staged) error {
 		}
 	}
 	known := a.trust.Value().Roots()
-	if !slices.ContainsFunc(s.roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) }) && !a.listFirst() {
+	publish := slices.ContainsFunc(s.roots, func(r *x509.Certificate) bool { return !slices.ContainsFunc(known, r.Equal) })
+	if a.cfg.shared() && len(s.roots) > 0 && !publish && !a.orphaned() {
+		// Another replica may have published it, and wait for those who do not have it yet.
+		used, err := a.current().Needs(s.root, nil, a.clock.past(), journal.StateActive)
+		if err != nil {
+			return a.dropKey(s.entry, err)
+		}
+		publish = !used
+	}
+	if !publish && !a.listFirst() {
 		return a.settled(ctx, s)
 	}
 	before := a.staged.Swap(s) // its list is signed with the change
@@ -459,7 +515,7 @@ func (a *Authority) settled(ctx context.Context, s *staged) error {
 	}
 	a.folderHash = s.hash
 	a.staged.Store(nil)
-	if s.entry.External {
+	if s.entry.External && a.signing() == nil {
 		return a.renewServing(ctx)
 	}
 	return nil
@@ -597,15 +653,62 @@ func (a *Authority) settle(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// dropRoots takes roots out of the bundle when no leaf under them can be valid.
+// errNoneDue ends a change of the journal that would change nothing.
+var errNoneDue = errors.New("nothing is due")
+
+// dropRoots takes roots out of the bundle when no leaf under them can be valid, and no
+// replica goes on signing under them: each has its own file of an upstream's roots, and its
+// own time to renew.
 func (a *Authority) dropRoots(ctx context.Context, now time.Time) error {
 	over := func(e journal.Entry) bool {
 		return e.Kind == journal.KindRoot && e.State == journal.StateOld && !e.Until.IsZero() && now.After(e.Until)
 	}
-	if !slices.ContainsFunc(a.current().Authorities, over) {
+	j := a.current()
+	if !slices.ContainsFunc(j.Authorities, over) {
 		return nil
 	}
-	err := a.changeTrust(ctx, func(j *journal.Journal) error { j.Authorities = slices.DeleteFunc(j.Authorities, over); return nil })
+	// Of the journal that is changed, so that no replica takes an intermediate meanwhile.
+	drop := func(j *journal.Journal) error {
+		var stay []*x509.Certificate
+		for _, e := range j.Authorities {
+			if e.Kind != journal.KindRoot || over(e) {
+				continue
+			}
+			c, err := e.Cert()
+			if err != nil {
+				return err
+			}
+			stay = append(stay, c)
+		}
+		kept := make([]journal.Entry, 0, len(j.Authorities))
+		for _, e := range j.Authorities {
+			needed := true
+			if over(e) {
+				c, err := e.Cert()
+				if err == nil {
+					needed, err = j.Needs(c, stay, now, journal.StateActive, journal.StateNext)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			if needed {
+				kept = append(kept, e)
+			}
+		}
+		if len(kept) == len(j.Authorities) {
+			return errNoneDue
+		}
+		j.Authorities = kept
+		return nil
+	}
+	err := drop(&j) // of a copy: most often nothing is to be changed
+	if err == nil {
+		err = a.changeTrust(ctx, drop)
+	}
+	if errors.Is(err, errNoneDue) {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("taking an old root out of the bundle: %w", err)
 	}
@@ -688,6 +791,31 @@ func (a *Authority) renewUpstream(ctx context.Context) error {
 		return err
 	}
 	return a.takeExternal(ctx, got, key, entry, roots, [32]byte{})
+}
+
+// followRootFile has the upstream sign another intermediate when the root of the present one
+// is not in the file of its roots any more: other replicas, which renew at another time, have
+// left that root, or are about to. As long as that fails the present one goes on, and the
+// root stays in the bundle for it.
+func (a *Authority) followRootFile(ctx context.Context, now time.Time) error {
+	if a.cfg.source() != sourceUpstream || a.staged.Load() != nil || now.Before(a.upstreamAgain) {
+		return nil
+	}
+	roots, err := external.ReadRoots(a.cfg.Upstream.RootFile)
+	if err != nil {
+		return nil // what is in it is asked when an intermediate is due
+	}
+	if root := a.root.Load(); root == nil || slices.ContainsFunc(roots, root.cert.Equal) {
+		a.alarm("upstream root", nil)
+		return nil
+	}
+	if err := a.renewIntermediate(ctx); err != nil {
+		a.upstreamAgain = now.Add(upstreamPause)
+		a.alarm("upstream root", fmt.Errorf("the root of the intermediate is not in authority.upstream.rootFile any more, and there is no intermediate under another one: %w", err))
+		return nil
+	}
+	a.alarm("upstream root", nil)
+	return nil
 }
 
 // issuerOf is an entry with its key, without what lies above.

@@ -3,6 +3,10 @@ package journal
 import (
 	"bytes"
 	"crypto/x509"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
 )
 
 // RootEntries are entries of roots that somebody else has the keys of: they are trusted
@@ -61,4 +65,54 @@ func (j Journal) HasRoot(e Entry) bool {
 		}
 	}
 	return false
+}
+
+// LeadsTo reports whether an intermediate is below a root that signed it or the last of its
+// chain.
+func (e Entry) LeadsTo(root *x509.Certificate) (bool, error) {
+	last, err := e.Cert()
+	if err != nil || last == nil || e.Kind != KindIntermediate {
+		return false, err
+	}
+	if n := len(e.Chain); n > 0 {
+		if last, err = x509.ParseCertificate(e.Chain[n-1]); err != nil {
+			return false, fmt.Errorf("journal: chain of the %s: %w", e.Kind, err)
+		}
+	}
+	return last.Equal(root) || bytes.Equal(last.RawIssuer, root.RawSubject) && last.CheckSignatureFrom(root) == nil, nil
+}
+
+// Needs reports whether an intermediate in one of states, of this or of any other replica,
+// leads to a root and to none of those that stay: what it signs does not verify
+// when the root has left. Those that have ended before now sign nothing. What cannot be read
+// is an error, so that nothing is taken for not needed.
+func (j Journal) Needs(root *x509.Certificate, stay []*x509.Certificate, now time.Time, states ...string) (bool, error) {
+	all := slices.Clone(j.Authorities)
+	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
+		all = append(all, j.Others[n]...)
+	}
+	for _, e := range all {
+		if e.Kind != KindIntermediate || !slices.Contains(states, e.State) {
+			continue
+		}
+		c, err := e.Cert()
+		if err != nil || c == nil {
+			return false, err
+		}
+		if !now.Before(c.NotAfter) {
+			continue
+		}
+		needs, err := e.LeadsTo(root)
+		for _, r := range stay {
+			if err == nil && needs {
+				var also bool
+				also, err = e.LeadsTo(r)
+				needs = !also
+			}
+		}
+		if err != nil || needs {
+			return needs, err
+		}
+	}
+	return false, nil
 }
