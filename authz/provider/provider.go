@@ -142,11 +142,13 @@ func (p *provider) take(ctx context.Context, message []byte) (extauthz.ProviderA
 	default:
 		return extauthz.ProviderAnswer{}, errBusy
 	}
+	start := time.Now()
 	ctx, cancel := context.WithTimeoutCause(ctx, p.Timeout, errTimeout)
 	defer cancel()
 	a, err := p.ask(ctx, message)
 	switch {
-	case err != nil && context.Cause(ctx) == errTimeout:
+	case err != nil && (context.Cause(ctx) == errTimeout || time.Since(start) >= p.Timeout):
+		// The provider may have noticed before ctx did.
 		return extauthz.ProviderAnswer{}, fmt.Errorf("%w (%v)", errTimeout, p.Timeout)
 	case err != nil:
 		return extauthz.ProviderAnswer{}, err
