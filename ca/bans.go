@@ -330,9 +330,7 @@ func (a *Authority) addBan(ctx context.Context, text, reason string, until time.
 	}
 	a.cfg.Log.Warn("banned", "subject", b.Subject, "reason", reason, "by", by, "until", b.Until)
 	// What was under way when the ban came into force is recorded when this returns.
-	a.recording.Lock()
-	//lint:ignore SA2001 it waits for those who hold it
-	a.recording.Unlock()
+	a.awaitRecording()
 	var pending []string
 	wait := func(what string, err error) {
 		if err != nil {

@@ -201,6 +201,15 @@ func (a *Authority) AddBanAs(ctx context.Context, subject string) error {
 	return err
 }
 
+// RecordingAwaited reports whether somebody waits for what is under way to be recorded.
+func (a *Authority) RecordingAwaited() bool {
+	if a.recording.TryRLock() {
+		a.recording.RUnlock()
+		return false
+	}
+	return true
+}
+
 // TendBans does the background work of bans once.
 func (a *Authority) TendBans(ctx context.Context) error { return a.tendBans(ctx) }
 

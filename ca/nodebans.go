@@ -169,9 +169,19 @@ func (a *Authority) nodeRecords(ctx context.Context, node identity.BanSubject) (
 	return records, nil
 }
 
+// awaitRecording returns when what was under way when it was called is recorded: of what
+// is in the log then, nothing is missing that was held against the bans as they were
+// before. No lock is held.
+func (a *Authority) awaitRecording() {
+	a.recording.Lock()
+	//lint:ignore SA2001 it waits for those who hold it
+	a.recording.Unlock()
+}
+
 // collectSerials bans every certificate that this replica issued for a node's agent
 // and pods and that has not expired. What it returns are their records.
 func (a *Authority) collectSerials(ctx context.Context, node identity.BanSubject) (records []*capb.IssuanceRecord, err error) {
+	a.awaitRecording()
 	if records, err = a.nodeRecords(ctx, node); err != nil {
 		return nil, err
 	}
