@@ -218,6 +218,7 @@ func (w *rewrite) token(ok *authv3.OkHttpResponse, r *authz.Request) *authz.Chan
 	for _, o := range ok.GetHeaders() {
 		name, value := o.GetHeader().GetKey(), o.GetHeader().GetValue()
 		h := w.header(name)
+		//lint:ignore SA1019 it is what Envoy's ext_authz filter reads
 		if !o.GetAppend().GetValue() {
 			h.kept, h.values = false, nil
 		}

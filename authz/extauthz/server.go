@@ -297,6 +297,7 @@ func (s *Server) changedBy(c *check, by *authv3.CheckResponse) error {
 	}
 	c.passed = append(c.passed, by)
 	ok := by.GetOkResponse()
+	//lint:ignore SA1019 a filter of Envoy that is older than the other field reads this one
 	if c.request.Metadata[authzFilter] != nil && (by.GetDynamicMetadata() != nil || ok.GetDynamicMetadata() != nil) {
 		return errChange("metadata that policies may have from another filter")
 	}

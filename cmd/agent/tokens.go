@@ -151,9 +151,10 @@ func upstream(found *token.Result, r *authz.Request) *authv3.OkHttpResponse {
 	}
 	set := map[string]bool{}
 	for _, h := range found.SetHeaders {
-		//lint:ignore SA1019 this is the field that every Envoy's ext_authz filter reads; append_action is not
 		ok.Headers = append(ok.Headers, &corev3.HeaderValueOption{
-			Header: &corev3.HeaderValue{Key: h.Name, Value: h.Value}, Append: wrapperspb.Bool(set[h.Name]), // another value of the same header
+			Header: &corev3.HeaderValue{Key: h.Name, Value: h.Value},
+			//lint:ignore SA1019 this is the field that every Envoy's ext_authz filter reads; append_action is not
+			Append: wrapperspb.Bool(set[h.Name]), // another value of the same header
 		})
 		set[h.Name] = true
 	}
