@@ -98,7 +98,7 @@ func (a *Authority) issue(ctx context.Context, iss *issuer, certs []certificate)
 	a.recording.RLock() // see there: over the write to the log
 	for i := range all {
 		if out[i].err == nil {
-			out[i].err = cmp.Or(a.refuseRequester(&certs[i]), a.refuseBanned(&certs[i]))
+			out[i].err = cmp.Or(a.refuseBanned(&certs[i]), a.refuseRequester(&certs[i]))
 		}
 		if out[i].err == nil {
 			ready, at = append(ready, all[i]), append(at, i)
