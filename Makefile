@@ -33,7 +33,7 @@ example-istio-ca: build ## serve Istio's certificate RPC on 127.0.0.1:15012, in 
 	@PATH="$(CURDIR)/bin:$$PATH" exec bash examples/istio-ca/run.sh
 
 # These compare a great many things one after the other, or cannot be run with the race detector.
-SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate|TestRotationCrashMatrix|TestModel|TestModelRandom|TestReplicasReplaceTheirRoot|TestTheRootsReplicaIsAway|TestReplicasUnderLostAnswers
+SWEEPS := TestBoxesAgreeWithEnvoy|TestDecideAgreesWithIstioAndEnvoy|TestAnAgentObtainsExactlyTheLivePodsOfItsNode|TestCrashMatrix|TestVerificationDetects|TestTheRootIsReplacedAtHalfOfItsLife|TestARotationWaitsForWhoIsMissing|TestOperatorsRotate|TestRotationCrashMatrix|TestModel|TestModelRandom|TestReplicasReplaceTheirRoot|TestTheRootsReplicaIsAway|TestReplicasUnderLostAnswers|TestAFloodOfConnectionsKeepsNobodyOut
 
 test: tools ## run all tests, with the race detector
 	@# Package integration takes longest, of which most is waiting: it goes first, and the
@@ -46,7 +46,7 @@ test: tools ## run all tests, with the race detector
 	go run ./integration/testrun -race -timeout 20m -parallel 4 ./integration \
 		-- -race -timeout 20m -p 2 $$rest \
 		-- -short -timeout 20m -p 1 ./authz ./authz/explain ./authz/extauthz \
-		-- -timeout 20m -p 1 -run '^($(SWEEPS))$$' ./integration/oracle ./ca ./ca/kube ./ca/rotation
+		-- -timeout 20m -p 1 -run '^($(SWEEPS))$$' ./integration/oracle ./ca ./ca/kube ./ca/rotation ./identity/attest
 
 bench: tools ## run all benchmarks, also those of other engines, and write bin/bench.json
 	@mkdir -p bin && go run ./integration/bench -o bin/bench.json -also integration/peers ./...
