@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -42,6 +43,9 @@ const (
 	reloadTime = 5 * time.Second
 )
 
+// banSerials is how many certificates the bans of nodes can mean.
+func (c *Config) banSerials() int { return cmp.Or(c.maxBanSerials, maxBanSerials) }
+
 // bansState is the bans of the store, as of a revision. It is not changed.
 type bansState struct {
 	revision uint64
@@ -57,6 +61,12 @@ type bansState struct {
 	// serials are how many certificates the ban of a node means, by subject; a node is
 	// missing whose certificates this replica has not collected.
 	serials map[string]int
+	// stored is how many certificates the bans of nodes have in the store, expired ones too.
+	stored int
+	// mine are how many of those in force this replica has stored, and parts the keys where
+	// they are, by subject.
+	mine  map[string]int
+	parts map[string][]string
 	// own are those of them that this replica has collected, by subject.
 	own map[string][]revocation.Serial
 }
@@ -81,7 +91,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading bans: %w", err)
 	}
-	s := &bansState{revision: revision, records: make(map[string]banRecord, len(all)), serials: map[string]int{}, own: map[string][]revocation.Serial{}}
+	s := &bansState{revision: revision, records: make(map[string]banRecord, len(all)), serials: map[string]int{}, mine: map[string]int{}, parts: map[string][]string{}, own: map[string][]revocation.Serial{}}
 	var entries, parts []storage.Entry
 	for _, e := range all {
 		switch {
@@ -124,13 +134,18 @@ func (a *Authority) loadBans(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
+				s.stored += len(serials)
 				for i := range serials {
 					if now.Before(serials[i].Until) {
 						ban.Serials = append(ban.Serials, serials[i].Serial[:])
+						if strings.HasPrefix(p.Key, own) {
+							s.mine[b.Subject]++
+						}
 					}
 				}
 				if strings.HasPrefix(p.Key, own) {
 					mine = append(mine, serials...)
+					s.parts[b.Subject] = append(s.parts[b.Subject], p.Key)
 				}
 				collected = collected || p.Key == first // which is stored last
 			}
@@ -344,7 +359,7 @@ func (a *Authority) addBan(ctx context.Context, text, reason string, until time.
 	case identity.BanNode:
 		records, err := a.collectSerials(ctx, subject)
 		wait("not all certificates of the node are banned yet", err)
-		if a.cfg.CRL.Enabled && err == nil {
+		if a.cfg.CRL.Enabled && (err == nil || errors.Is(err, errBanCut)) {
 			n, err := a.revokeAll(ctx, records, reason, by)
 			resp.Revoked = uint32(n)
 			wait("not all certificates of the node are revoked", err)

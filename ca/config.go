@@ -138,6 +138,8 @@ type Config struct {
 	StoreOptions storage.BoltOptions
 	// wall is the system's clock; nil means time.Now.
 	wall func() time.Time
+	// maxBanSerials is maxBanSerials, or in tests less; 0: that.
+	maxBanSerials int
 }
 
 // LimitsConfig bounds what callers can make the authority do. A rate of 0 is no limit; of

@@ -54,6 +54,21 @@ func (a *Authority) SetClock(now func() time.Time, newest time.Time) {
 // WithWall gives an authority that will be opened another system clock.
 func WithWall(c *Config, wall func() time.Time) { c.wall = wall }
 
+// WithBanSerials gives an authority that will be opened another limit of the certificates
+// that bans of nodes mean.
+func WithBanSerials(c *Config, n int) { c.maxBanSerials = n }
+
+// LookAgainAtNodes has background work look at banned nodes as after a pause.
+func (a *Authority) LookAgainAtNodes() {
+	a.nodes.mu.Lock()
+	defer a.nodes.mu.Unlock()
+	for _, nodes := range []map[string]heldNode{a.nodes.held, a.nodes.cut} {
+		for subject, h := range nodes {
+			nodes[subject] = heldNode{err: h.err}
+		}
+	}
+}
+
 // Tick does once what Run does again and again.
 func (a *Authority) Tick(ctx context.Context) error {
 	a.keyUses.expire(a.clock.past())

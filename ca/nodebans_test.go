@@ -1,6 +1,7 @@
 package ca_test
 
 import (
+	"strings"
 	"sync"
 	"testing"
 
@@ -112,5 +113,95 @@ func TestABanReachesWhatIsUnderWayElsewhere(t *testing.T) {
 	}
 	if serial := <-issued; serial == nil || !b.Banned(serial) {
 		t.Errorf("%x was issued and is not banned", serial)
+	}
+}
+
+// TestABannedNodeWithTooManyCertificates: the newest are banned, as many as there is room
+// for; an alarm names the others, and the authority stays ready.
+func TestABannedNodeWithTooManyCertificates(t *testing.T) {
+	t.Parallel()
+	const most = 4
+	for _, crl := range []bool{false, true} {
+		w := newWorld(t, func(c *ca.Config) { ca.WithBanSerials(c, most); c.CRL.Enabled = crl })
+		agent, cert := w.attest(agentA)
+		w.attest(agentB)
+		serials := [][]byte{ca.Serial(cert.Leaf)}
+		for range most + 1 {
+			serials = append(serials, ca.Serial(w.leaf(agent)[0]))
+		}
+		op := w.admin()
+		resp, err := op.AddBan(t.Context(), &capb.AddBanRequest{Subject: "node/node-a", Reason: "r"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := resp.GetBan().GetSerials(); n != most || !strings.Contains(resp.GetPending(), "the newest 4 of 6 are") {
+			t.Errorf("%d are banned; pending: %s", n, resp.GetPending())
+		}
+		if want := uint32(len(serials)); crl && resp.GetRevoked() != want {
+			t.Errorf("%d are revoked, not %d", resp.GetRevoked(), want)
+		}
+		goesOn := func(when string, alarms ...string) {
+			t.Helper()
+			for range 3 {
+				w.LookAgainAtNodes()
+				if err := w.TendBans(t.Context()); err != nil {
+					t.Errorf("%s: %v", when, err)
+				}
+			}
+			if err := w.Ready(); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+			said := ""
+			if err := w.Alarms(); err != nil {
+				said = err.Error()
+			}
+			for _, a := range alarms {
+				if !strings.Contains(said, a) {
+					t.Errorf("%s: no alarm says %q: %s", when, a, said)
+				}
+			}
+			if len(alarms) == 0 && said != "" {
+				t.Errorf("%s: %s", when, said)
+			}
+		}
+		all := func(when string) {
+			t.Helper()
+			for i, s := range serials {
+				if w.Banned(s) != (i >= len(serials)-most) {
+					t.Errorf("%s: certificate %d is banned: %v", when, i, w.Banned(s))
+				}
+			}
+		}
+		theirs := []string{"node/node-a", "the newest 4 of 6 are", "spiffe://cluster.local/signet/agent/node-a", "spiffe://cluster.local/ns/default/sa/server"}
+		goesOn("at first", theirs...)
+		all("at first")
+		revision := resp.GetRevision()
+		if list, err := op.ListBans(t.Context(), &capb.ListBansRequest{}); err != nil || list.GetRevision() != revision {
+			t.Errorf("revision %d and then %d: agents are told again what they know; %v", revision, list.GetRevision(), err)
+		}
+		w.close()
+		w.open()
+		goesOn("after a restart", theirs...)
+		all("after a restart")
+
+		// Another node finds no room, until the first one is not banned any more.
+		op = w.admin()
+		resp, err = op.AddBan(t.Context(), &capb.AddBanRequest{Subject: "node/node-b", Reason: "r"})
+		if err != nil || resp.GetBan().GetSerials() != 0 || !strings.Contains(resp.GetPending(), "the newest 0 of 1 are") {
+			t.Errorf("without room: %v, %v", resp, err)
+		}
+		goesOn("without room", append(theirs, "node/node-b", "spiffe://cluster.local/signet/agent/node-b")...)
+		w.unban(op, "node/node-a")
+		goesOn("with room again")
+		list, err := op.ListBans(t.Context(), &capb.ListBansRequest{})
+		for _, b := range list.GetBans() {
+			if b.GetSubject() == "node/node-b" && b.GetSerials() != 1 {
+				t.Errorf("with room again: %v", b)
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		w.close()
 	}
 }
