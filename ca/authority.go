@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -32,7 +31,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 )
 
@@ -531,135 +529,6 @@ func (a *Authority) Ready() error {
 	return errors.Join(a.log.Err(), a.store.Err(), a.keys.Err())
 }
 
-// Run does the authority's background work until ctx ends: it signs the log's
-// head, renews the intermediate and the serving certificate, forgets agents whose
-// SVIDs expired, and prunes the log. It returns nil when ctx ended; a failure is retried, and
-// is the reason in Ready meanwhile.
-func (a *Authority) Run(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return a.every(ctx, "head", a.cfg.HeadInterval, a.signHead) })
-	g.Go(func() error { return a.every(ctx, "renewal", a.tick(), a.renew) })
-	g.Go(func() error { return a.every(ctx, "agents", time.Minute, a.forgetAgents) })
-	g.Go(func() error { return a.every(ctx, "bans", time.Second, a.tendBans) })
-	g.Go(func() error { return a.every(ctx, "recorded revocations", time.Second, a.tendRevoked) })
-	g.Go(func() error { return a.every(ctx, "pruning", pruneEvery, a.pruneLog) })
-	if a.cfg.shared() {
-		g.Go(func() error { return a.follow(ctx) })
-		g.Go(func() error { return a.followBans(ctx) })
-		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
-		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
-		g.Go(func() error { return a.when(ctx, "revocations", a.askedToRevoke, listAfter, a.answerRevocations) })
-		g.Go(func() error {
-			return a.every(ctx, "asked revocations", pruneEvery, func(context.Context) error { a.askedToRevoke.now(); return nil })
-		})
-		if a.cfg.RootReplica == a.instance {
-			g.Go(func() error { return a.when(ctx, "requests", a.asked, answerAfter, a.answerRequests) })
-			g.Go(func() error {
-				return a.every(ctx, "requests again", answerAgain, func(context.Context) error { a.asked.now(); return nil })
-			})
-		}
-	}
-	g.Go(func() error {
-		return a.every(ctx, "key devices", 2*time.Second, func(context.Context) error { a.keys.Probe(); return nil })
-	})
-	g.Go(func() error {
-		return a.every(ctx, "keys", time.Minute, func(context.Context) error { a.keyUses.expire(a.clock.past()); a.tidyFiles(); return nil })
-	})
-	g.Go(func() error { return a.every(ctx, "clock", min(time.Minute, a.clockPause()), a.tendClock) })
-	return g.Wait()
-}
-
-// pruneEvery is how often old records are looked for.
-const pruneEvery = 10 * time.Minute
-
-// tick is how often due renewals are looked for: often enough for SVIDs of
-// seconds.
-func (a *Authority) tick() time.Duration {
-	return min(max(a.cfg.SVID.AgentTTL/20, 100*time.Millisecond), 10*time.Second)
-}
-
-// every calls f each d until ctx ends. What f failed at last is a reason not to
-// be ready, until it succeeds.
-func (a *Authority) every(ctx context.Context, job string, d time.Duration, f func(context.Context) error) error {
-	t := time.NewTicker(d)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-t.C:
-		}
-		err := f(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		a.fails(job, err)
-	}
-}
-
-// poke says that there is something to do.
-type poke chan struct{}
-
-func (p poke) now() {
-	select {
-	case p <- struct{}{}:
-	default: // it is known already
-	}
-}
-
-// when calls f a while after each poke, so that many are one call, and every second while
-// it fails, until ctx ends.
-func (a *Authority) when(ctx context.Context, job string, p poke, after time.Duration, f func(context.Context) error) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-p:
-		}
-		for {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(after):
-			}
-			err := f(ctx)
-			if ctx.Err() != nil {
-				return nil
-			}
-			if a.fails(job, err); err == nil {
-				break
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second):
-			}
-		}
-	}
-}
-
-// fails notes what a job failed at last, nil if it succeeded.
-func (a *Authority) fails(job string, err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if again := a.failures[job] != nil; err != nil {
-		a.failures[job] = err
-		if !again {
-			a.cfg.Log.Error("background work failed; it is tried again until it succeeds", "job", job, "err", err)
-		}
-	} else {
-		delete(a.failures, job)
-		if again {
-			a.cfg.Log.Info("background work succeeds again", "job", job)
-		}
-	}
-}
-
-func (a *Authority) failing() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return errors.Join(slices.Collect(maps.Values(a.failures))...)
-}
-
 func (a *Authority) renew(ctx context.Context) error {
 	now, err := a.clock.now()
 	if err != nil {
@@ -751,59 +620,6 @@ func (a *Authority) warn(message string, args ...any) {
 	if a.warnings.Allow() {
 		a.cfg.Log.Warn(message, args...)
 	}
-}
-
-// signHead signs the head of the log, if it grew since the last.
-func (a *Authority) signHead(ctx context.Context) error {
-	h := a.log.Head()
-	if signed, ok := a.log.SignedHead(); h.Sequence == 0 || ok && signed.Sequence == h.Sequence {
-		return nil
-	}
-	if a.signing() != nil {
-		return nil // a head would vouch for a log that lost records
-	}
-	var err error
-	if h.Signature, err = a.signStatement(h.SignedBytes()); err != nil {
-		return fmt.Errorf("signing the log's head: %w", err)
-	}
-	if err := a.log.AppendHead(ctx, h); err != nil {
-		return fmt.Errorf("recording the log's head: %w", err)
-	}
-	a.head.Store(h)
-	return nil
-}
-
-func (a *Authority) signStatement(b []byte) ([]byte, error) {
-	sum := hashStatement(b)
-	return a.logKey.Sign(rand.Reader, sum[:], crypto.SHA256)
-}
-
-// pruneLog removes records of the issuance log that are older than the retention,
-// in this log and in those of retired instances.
-func (a *Authority) pruneLog(ctx context.Context) error {
-	if a.cfg.LogRetention == 0 {
-		return nil
-	}
-	now := a.clock.past()
-	n, err := a.log.Prune(ctx, now.Add(-a.cfg.LogRetention), func(c storage.Checkpoint) ([]byte, error) { return a.signStatement(c.SignedBytes()) })
-	if err != nil {
-		return err
-	}
-	if c, ok := a.log.Checkpoint(); ok && n > 0 {
-		a.cfg.Log.Info("old records left the issuance log", "up_to", c.Sequence, "older_than", a.cfg.LogRetention, "segments", n)
-	}
-	// The log of a retired instance ended no later than the instance did.
-	for _, r := range a.losses.retired {
-		dir := retiredDir(filepath.Join(a.cfg.DataDir, FolderName), r.Instance)
-		if _, err := os.Stat(dir); err != nil || now.Sub(r.Retired) < a.cfg.LogRetention {
-			continue
-		}
-		if err := a.dropRetired(r.Instance); err != nil {
-			return fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err)
-		}
-		a.cfg.Log.Info("the issuance log of a retired instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)
-	}
-	return a.pruneFormer(now)
 }
 
 // Close signs the log's last head and closes the storage. Run and the services

@@ -3,9 +3,6 @@ package ca
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -16,8 +13,6 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/storage"
-
-	"google.golang.org/protobuf/proto"
 )
 
 // ErrLogLoss is why nothing is signed after an agent showed a signed head that the
@@ -311,50 +306,3 @@ func (a *Authority) acceptLoss(ctx context.Context, sequence uint64, reason stri
 
 // errNoLoss is why a decision does not apply.
 var errNoLoss = errors.New("that cannot be accepted")
-
-// decide records an operator's decisions in the issuance log: all, or none.
-func (a *Authority) decide(ctx context.Context, ds ...*capb.Decision) error {
-	records := make([][]byte, 0, len(ds))
-	for _, d := range ds {
-		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(&capb.IssuanceRecord{Kind: capb.IssuanceRecord_KIND_DECISION, Decision: d})
-		if err != nil {
-			return fmt.Errorf("encoding a decision: %w", err)
-		}
-		records = append(records, b)
-	}
-	if _, err := a.log.Append(ctx, records); err != nil {
-		return fmt.Errorf("%w: recording a decision in the issuance log: %w", ErrUnavailable, err)
-	}
-	return nil
-}
-
-// verifyHeadWith reports whether a head carries the signature of a log key, given
-// as SubjectPublicKeyInfo.
-func verifyHeadWith(spki []byte, h storage.Head) bool {
-	return verifyStatement(spki, h.SignedBytes(), h.Signature)
-}
-
-// verifyCheckpoint is verifyHeadWith for the beginning of a pruned log.
-func verifyCheckpoint(spki []byte, c storage.Checkpoint) bool {
-	return verifyStatement(spki, c.SignedBytes(), c.Signature)
-}
-
-func verifyStatement(spki, message, signature []byte) bool {
-	pub, err := x509.ParsePKIXPublicKey(spki)
-	if err != nil {
-		return false
-	}
-	ec, ok := pub.(*ecdsa.PublicKey)
-	sum := hashStatement(message)
-	return ok && ecdsa.VerifyASN1(ec, sum[:], signature)
-}
-
-// hashStatement is what the log's key signs of a head or a checkpoint.
-func hashStatement(b []byte) [sha256.Size]byte { return sha256.Sum256(b) }
-
-// verifyHead reports whether h carries a signature of this replica's log key.
-func (a *Authority) verifyHead(h storage.Head) bool {
-	pub, ok := a.logKey.Public().(*ecdsa.PublicKey)
-	sum := hashStatement(h.SignedBytes())
-	return ok && h.Instance == uint32(a.instance) && ecdsa.VerifyASN1(pub, sum[:], h.Signature)
-}
