@@ -101,7 +101,7 @@ type Authority struct {
 	// are guarded by servingMu.
 	servingOf, servingLeaf *x509.Certificate
 	losses                 losses
-	strangers              chan struct{} // a place for each first attestation under way
+	strangers              *limit.Places // of first attestations under way, by address
 	queue                  *limit.Queue  // of what agents ask for
 	identities             *limit.Rates  // by node and SPIFFE ID
 	clients                *limit.Rates  // of other doors, by pod
@@ -316,9 +316,10 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 		reg = cfg.Metrics
 	}
 	a := &Authority{cfg: cfg, instance: cfg.Instance, id: id, store: store, log: log, keys: ring,
-		clock: clk, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), strangers: make(chan struct{}, maxStrangers), metrics: newMetrics(reg)}
+		clock: clk, failures: map[string]error{}, alarms: map[string]error{}, warnings: rate.NewLimiter(10, 50), metrics: newMetrics(reg)}
 	a.began = time.Now()
 	a.lookUps = rate.NewLimiter(10, 20)
+	a.strangers = limit.NewPlaces(limit.PlacesConfig{All: maxStrangers, Wait: strangerWait, Shared: true})
 	a.takenBack, a.heard, a.asked, a.askedToRevoke = make(poke, 1), make(poke, 1), make(poke, 1), make(poke, 1)
 	clk.begin(log.Head().Time, log.Head().Time)
 	l := cfg.Limits

@@ -288,3 +288,6 @@ func (a *Authority) HeldUpSince(t time.Time) (was time.Time) {
 	}
 	return was
 }
+
+// Strangers is how many first attestations have a place.
+func (a *Authority) Strangers() int { return a.strangers.Taken() }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sync"
 	"time"
 
@@ -36,9 +37,10 @@ const (
 	maxMessage      = 3 << 19  // bytes; the batches of agents stay below 1 MiB
 	maxHeaders      = 16 << 10 // bytes of an RPC's headers
 	maxStreams      = 16       // of one connection at once; an agent needs four
-	maxStrangers    = 32       // first attestations that are read at once
+	maxStrangers    = 96       // first attestations that are read at once; 32 of one address
 	strangerTime    = 10 * time.Second
-	streamRate      = 50 // RPCs of an agent in a second; it needs a few in an hour
+	strangerWait    = time.Second // that a place is kept for a message, where others need it
+	streamRate      = 50          // RPCs of an agent in a second; it needs a few in an hour
 	streamBurst     = 500
 	maxInFlight     = 4 // batches of one stream that are worked on at once
 	maxToken        = 16 << 10
@@ -63,7 +65,8 @@ type service struct {
 //
 // Who calls is checked on the headers of an RPC, before any of its messages is
 // read: strangers can make the authority hold no more than a few first
-// attestations, for some seconds each.
+// attestations, for some seconds each. One address has no more than its share of those, and
+// who sends no message makes room for others.
 func (a *Authority) NewServer() *grpc.Server {
 	s := grpc.NewServer(
 		grpc.Creds(a.Guard("agents", credentials.NewTLS(a.tlsConfig()))),
@@ -184,15 +187,31 @@ func (a *Authority) admit(ctx context.Context, info *tap.Info) (context.Context,
 		}
 		return ctx, err
 	}
-	select {
-	case a.strangers <- struct{}{}:
-	default:
+	// The stream's context ends with the stream, so all is released then.
+	ctx, cancel := context.WithTimeout(ctx, strangerTime)
+	place, ok := a.strangers.Take(addressOf(ctx), time.Now(), cancel)
+	if !ok {
+		cancel()
 		return ctx, status.Error(codes.ResourceExhausted, "too many attestations at once; try again later")
 	}
-	// The stream's context ends with the stream, so both are released then.
-	ctx, cancel := context.WithTimeout(ctx, strangerTime)
-	context.AfterFunc(ctx, func() { cancel(); <-a.strangers })
-	return ctx, nil
+	context.AfterFunc(ctx, func() { cancel(); place.Leave() })
+	return context.WithValue(ctx, strangerKey{}, place), nil
+}
+
+// strangerKey is of the place of a first attestation, in its context.
+type strangerKey struct{}
+
+// addressOf is the address that strangers are told apart by, without the port.
+func addressOf(ctx context.Context) string {
+	p, ok := peer.FromContext(ctx)
+	if !ok || p.Addr == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(p.Addr.String())
+	if err != nil {
+		return p.Addr.String()
+	}
+	return host
 }
 
 func hasCertificate(ctx context.Context) bool {
@@ -289,6 +308,9 @@ func code(err error) error {
 }
 
 func (s service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	if place, ok := ctx.Value(strangerKey{}).(*limit.Place); ok {
+		place.Arrived()
+	}
 	resp, err := s.a.attest(ctx, req)
 	if err != nil {
 		s.a.metrics.refused.WithLabelValues("Attest", status.Code(err).String()).Inc()
