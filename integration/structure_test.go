@@ -39,7 +39,7 @@ var allowed = map[string]string{
 	"ca/revocation":              "identity storage",
 	"ca/rotation":                "",
 	"ca":                         "ca/capb ca/external ca/journal ca/keys ca/limit ca/profile ca/replica ca/revocation ca/rotation identity identity/attest storage",
-	"ca/istio":                   "ca ca/capb identity identity/attest",
+	"ca/istio":                   "ca ca/capb ca/limit identity identity/attest",
 	"ca/kube":                    "identity identity/attest",
 	"sds":                        "identity identity/holder",
 	"authz":                      "identity",

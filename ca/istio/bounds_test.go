@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"testing"
 	"time"
@@ -116,6 +117,31 @@ func TestOnePodCannotTakeAllPlaces(t *testing.T) {
 	greedy.conn.Close()
 	eventually(t, "the places are free", func() bool { return w.InFlight() == 0 })
 	w.allow(t, "spiffe://cluster.local/ns/default/sa/client", w.token(client))
+}
+
+// TestAFewPodsCannotTakeAllPlaces, either: what one gets is less the fewer there are.
+func TestAFewPodsCannotTakeAllPlaces(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for i := range istio.MaxInFlight / istio.MaxOfPod {
+		pod := client
+		pod.Pod, pod.PodUID = fmt.Sprintf("greedy-%d", i), fmt.Sprintf("uid-greedy-%d", i)
+		w.pods.Set(pod)
+		greedy, token := w.raw(t), "Bearer "+w.issuer.Token(pod, "istio-ca")
+		ended := make(chan string, 1)
+		go func() { ended <- greedy.status(2*istio.MaxOfPod-1, time.Minute) }() // of the last one
+		had := w.InFlight()
+		for range istio.MaxOfPod {
+			greedy.begin(token)
+		}
+		// Until all have a place, or the last has none; on a slow machine the first may have
+		// ended by then.
+		eventually(t, "the last RPC of the pod to be read", func() bool { return len(ended) > 0 || w.InFlight() >= had+istio.MaxOfPod })
+	}
+	if n := w.InFlight(); n > istio.MaxInFlight*4/5 {
+		t.Errorf("%d of %d places are taken", n, istio.MaxInFlight)
+	}
+	w.allow(t, serverID, w.token(server))
 }
 
 // TestTheProofMustHoldWhenTheMessageComes: a pod that goes in between gets

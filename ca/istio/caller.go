@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
@@ -37,7 +36,8 @@ type caller struct {
 	tokenAt   time.Time // when the token was verified that it goes back to
 	requester []byte    // serial of the client certificate, if that was the proof
 
-	leave func() // gives its place back; more than one call is one
+	arrived func() // says that its message is there
+	leave   func() // gives its place back; more than one call is one
 }
 
 type callerKey struct{}
@@ -63,18 +63,21 @@ func (d *Door) admit(ctx context.Context, info *tap.Info) (context.Context, erro
 		d.metrics.busy.Inc()
 		return ctx, errBusy
 	}
-	if !d.places.take(c.workload.PodUID) {
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), callTime)
+	place, ok := d.places.Take(c.workload.PodUID, time.Now(), cancel)
+	if !ok {
+		cancel()
 		d.metrics.busy.Inc()
 		return ctx, errBusy
 	}
-	ctx, cancel := context.WithTimeout(context.WithValue(ctx, callerKey{}, c), callTime)
+	c.arrived = place.Arrived
 	// The handler gives the place back, or, where its message does not come, the end
 	// of the stream.
-	stop := context.AfterFunc(ctx, func() { cancel(); d.places.leave(c.workload.PodUID) })
+	stop := context.AfterFunc(ctx, func() { cancel(); place.Leave() })
 	c.leave = func() {
 		if stop() {
 			cancel()
-			d.places.leave(c.workload.PodUID)
+			place.Leave()
 		}
 	}
 	return ctx, nil
@@ -203,31 +206,4 @@ func (d *Door) impersonate(c *caller, name string) (identity.Workload, error) {
 		return identity.Workload{}, fmt.Errorf("no pod of %s/%s is on node %s", ns, sa, node.Node)
 	}
 	return w, nil
-}
-
-// places bounds the RPCs in flight, of all callers and of each pod.
-type places struct {
-	mu    sync.Mutex
-	all   int            // guarded by mu
-	byPod map[string]int // guarded by mu
-}
-
-func (p *places) take(pod string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.all >= maxInFlight || p.byPod[pod] >= maxOfPod {
-		return false
-	}
-	p.all++
-	p.byPod[pod]++
-	return true
-}
-
-func (p *places) leave(pod string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.all--
-	if p.byPod[pod]--; p.byPod[pod] <= 0 {
-		delete(p.byPod, pod)
-	}
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/limit"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/identity/attest"
 
@@ -35,10 +36,13 @@ const (
 	maxStreams = 512      // of one connection at once
 	// maxInFlight and maxOfPod bound the RPCs that are worked on at once, of all and of
 	// one pod, and callTime how long each may take: together with maxMessage that is
-	// what proven callers can make the authority hold.
+	// what proven callers can make the authority hold. As places become few so does what
+	// one pod can have of them, and one whose message has not come for messageWait is
+	// another pod's that has none.
 	maxInFlight = 2048
 	maxOfPod    = 512
 	callTime    = 15 * time.Second
+	messageWait = time.Second
 )
 
 // DefaultMaxTokenAge is how long certificates may be renewed by themselves, where
@@ -93,8 +97,8 @@ type Door struct {
 	clusters     map[string]struct{}
 	nodeAccounts map[string]struct{}
 	anyPodOf     map[string]struct{}
-	renewals     *renewals // nil: renewal is off
-	places       places
+	renewals     *renewals     // nil: renewal is off
+	places       *limit.Places // by pod
 	metrics      *metrics
 	warnings     *rate.Limiter
 
@@ -137,7 +141,7 @@ func newDoor(ctx context.Context, cfg Config) (*Door, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	d := &Door{cfg: cfg, td: cfg.Authority.ID().TrustDomain(), clusters: set(cfg.ClusterIDs), nodeAccounts: set(cfg.NodeAccounts),
-		anyPodOf: set(cfg.AnyPodOf), metrics: newMetrics(cfg.Metrics), warnings: rate.NewLimiter(10, 50), places: places{byPod: map[string]int{}}}
+		anyPodOf: set(cfg.AnyPodOf), metrics: newMetrics(cfg.Metrics), warnings: rate.NewLimiter(10, 50), places: limit.NewPlaces(limit.PlacesConfig{All: maxInFlight, PerHolder: maxOfPod, Wait: messageWait})}
 	for _, a := range cfg.NodeAccounts {
 		if err := checkAccount(a, false); err != nil {
 			return nil, fmt.Errorf("node account %w", err)

@@ -13,6 +13,7 @@ const (
 	MaxCSR      = maxCSR
 	MaxOfOnePod = maxOfOnePod
 	MaxOfPod    = maxOfPod
+	MaxInFlight = maxInFlight
 )
 
 var (
@@ -38,11 +39,7 @@ func (d *Door) Remember(serial []byte, w identity.Workload, tokenAt, notAfter ti
 func (d *Door) Forget(now time.Time) { d.renewals.forget(now) }
 
 // InFlight is how many RPCs have a place.
-func (d *Door) InFlight() int {
-	d.places.mu.Lock()
-	defer d.places.mu.Unlock()
-	return d.places.all
-}
+func (d *Door) InFlight() int { return d.places.Taken() }
 
 // EncodePEM is how leaves are encoded.
 var EncodePEM = encodePEM

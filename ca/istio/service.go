@@ -23,6 +23,7 @@ func (d *Door) CreateCertificate(ctx context.Context, m *pb.IstioCertificateRequ
 	if !ok {
 		return nil, errCaller
 	}
+	c.arrived()
 	defer c.leave()
 	// The message may have been slow to come.
 	w, err := d.alive(c.workload)
