@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -519,6 +520,7 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 		}
 	}
 	j.Instance, j.Sequence = out.Instance, j.Sequence+sequenceLeap
+	j.Others = nil // it is one authority, whatever there was beside it
 	out.TrustSequence = j.Sequence
 	uri, logKey, err := ring.Create(keys.Log)
 	if err != nil {
@@ -560,6 +562,16 @@ func newInstance(wanted uint8, j journal.Journal, entries []storage.Entry) (uint
 			used = append(used, r.Instance)
 		}
 	}
+	// Those of other replicas, where the state was shared: they may go on, and the serials
+	// that they gave out are valid in any case.
+	for n := range j.Others {
+		i, err := strconv.ParseUint(n, 10, 7)
+		if err != nil {
+			return 0, fmt.Errorf("journal: replica %q: %w", n, err)
+		}
+		used = append(used, uint8(i))
+	}
+	slices.Sort(used)
 	if wanted > storage.MaxInstance {
 		return 0, fmt.Errorf("instance %d: must be 1 to %d", wanted, storage.MaxInstance)
 	}

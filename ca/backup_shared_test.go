@@ -1,0 +1,56 @@
+package ca_test
+
+import (
+	"bytes"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/signet-mesh/signet/ca"
+)
+
+// TestABackupOfAReplicaIsNoOtherReplica: what is restored from the state that replicas share
+// is an authority with an instance that none of them has.
+func TestABackupOfAReplicaIsNoOtherReplica(t *testing.T) {
+	t.Parallel()
+	root, upstream := upstreamFolder(t)
+	shared := newShared(t)
+	edit := func(c *ca.Config) { c.Upstream, c.Shared = upstream, shared }
+	a, b := newWorld(t, edit), newWorld(t, edit)
+	if err := a.CatchUp(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if a.ID().Path() != "/signet/ca/1" || b.ID().Path() != "/signet/ca/2" {
+		t.Fatalf("%v and %v", a.ID(), b.ID())
+	}
+	var backup bytes.Buffer
+	if err := a.Backup(t.Context(), &backup); err != nil {
+		t.Fatal(err)
+	}
+	// The other replica goes on; this one is lost, with the state.
+	a.close()
+	keysDir := filepath.Join(a.cfg.DataDir, ca.FolderName, "keys")
+	a.cfg.DataDir, a.cfg.Shared = emptyDir(t), ca.Shared{}
+	for _, used := range []uint8{1, 2} {
+		_, err := ca.Restore(t.Context(), ca.RestoreConfig{Backup: bytes.NewReader(backup.Bytes()), DataDir: a.cfg.DataDir, KeysDir: keysDir, Instance: used})
+		if err == nil || !strings.Contains(err.Error(), "was used before") || !strings.Contains(err.Error(), "[1 2]") {
+			t.Errorf("as instance %d: %v", used, err)
+		}
+	}
+	got, err := ca.Restore(t.Context(), ca.RestoreConfig{Backup: bytes.NewReader(backup.Bytes()), DataDir: a.cfg.DataDir, KeysDir: keysDir})
+	if err != nil || got.Instance != 3 {
+		t.Fatalf("it is instance %d: %v", got.Instance, err)
+	}
+	if p := verified(t, a.cfg.DataDir); len(p) != 0 {
+		t.Errorf("restored: %v", p)
+	}
+	a.cfg.Instance = got.Instance
+	a.open()
+	if e := must(a.Store().Get(t.Context(), "journal")); bytes.Contains(e.Value, []byte(`"others"`)) {
+		t.Errorf("its journal has other replicas: %s", e.Value)
+	}
+	agent, _ := a.attest(agentA)
+	if chain := a.leaf(agent); verifies(chain, root.Cert) != nil || ca.Serial(chain[0])[0] != 3 {
+		t.Errorf("serial %x: %v", ca.Serial(chain[0]), verifies(chain, root.Cert))
+	}
+}
