@@ -105,6 +105,7 @@ type Authority struct {
 	queue                  *limit.Queue  // of what agents ask for
 	identities             *limit.Rates  // by node and SPIFFE ID
 	clients                *limit.Rates  // of other doors, by pod
+	heads                  *limit.Rates  // of the log, that agents return, by node
 	streams                *limit.Rates  // RPCs of agents, by node
 
 	// warnings bounds the lines that refused callers can make the log grow by; the
@@ -324,6 +325,7 @@ func assemble(cfg Config, dir string, mustExist bool) (*Authority, error) {
 	clk.begin(log.Head().Time, log.Head().Time)
 	l := cfg.Limits
 	a.queue = limit.NewQueue(limit.QueueConfig{Rate: l.AgentRate, Burst: l.AgentBurst, Metrics: reg})
+	a.heads = limit.NewRates(headRate, headBurst)
 	a.identities, a.clients, a.streams = limit.NewRates(l.IdentityRate, l.IdentityBurst), limit.NewRates(l.ClientRate, l.ClientBurst), limit.NewRates(streamRate, streamBurst)
 	a.keyUses = newKeyUses(maxKeyUses, func(n int) { a.metrics.keysForgot.Add(float64(n)) })
 	return a, nil

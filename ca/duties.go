@@ -52,6 +52,10 @@ func (a *Authority) Run(ctx context.Context) error {
 // pruneEvery is how often old records are looked for.
 const pruneEvery = 10 * time.Minute
 
+// pruneAlarm is after how many times in a row that readers of the log kept old records
+// there an alarm says so.
+const pruneAlarm = 36
+
 // tick is how often due renewals are looked for: often enough for SVIDs of
 // seconds.
 func (a *Authority) tick() time.Duration {

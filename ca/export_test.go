@@ -69,6 +69,9 @@ func (a *Authority) LookAgainAtNodes() {
 	}
 }
 
+// TooManyHeads reports whether a head of the log that a node returns now is not compared.
+func (a *Authority) TooManyHeads(node string) bool { return a.heads.Take(node, 1, time.Now()) > 0 }
+
 // Tick does once what Run does again and again.
 func (a *Authority) Tick(ctx context.Context) error {
 	a.keyUses.expire(a.clock.past())

@@ -100,6 +100,11 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var held error
+	if rounds := a.log.PruneSkipped(); rounds >= pruneAlarm {
+		held = fmt.Errorf("old records could not leave the issuance log %d times in a row, because somebody read it each time: end verifications and backups that overlap", rounds)
+	}
+	a.alarm("pruning", held)
 	if c, ok := a.log.Checkpoint(); ok && n > 0 {
 		a.cfg.Log.Info("old records left the issuance log", "up_to", c.Sequence, "older_than", a.cfg.LogRetention, "segments", n)
 	}

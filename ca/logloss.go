@@ -28,7 +28,12 @@ const (
 	// maxAccepted and maxVouched bound what is kept.
 	maxAccepted = 32
 	maxVouched  = 1024
-	maxReason   = 500
+	// headRate and headBurst are how many heads of a node are compared that are not known
+	// yet: each can have a segment of the log read. An agent that connects returns up to
+	// maxHeads, and later one for each that is signed.
+	headRate  = 1.0
+	headBurst = 4 * maxHeads
+	maxReason = 500
 )
 
 // logLoss is what is known of heads that the log should hold and does not.
@@ -210,10 +215,20 @@ func (a *Authority) returned(ctx context.Context, node string, h storage.Head) {
 	l.mu.Lock()
 	known := l.vouched[h.Hash] || slices.ContainsFunc(l.state.Accepted, func(acc lostHead) bool { return !h.Time.After(acc.AcceptedAt) })
 	l.mu.Unlock()
-	if known || !a.verifyHead(h) {
+	if known {
+		return
+	}
+	if after := a.heads.Take(node, 1, time.Now()); after > 0 {
+		a.warn("an agent returns too many heads of the log; this one is not compared", "node", node, "record", h.Sequence)
+		return
+	}
+	if !a.verifyHead(h) {
 		return
 	}
 	same, known, err := a.log.Holds(ctx, h)
+	if err != nil && ctx.Err() != nil {
+		return // its agent left, and returns it again
+	}
 	if err != nil {
 		job := "comparing heads"
 		if errors.Is(err, storage.ErrCorrupt) {

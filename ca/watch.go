@@ -85,7 +85,7 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 				if q.err != nil {
 					return q.err
 				}
-				if err := a.hear(r, q.msg); err != nil {
+				if err := a.hear(ctx, r, q.msg); err != nil {
 					return err
 				}
 				if err := a.lookForKeys(ctx, q.msg.GetUnknownKeyIds(), looking); err != nil {
@@ -149,7 +149,7 @@ func tokenKeysToProto(k identity.TokenKeys) *capb.TokenKeys {
 }
 
 // hear takes what an agent says on WatchTrust.
-func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
+func (a *Authority) hear(ctx context.Context, r *agent, m *capb.WatchTrustRequest) error {
 	newest := a.newestFor(max(m.GetAcknowledged(), m.GetRenewed()))
 	if m.GetAcknowledged() > newest {
 		return status.Errorf(codes.InvalidArgument, "sequence %d acknowledged; the newest is %d", m.GetAcknowledged(), newest)
@@ -167,7 +167,7 @@ func (a *Authority) hear(r *agent, m *capb.WatchTrustRequest) error {
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
 		if err == nil {
-			a.returned(context.Background(), r.Node, h)
+			a.returned(ctx, r.Node, h)
 		}
 	}
 	return nil

@@ -168,9 +168,11 @@ func (l *FileLog) Checkpoint() (c Checkpoint, ok bool) {
 // removed, and Prune returns 0.
 func (l *FileLog) Prune(ctx context.Context, before time.Time, sign func(Checkpoint) (signature []byte, err error)) (removed int, err error) {
 	if !l.reading.TryLock() {
+		l.skipped.Add(1)
 		return 0, nil
 	}
 	defer l.reading.Unlock()
+	l.skipped.Store(0)
 	var gone []segment
 	p := newPending()
 	p.op = func() (err error) { gone, err = l.prune(before.UnixNano(), sign); return err }
@@ -187,6 +189,10 @@ func (l *FileLog) Prune(ctx context.Context, before time.Time, sign func(Checkpo
 	}
 	return removed, nil
 }
+
+// PruneSkipped is how often in a row Prune has removed nothing because somebody read the
+// log.
+func (l *FileLog) PruneSkipped() int { return int(l.skipped.Load()) }
 
 // prune decides what is removed and makes the checkpoint durable. The caller has
 // the lead.

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -72,6 +73,7 @@ type FileLog struct {
 	// reading is held shared by who reads old segments, exclusively by who removes
 	// some; nobody waits for it exclusively.
 	reading sync.RWMutex
+	skipped atomic.Int32 // how often in a row Prune met who reads
 
 	// Group commit has no goroutine of its own. The first caller that finds
 	// nobody leading becomes the leader: it writes one frame for as many waiting

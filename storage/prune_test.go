@@ -272,7 +272,11 @@ func TestNothingIsPrunedWhileItIsRead(t *testing.T) {
 		if n, err := l.Prune(t.Context(), time.Now().Add(time.Hour), sealed); n != 0 || err != nil {
 			t.Fatalf("%d segments were removed under a reader, %v", n, err)
 		}
+		_, _ = l.Prune(t.Context(), time.Now().Add(time.Hour), sealed)
 		break
+	}
+	if n := l.PruneSkipped(); n != 2 {
+		t.Errorf("skipped %d times, not 2", n)
 	}
 	refused := errors.New("no key")
 	if _, err := l.Prune(t.Context(), time.Now().Add(time.Hour), func(storage.Checkpoint) ([]byte, error) { return nil, refused }); !errors.Is(err, refused) {
@@ -283,6 +287,9 @@ func TestNothingIsPrunedWhileItIsRead(t *testing.T) {
 	}
 	if n, err := l.Prune(t.Context(), time.Now().Add(time.Hour), sealed); n == 0 || err != nil {
 		t.Errorf("%d segments, %v", n, err)
+	}
+	if n := l.PruneSkipped(); n != 0 {
+		t.Errorf("skipped %d times in a row after one that was not", n)
 	}
 	storagetest.CheckLog(t, l, a.records)
 }
