@@ -25,12 +25,10 @@ func (c *Changes) Apply(r *Request) {
 	if c == nil {
 		return
 	}
-	if r.Known&FieldRemoteIP == 0 && slices.Contains(c.Names, "x-forwarded-for") {
+	if slices.Contains(c.Names, "x-forwarded-for") {
 		r.keepRemote()
 	}
-	if len(c.Names) > 0 {
-		r.Headers = append(without(make([]Header, 0, len(r.Headers)+len(c.Headers)), r.Headers, c.Names, nil), c.Headers...)
-	}
+	r.Headers = append(without(make([]Header, 0, len(r.Headers)+len(c.Headers)), r.Headers, c.Names, nil), c.Headers...)
 	c.rest(r)
 }
 

@@ -54,17 +54,18 @@ func TestWhatTokensChange(t *testing.T) {
 		token   *authz.Changes
 		want    authz.Reason
 	}{
-		"no token, a client's header":            {h("x-group", "admin"), nil, nil, authz.ReasonNoAllowRule},
-		"no token, though something is in Token": {h("x-group", "admin"), nil, named("", false, group, "x-group", "admin"), authz.ReasonNoAllowRule},
-		"no token and no header":                 {nil, nil, nil, authz.ReasonNoAllowRule},
-		"a claim in the header":                  {nil, claims, named("", false, group, "x-group", "admin"), authz.ReasonAllowRule},
-		"a claim in place of the client's":       {h("x-group", "admin"), claims, named("", false, group, "x-group", "user"), authz.ReasonNoAllowRule},
-		"a token without the claim":              {h("x-group", "admin"), claims, named("", false, group), authz.ReasonNoAllowRule},
-		"the proxy's own word":                   {h("x-group", "admin"), claims, nil, authz.ReasonAllowRule},
-		"the token's header is gone":             {h("x-token", "x"), claims, named("", false, []string{"x-token", "x-group"}), authz.ReasonNoAllowRule},
-		"the token's header is forwarded":        {h("x-token", "x"), claims, named("", false, group), authz.ReasonAllowRule},
-		"the token's parameter is gone":          {nil, claims, named("/q?a=1", false, group), authz.ReasonAllowRule},
-		"a query that is not known":              {nil, claims, named("/q?a=1", true, group), authz.ReasonAllowUnknown},
+		"no token, a client's header":             {h("x-group", "admin"), nil, nil, authz.ReasonNoAllowRule},
+		"no token, though something is in Token":  {h("x-group", "admin"), nil, named("", false, group, "x-group", "admin"), authz.ReasonNoAllowRule},
+		"no token and no header":                  {nil, nil, nil, authz.ReasonNoAllowRule},
+		"a claim in the header":                   {nil, claims, named("", false, group, "x-group", "admin"), authz.ReasonAllowRule},
+		"a claim in place of the client's":        {h("x-group", "admin"), claims, named("", false, group, "x-group", "user"), authz.ReasonNoAllowRule},
+		"a token without the claim":               {h("x-group", "admin"), claims, named("", false, group), authz.ReasonNoAllowRule},
+		"the proxy's own word":                    {h("x-group", "admin"), claims, nil, authz.ReasonAllowRule},
+		"the token's header is gone":              {h("x-token", "x"), claims, named("", false, []string{"x-token", "x-group"}), authz.ReasonNoAllowRule},
+		"the token's header is forwarded":         {h("x-token", "x"), claims, named("", false, group), authz.ReasonAllowRule},
+		"the token's parameter is gone":           {nil, claims, named("/q?a=1", false, group), authz.ReasonAllowRule},
+		"a path, a host and a method are changed": {nil, claims, &authz.Changes{Names: group, Path: []byte("/other"), Host: []byte("OTHER.example"), Method: []byte("PUT")}, authz.ReasonAllowRule},
+		"a query that is not known":               {nil, claims, named("/q?a=1", true, group), authz.ReasonAllowUnknown},
 		// Verified by other rules than these.
 		"a header that these rules set and those did not": {h("x-group", "admin"), claims, &authz.Changes{}, authz.ReasonAllowUnknown},
 		"a header that those rules set and these do not":  {nil, claims, named("", false, []string{"x-group", "x-token"}, "x-token", "x"), authz.ReasonAllowUnknown},
@@ -82,6 +83,9 @@ func TestWhatTokensChange(t *testing.T) {
 			t.Errorf("%s: Decide changed the request: %+v", name, r)
 		}
 		behind := authz.AfterTokens(slices.Collect(p.TokenRules()), &r)
+		if behind.Token != nil {
+			t.Errorf("%s: behind tokens one is still to be applied", name)
+		}
 		rules := slices.Collect(p.Rules())
 		best := authz.No
 		for _, rule := range rules {
@@ -127,6 +131,22 @@ func TestChangesOfARequest(t *testing.T) {
 	if r.RemoteIP.IsValid() {
 		t.Errorf("the client's address is %s", r.RemoteIP)
 	}
+	if len(r.Headers) != 0 {
+		t.Errorf("a header that was removed is there: %+v", r.Headers)
+	}
+	// One that the proxy has told stays.
+	r = was
+	r.RemoteIP, r.Known = netip.MustParseAddr("192.0.2.7"), r.Known|authz.FieldRemoteIP
+	(&authz.Changes{Names: []string{"x-forwarded-for"}}).Apply(&r)
+	if r.RemoteIP != netip.MustParseAddr("192.0.2.7") {
+		t.Errorf("the client's address became %s", r.RemoteIP)
+	}
+	// Behind tokens it is that of the headers as they came.
+	r = was
+	r.Headers = append(slices.Clone(r.Headers), authz.Header{Name: "x-group", Value: []byte("admin")})
+	if behind := authz.AfterTokens(slices.Collect(p.TokenRules()), &r); len(behind.Headers) != 2 || behind.RemoteIP != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("behind tokens: %+v", behind)
+	}
 	rules := p.Verifies()
 	for _, c := range []struct {
 		changes authz.Changes
@@ -138,6 +158,17 @@ func TestChangesOfARequest(t *testing.T) {
 		if c.changes.LooksAt(rules) != c.want {
 			t.Errorf("%+v: %t", c.changes, !c.want)
 		}
+	}
+	headersAlone := compile(t, `apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: default}
+spec: {jwtRules: [{issuer: iss, fromHeaders: [{name: X-Token}]}]}
+`, authz.Options{}).For(identity.Workload{Namespace: "default"}).Verifies()
+	if c := (authz.Changes{Path: []byte("/")}); c.LooksAt(headersAlone) {
+		t.Error("a path is no place of tokens for a rule that looks at headers alone")
+	}
+	if got := authz.ParamNames([]byte("/?a=1#&access_token=3"), "access_token"); len(got) > 0 {
+		t.Errorf("in a fragment: %q", got)
 	}
 	if got := authz.ParamNames([]byte("/?access%5Ftoken=1&a&access_token=2&access%5ftoken&access%5Ftoken#access_token=3"), "access_token"); !slices.Equal(got, []string{"access%5Ftoken", "access_token", "access%5ftoken"}) {
 		t.Errorf("%q", got)
