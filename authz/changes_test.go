@@ -174,3 +174,42 @@ spec: {jwtRules: [{issuer: iss, fromHeaders: [{name: X-Token}]}]}
 		t.Errorf("%q", got)
 	}
 }
+
+// TestPlacesOfTokens: what hides tokens in records, and what tells whether a record has
+// all that a rule looks at, know where it looks.
+func TestPlacesOfTokens(t *testing.T) {
+	t.Parallel()
+	rule := func(where string) *authz.TokenRule {
+		p := compile(t, fmt.Sprintf(`apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: default}
+spec: {jwtRules: [{issuer: iss%s}]}
+`, where), authz.Options{}).For(identity.Workload{Namespace: "default"})
+		return p.Verifies()[0]
+	}
+	for where, c := range map[string]struct{ headers, params []string }{
+		"": {[]string{"authorization"}, []string{authz.DefaultParam}},
+		", fromHeaders: [{name: X-Token}], fromParams: [t]": {[]string{"x-token"}, []string{"t"}},
+		", fromCookies: [c]": {[]string{"cookie"}, nil},
+	} {
+		if headers, params := rule(where).Places(); !slices.Equal(headers, c.headers) || !slices.Equal(params, c.params) {
+			t.Errorf("%q: %v and %v", where, headers, params)
+		}
+	}
+	for _, c := range []struct {
+		where, path string
+		hidden      bool
+		complete    bool
+	}{
+		{", fromParams: [t]", "/q?a=1&*", true, false},
+		{", fromParams: [t]", "/q?*", false, true}, // a parameter of that name
+		{", fromParams: [t]", "/q?a=*", true, true},
+		{", fromParams: [t]", "/*", true, true},
+		{"", "/q?*", true, true}, // the default one is never hidden like that
+	} {
+		r := authz.Request{Known: authz.FieldsHTTP, HTTP: true, Path: []byte(c.path), QueryHidden: c.hidden}
+		if got := rule(c.where).Complete(&r); got != c.complete {
+			t.Errorf("%q, %s: complete is %t", c.where, c.path, got)
+		}
+	}
+}
