@@ -513,10 +513,17 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 		return err
 	}
 	ops = append(ops, clock...)
+	var lists []storage.Op
 	for _, e := range entries {
 		// Their numbers may have been used for others since; the next ones are far above.
 		if strings.HasPrefix(e.Key, revocation.ListPrefix) {
-			ops = append(ops, storage.Op{Key: e.Key, Delete: true})
+			lists = append(lists, storage.Op{Key: e.Key, Delete: true})
+		}
+	}
+	// Of many replicas there are more than fit into one commit.
+	for part := range storage.Parts(lists) {
+		if _, err := store.Commit(ctx, nil, part); err != nil {
+			return err
 		}
 	}
 	j.Instance, j.Sequence = out.Instance, j.Sequence+sequenceLeap

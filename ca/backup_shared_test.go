@@ -2,11 +2,21 @@ package ca_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/binary"
+	"math/big"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/revocation"
+	"github.com/signet-mesh/signet/storage"
 )
 
 // TestABackupOfAReplicaIsNoOtherReplica: what is restored from the state that replicas share
@@ -22,6 +32,13 @@ func TestABackupOfAReplicaIsNoOtherReplica(t *testing.T) {
 	}
 	if a.ID().Path() != "/signet/ca/1" || b.ID().Path() != "/signet/ca/2" {
 		t.Fatalf("%v and %v", a.ID(), b.ID())
+	}
+	// Lists of many replicas that were: more than one commit can remove.
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	for i := range storage.MaxOps + 10 {
+		issuer := &x509.Certificate{Subject: pkix.Name{CommonName: "gone"}, SubjectKeyId: binary.BigEndian.AppendUint32(nil, uint32(i)), KeyUsage: x509.KeyUsageCRLSign}
+		list := must(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour)}, issuer, key))
+		must(shared.Store.Commit(t.Context(), nil, []storage.Op{{Key: revocation.ListKey(issuer.SubjectKeyId), Value: list}}))
 	}
 	var backup bytes.Buffer
 	if err := a.Backup(t.Context(), &backup); err != nil {
