@@ -449,7 +449,8 @@ func (k *kubeCA) lagging(t *testing.T, agent *simAgent, p *watchProxy) time.Dura
 				t.Error("it was never told to try again")
 			}
 			return time.Since(began)
-		case refusal.GetCode() != capb.Refusal_CODE_UNKNOWN_WORKLOAD || refusal.GetRetryAfter().AsDuration() <= 0:
+		// While the watches were cut for long enough another replica may know more.
+		case refusal.GetCode() != capb.Refusal_CODE_UNKNOWN_WORKLOAD && refusal.GetCode() != capb.Refusal_CODE_UNAVAILABLE || refusal.GetRetryAfter().AsDuration() <= 0:
 			t.Fatalf("a good token of a pod that is not seen yet: %v", refusal)
 		}
 		retried++
