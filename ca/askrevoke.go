@@ -45,7 +45,7 @@ type askedRevocation struct {
 func askedKey(serial []byte) string { return askedPrefix + hex.EncodeToString(serial) }
 
 func parseAsked(e storage.Entry) (askedRevocation, error) {
-	r, rest, err := parseVersioned[askedRevocation](e, askedVersion, func(r askedRevocation) int { return r.Version })
+	r, rest, err := storage.ParseVersioned(e.Value, askedVersion, func(r askedRevocation) int { return r.Version })
 	if err == nil && e.Key != askedKey(r.Serial) {
 		err = errors.New("it is of another serial")
 	}

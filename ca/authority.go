@@ -347,16 +347,11 @@ func openFiles(dir string, storeOpt storage.BoltOptions, logOpt storage.LogOptio
 // found makes keys, root and first intermediate, and commits them as the first
 // journal.
 func (a *Authority) found(ctx context.Context) error {
-	logURI, logKey, err := a.keys.Create(keys.Log)
+	j := journal.Journal{Version: journal.Version, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1, Source: a.cfg.source()}
+	_, err := newLogKey(a.keys, &j)
 	if err != nil {
 		return err
 	}
-	logSPKI, err := x509.MarshalPKIXPublicKey(logKey.Public())
-	if err != nil {
-		return err
-	}
-	j := journal.Journal{Version: journal.Version, TrustDomain: a.cfg.TrustDomain.Name(), Instance: a.instance, Sequence: 1,
-		LogKey: logURI, LogPublicKey: logSPKI, Source: a.cfg.source()}
 	if j.Authorities, err = a.firstAuthorities(ctx, j.Source); err != nil {
 		return err
 	}

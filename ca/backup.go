@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -529,12 +528,8 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 	j.Instance, j.Sequence = out.Instance, j.Sequence+sequenceLeap
 	j.Others = nil // it is one authority, whatever there was beside it
 	out.TrustSequence = j.Sequence
-	uri, logKey, err := ring.Create(keys.Log)
+	logKey, err := newLogKey(ring, &j)
 	if err != nil {
-		return err
-	}
-	j.LogKey = uri
-	if j.LogPublicKey, err = x509.MarshalPKIXPublicKey(logKey.Public()); err != nil {
 		return err
 	}
 	b, err := json.Marshal(j)

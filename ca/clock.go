@@ -301,7 +301,7 @@ type otherClock struct {
 }
 
 func parseClock(e storage.Entry) (clockState, error) {
-	s, rest, err := parseVersioned[clockState](e, clockVersion, func(s clockState) int { return s.Version })
+	s, rest, err := storage.ParseVersioned(e.Value, clockVersion, func(s clockState) int { return s.Version })
 	if err != nil {
 		return clockState{}, fmt.Errorf("reading what was known of the time: %w", err)
 	}

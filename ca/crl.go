@@ -165,7 +165,7 @@ func (a *Authority) startLists(ctx context.Context) error {
 		if len(ops) == 0 {
 			return nil
 		}
-		for part := range slices.Chunk(ops, storage.MaxOps) {
+		for part := range storage.Parts(ops) {
 			if _, err := a.store.Commit(ctx, nil, part); err != nil {
 				return fmt.Errorf("removing CRLs that are not published any more: %w", err)
 			}
@@ -567,12 +567,12 @@ func (a *Authority) forgetRevoked(ctx context.Context, now time.Time) error {
 	if len(over) == 0 {
 		return nil
 	}
-	for part := range slices.Chunk(over, storage.MaxOps) {
-		var ops []storage.Op
-		for _, e := range part {
-			ops = append(ops, storage.Op{Key: revocation.Key(e.Serial), Delete: true})
-		}
-		if _, err := a.store.Commit(ctx, nil, ops); err != nil {
+	ops := make([]storage.Op, len(over))
+	for i, e := range over {
+		ops[i] = storage.Op{Key: revocation.Key(e.Serial), Delete: true}
+	}
+	for part := range storage.Parts(ops) {
+		if _, err := a.store.Commit(ctx, nil, part); err != nil {
 			return fmt.Errorf("forgetting revocations of what expired: %w", err)
 		}
 	}

@@ -14,8 +14,22 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/ca/capb"
+	"github.com/signet-mesh/signet/ca/journal"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/storage"
 )
+
+// newLogKey makes the key that signs heads of a log that begins, and names it in the
+// journal.
+func newLogKey(ring *keys.Ring, j *journal.Journal) (crypto.Signer, error) {
+	uri, key, err := ring.Create(keys.Log)
+	if err != nil {
+		return nil, err
+	}
+	j.LogKey = uri
+	j.LogPublicKey, err = x509.MarshalPKIXPublicKey(key.Public())
+	return key, err
+}
 
 // signHead signs the head of the log, if it grew since the last.
 func (a *Authority) signHead(ctx context.Context) error {

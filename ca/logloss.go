@@ -141,7 +141,7 @@ func (a *Authority) loadLosses(ctx context.Context) error {
 }
 
 func parseLoss(e storage.Entry) (logLoss, error) {
-	l, rest, err := parseVersioned[logLoss](e, lossVersion, func(l logLoss) int { return l.Version })
+	l, rest, err := storage.ParseVersioned(e.Value, lossVersion, func(l logLoss) int { return l.Version })
 	if err != nil {
 		return logLoss{}, fmt.Errorf("reading what was lost of the log: %w", err)
 	}
@@ -150,7 +150,7 @@ func parseLoss(e storage.Entry) (logLoss, error) {
 }
 
 func parseRetired(e storage.Entry) (retired, error) {
-	r, _, err := parseVersioned[retired](e, retiredVersion, func(r retired) int { return r.Version })
+	r, _, err := storage.ParseVersioned(e.Value, retiredVersion, func(r retired) int { return r.Version })
 	if err == nil && (retiredKey(r.Instance) != e.Key || len(r.Hash) != 32) {
 		err = errors.New("it names another instance")
 	}
@@ -158,18 +158,6 @@ func parseRetired(e storage.Entry) (retired, error) {
 		return retired{}, fmt.Errorf("reading retired instance %s: %w", strings.TrimPrefix(e.Key, instancePrefix), err)
 	}
 	return r, nil
-}
-
-// parseVersioned decodes a record of the store that carries its version. Whoever changes
-// it writes it with its rest.
-func parseVersioned[T any](e storage.Entry, newest int, version func(T) int) (v T, rest storage.Rest, err error) {
-	if rest, err = storage.ParseRecord(e.Value, &v); err != nil {
-		return v, "", err
-	}
-	if n := version(v); n > newest || n < 1 {
-		return v, "", fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, n, newest)
-	}
-	return v, rest, nil
 }
 
 // commitLoss makes a new state durable. mu is held, or nobody else runs yet.

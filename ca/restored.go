@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,7 +11,6 @@ import (
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/journal"
-	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/storage"
 )
@@ -29,12 +27,7 @@ func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint
 			return err
 		}
 	}
-	uri, key, err := a.keys.Create(keys.Log)
-	if err != nil {
-		return err
-	}
-	j.LogKey = uri
-	if j.LogPublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+	if _, err := newLogKey(a.keys, &j); err != nil {
 		return err
 	}
 	// The key of one that has ended may be gone since the copy was made.
@@ -55,7 +48,7 @@ func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint
 		}
 		j.Authorities = append(j.Authorities, entries...)
 	}
-	_, err = j.Commit(ctx, a.store, revision)
+	_, err := j.Commit(ctx, a.store, revision)
 	return err
 }
 

@@ -91,7 +91,7 @@ type signed struct {
 func signedKey(instance uint8) string { return fmt.Sprintf("%s%03d", signedPrefix, instance) }
 
 func parseSigned(e storage.Entry) (s signed, err error) {
-	s, _, err = parseVersioned[signed](e, signedVersion, func(s signed) int { return s.Version })
+	s, _, err = storage.ParseVersioned(e.Value, signedVersion, func(s signed) int { return s.Version })
 	if err == nil && (len(s.Request) != sha256.Size || len(s.Certificate) == 0) {
 		err = errors.New("it is incomplete")
 	}

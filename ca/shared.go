@@ -15,7 +15,6 @@ import (
 
 	"github.com/signet-mesh/signet/ca/external"
 	"github.com/signet-mesh/signet/ca/journal"
-	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
@@ -193,12 +192,7 @@ func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
 		return a.found(ctx)
 	}
 	a.cfg.Log.Info("a replica joins", "trust_domain", j.TrustDomain, "instance", a.instance)
-	uri, key, err := a.keys.Create(keys.Log)
-	if err != nil {
-		return err
-	}
-	j.LogKey = uri
-	if j.LogPublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+	if _, err := newLogKey(a.keys, &j); err != nil {
 		return err
 	}
 	entries, err := a.ownIntermediates(ctx, j)

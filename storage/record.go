@@ -40,6 +40,19 @@ func ParseRecord(record []byte, v any) (Rest, error) {
 	return Rest(rest), nil
 }
 
+// ParseVersioned reads a record that carries the version of its format, of which this
+// build reads those from 1 to newest; a newer one wraps ErrNewerFormat. Whoever changes
+// the record writes it with its rest.
+func ParseVersioned[T any](record []byte, newest int, version func(T) int) (v T, rest Rest, err error) {
+	if rest, err = ParseRecord(record, &v); err != nil {
+		return v, "", err
+	}
+	if n := version(v); n > newest || n < 1 {
+		return v, "", fmt.Errorf("%w: version %d, this build reads up to %d", ErrNewerFormat, n, newest)
+	}
+	return v, rest, nil
+}
+
 // EncodeRecord is v, a struct, as a record that takes the place of the one with that rest.
 // What a member says that v does not have any more goes with it; an element of a list
 // keeps its rest if nothing else of it has changed.

@@ -51,11 +51,9 @@ func instanceOf(key, prefix string) (uint8, error) {
 	return uint8(n), nil
 }
 
-func parseRecord(e storage.Entry) (r record, err error) {
-	if r.rest, err = storage.ParseRecord(e.Value, &r); err == nil && (r.Version < 1 || r.Version > recordVersion) {
-		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, r.Version, recordVersion)
-	}
-	if err == nil && r.ID == "" {
+func parseRecord(e storage.Entry) (record, error) {
+	r, rest, err := storage.ParseVersioned(e.Value, recordVersion, func(r record) int { return r.Version })
+	if r.rest = rest; err == nil && r.ID == "" {
 		err = errors.New("it has no ID")
 	}
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"slices"
 	"strings"
 	"time"
 
@@ -122,7 +121,7 @@ func (r Restoration) run(ctx context.Context) (out Restored, err error) {
 	}
 	// Their numbers may have been used for others since; new ones are signed at the start.
 	// Before the rest, because there can be many, and without them nothing is wrong.
-	for part := range slices.Chunk(w.lists, storage.MaxOps) {
+	for part := range storage.Parts(w.lists) {
 		if _, err := r.Store.Commit(ctx, nil, part); err != nil {
 			return out, err
 		}

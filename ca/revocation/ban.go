@@ -103,12 +103,9 @@ func (b Ban) check() error {
 
 // ParseBan reads a ban of the store.
 func ParseBan(s storage.Entry) (Ban, error) {
-	var b Ban
-	rest, err := storage.ParseRecord(s.Value, &b)
+	b, rest, err := storage.ParseVersioned(s.Value, banVersion, func(b Ban) int { return b.Version })
 	switch {
 	case err != nil:
-	case b.Version > banVersion || b.Version < 1:
-		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, b.Version, banVersion)
 	case s.Key != BanKey(b.Subject):
 		err = errors.New("it is of another subject")
 	default:

@@ -113,12 +113,9 @@ func (e Entry) check() error {
 
 // Parse reads an entry of the store.
 func Parse(s storage.Entry) (Entry, error) {
-	var e Entry
-	err := json.Unmarshal(s.Value, &e)
+	e, _, err := storage.ParseVersioned(s.Value, version, func(e Entry) int { return e.Version })
 	switch {
 	case err != nil:
-	case e.Version > version || e.Version < 1:
-		err = fmt.Errorf("%w: version %d, this build reads up to %d", storage.ErrNewerFormat, e.Version, version)
 	case s.Key != Key(e.Serial):
 		err = errors.New("it is of another serial")
 	default:
