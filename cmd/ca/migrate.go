@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -23,21 +24,13 @@ interrupted: it goes on where it was. Before the mark the authority can also go 
 where it is. Keys stay where they are.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			c, err := loadConfig(path)
-			if err != nil {
-				return err
-			}
-			if !c.Storage.Etcd.enabled() {
-				return errors.New("migrating the store: storage.etcd.endpoints is empty: name the etcd to move to or from")
-			}
-			cfg := ca.Config{}
-			closeState, err := c.Storage.open(cmd.Context(), &cfg)
+			c, state, closeState, err := openEtcd(cmd.Context(), path, "migrating the store: storage.etcd.endpoints is empty: name the etcd to move to or from")
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, closeState()) }()
-			m := replica.Migration{Dir: filepath.Join(c.DataDir, ca.FolderName), Store: cfg.Shared.Store, Files: cfg.Shared.Files,
-				Place: "etcd below " + c.Storage.Etcd.Prefix + " at " + strings.Join(c.Storage.Etcd.Endpoints, ", "), Wait: cfg.Shared.LogWait}
+			m := replica.Migration{Dir: filepath.Join(c.DataDir, ca.FolderName), Store: state.Store, Files: state.Files,
+				Place: "etcd below " + c.Storage.Etcd.Prefix + " at " + strings.Join(c.Storage.Etcd.Endpoints, ", "), Wait: state.LogWait}
 			var moved replica.Moved
 			switch to {
 			case "etcd":
@@ -73,20 +66,12 @@ first, and done as one change. Then set instance and authority.rootReplica in th
 configurations to what is printed, and start the replicas.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			c, err := loadConfig(path)
-			if err != nil {
-				return err
-			}
-			if !c.Storage.Etcd.enabled() {
-				return errors.New("going on with a restored etcd: storage.etcd.endpoints is empty: name its members")
-			}
-			cfg := ca.Config{}
-			closeState, err := c.Storage.open(cmd.Context(), &cfg)
+			_, state, closeState, err := openEtcd(cmd.Context(), path, "going on with a restored etcd: storage.etcd.endpoints is empty: name its members")
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, closeState()) }()
-			r, err := replica.Restoration{Store: cfg.Shared.Store, Files: cfg.Shared.Files, Wait: cfg.Shared.LogWait, From: from, Reason: reason}.Run(cmd.Context())
+			r, err := replica.Restoration{Store: state.Store, Files: state.Files, Wait: state.LogWait, From: from, Reason: reason}.Run(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -102,4 +87,18 @@ configurations to what is printed, and start the replicas.`,
 	c.Flags().Uint8Var(&from, "instances-from", 0, "the lowest instance to give; those below it are never given to anybody. Set it above all that replicas had which joined since the snapshot; 0 takes the lowest that the snapshot does not know")
 	_ = c.MarkFlagRequired("reason") // fails only for a flag that is not there
 	return c
+}
+
+// openEtcd opens the etcd that a configuration names, which must; refusal says that it
+// does not.
+func openEtcd(ctx context.Context, path, refusal string) (c config, state ca.Shared, closeState func() error, err error) {
+	if c, err = loadConfig(path); err != nil {
+		return c, state, nil, err
+	}
+	if !c.Storage.Etcd.enabled() {
+		return c, state, nil, errors.New(refusal)
+	}
+	var cfg ca.Config
+	closeState, err = c.Storage.open(ctx, &cfg)
+	return c, cfg.Shared, closeState, err
 }
