@@ -24,7 +24,6 @@ import (
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/extauthz"
 	"github.com/signet-mesh/signet/authz/provider"
-	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/integration/envoytest"
 )
 
@@ -179,22 +178,7 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "changes") // not TempDir: the path of a socket is at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	sl, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := grpc.NewServer(grpc.ForceServerCodecV2(extauthz.Codec()), grpc.UnaryInterceptor(func(ctx context.Context, m any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
-		return h(identity.WithCaller(ctx, identity.Caller{Workload: identity.Workload{Namespace: "default", ServiceAccount: "server", PodUID: "u"}}), m)
-	}))
-	checks.Register(s)
-	go s.Serve(sl)
-	t.Cleanup(s.Stop)
+	socket := serveChecks(t, checks)
 	app := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(rw).Encode(seenRequest{r.Method, r.RequestURI, r.Host, r.Header})
 	}))

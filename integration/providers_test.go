@@ -243,22 +243,7 @@ spec: {rules: [{to: [{operation: {methods: [GET, POST]}}]}]}
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "providers") // not TempDir: the path of a socket is at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := grpc.NewServer(grpc.ForceServerCodecV2(extauthz.Codec()), grpc.UnaryInterceptor(func(ctx context.Context, m any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
-		return h(identity.WithCaller(ctx, identity.Caller{Workload: identity.Workload{Namespace: "default", ServiceAccount: "server", PodUID: "u"}}), m)
-	}))
-	checks.Register(s)
-	go s.Serve(l)
-	t.Cleanup(s.Stop)
+	socket := serveChecks(t, checks)
 
 	// The application tells what reached it.
 	app := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -540,4 +525,26 @@ spec: {action: CUSTOM, provider: {name: them}, rules: [{}]}
 	if good != 3 || torn != 1 {
 		t.Errorf("%d records and %d torn lines", good, torn)
 	}
+}
+
+// serveChecks answers checks on a socket, as those of one workload, until the test ends.
+func serveChecks(t *testing.T, checks *extauthz.Server) (socket string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "checks") // not TempDir: the path of a socket is at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket = filepath.Join(dir, "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer(grpc.ForceServerCodecV2(extauthz.Codec()), grpc.UnaryInterceptor(func(ctx context.Context, m any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+		return h(identity.WithCaller(ctx, identity.Caller{Workload: identity.Workload{Namespace: "default", ServiceAccount: "server", PodUID: "u"}}), m)
+	}))
+	checks.Register(s)
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+	return socket
 }

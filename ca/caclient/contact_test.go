@@ -1,10 +1,7 @@
 package caclient_test
 
 import (
-	"context"
-	"errors"
 	"net"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -26,35 +23,16 @@ func TestTheRootIsReplacedWhileAnAgentIsCutOff(t *testing.T) {
 			if addresses == 2 {
 				cfg.Addresses = []string{a.addr, "localhost:" + port(t, a.addr)}
 			}
-			var cut atomic.Bool
-			var mu sync.Mutex
-			var conns []net.Conn
-			cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
-				if cut.Load() {
-					return nil, errors.New("cut off")
-				}
-				conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-				if err == nil {
-					mu.Lock()
-					conns = append(conns, conn)
-					mu.Unlock()
-				}
-				return conn, err
-			}
+			wires := cables(&cfg)
 			c, _ := run(t, cfg)
 			ready(t, c)
 			before, _ := c.Credential()
-			cut.Store(true)
-			mu.Lock()
-			for _, conn := range conns {
-				conn.Close()
-			}
-			mu.Unlock()
+			wires.leave("nowhere")
 			eventually(t, "the cut", func() bool { return c.Ready() != nil })
 			replaceRoot(t, a)
 			trust, _ := a.Trust()
 			write(t, cfg.RootFile, trust.PEM())
-			cut.Store(false)
+			wires.leave("")
 			deadline := time.Now().Add(3 * time.Minute) // it takes less than one
 			for now := before; now == before || c.Ready() != nil; now, _ = c.Credential() {
 				if time.Now().After(deadline) {

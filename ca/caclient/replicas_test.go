@@ -145,6 +145,18 @@ func behindOne(cfg *caclient.Config, first *authority) (ready *atomic.Pointer[au
 	return ready
 }
 
+// issuing is the instance that issues to an agent, 0 for none.
+func issuing(t *testing.T, c *caclient.Client) byte {
+	t.Helper()
+	r, _ := request(t)
+	r.PodUID = "uid-server"
+	rs, err := c.Issue(t.Context(), []identity.Request{r})
+	if err != nil || rs[0].Err != nil {
+		return 0
+	}
+	return ca.Serial(rs[0].Chain[0])[0]
+}
+
 // TestAnAgentLeavesAReplicaBehindAService: with one address it does not stay with a
 // replica that is there and can issue nothing, and that new connections do not reach.
 func TestAnAgentLeavesAReplicaBehindAService(t *testing.T) {
@@ -154,15 +166,7 @@ func TestAnAgentLeavesAReplicaBehindAService(t *testing.T) {
 	service := behindOne(&cfg, a)
 	c, end := run(t, cfg)
 	ready(t, c)
-	by := func() byte {
-		r, _ := request(t)
-		r.PodUID = "uid-server"
-		rs, err := c.Issue(t.Context(), []identity.Request{r})
-		if err != nil || rs[0].Err != nil {
-			return 0
-		}
-		return ca.Serial(rs[0].Chain[0])[0]
-	}
+	by := func() byte { return issuing(t, c) }
 	eventually(t, "the first to issue", func() bool { return by() == 1 })
 	service.Store(b)
 	for range 10 {
@@ -242,16 +246,7 @@ func TestAnAgentLeavesAReplicaThatCannotIssue(t *testing.T) {
 	}
 	c, end := run(t, cfg)
 	ready(t, c)
-	// by is the instance that issues, 0 for none.
-	by := func() byte {
-		r, _ := request(t)
-		r.PodUID = "uid-server"
-		rs, err := c.Issue(t.Context(), []identity.Request{r})
-		if err != nil || rs[0].Err != nil {
-			return 0
-		}
-		return ca.Serial(rs[0].Chain[0])[0]
-	}
+	by := func() byte { return issuing(t, c) }
 	with := by()
 	if with == 0 {
 		t.Fatal("nothing is issued")

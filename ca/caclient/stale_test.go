@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/caclient"
 	"github.com/signet-mesh/signet/identity"
 )
 
@@ -37,32 +38,13 @@ func TestAReplicaThatIsCutOffFromThePods(t *testing.T) {
 
 	cfg := a.config()
 	cfg.Addresses = []string{a.addr, b.addr}
-	var only atomic.Pointer[string] // the one replica that can be reached; nil: all
-	only.Store(&a.addr)
-	var mu sync.Mutex
-	var conns []net.Conn
-	cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
-		if o := only.Load(); o != nil && *o != address {
-			return nil, errors.New("cannot be reached")
-		}
-		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-		if err == nil {
-			mu.Lock()
-			conns = append(conns, conn)
-			mu.Unlock()
-		}
-		return conn, err
-	}
+	wires := cables(&cfg)
+	wires.leave(a.addr)
 	c, _ := run(t, cfg)
 	has := func(uid string) bool { _, ok := cfg.Pods.Lookup(uid); return ok }
 	within(t, "the young pod", func() bool { return has("uid-young") && c.Ready() == nil })
 
-	only.Store(&b.addr)
-	mu.Lock()
-	for _, conn := range conns {
-		conn.Close()
-	}
-	mu.Unlock()
+	wires.leave(b.addr)
 	within(t, "what the other replica knows", func() bool { return has("uid-old") })
 	if !has("uid-young") {
 		t.Fatal("a replica that is cut off took a pod that began since")
@@ -80,17 +62,12 @@ func TestAReplicaThatIsCutOffFromThePods(t *testing.T) {
 		}
 	}
 	within(t, "an SVID of the replica that is cut off", ask("uid-old"))
-	only.Store(nil)
+	wires.leave("")
 	within(t, "an SVID of the other replica", ask("uid-young"))
 
 	// When it knows again, what is not there is gone.
 	within(t, "what the first replica knows", func() bool { return !has("uid-old") })
-	only.Store(&b.addr)
-	mu.Lock()
-	for _, conn := range conns {
-		conn.Close()
-	}
-	mu.Unlock()
+	wires.leave(b.addr)
 	within(t, "what the other replica knows", func() bool { return has("uid-old") })
 	if !has("uid-young") {
 		t.Fatal("a replica that is cut off took a pod that began since")
@@ -109,4 +86,47 @@ func within(t *testing.T, what string, f func() bool) {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// cabling is the network between an agent and its authorities.
+type cabling struct {
+	mu    sync.Mutex
+	only  string // the one address that can be reached; empty: all; guarded by mu
+	conns []net.Conn
+}
+
+// cables has an agent dial through a network that can be cut.
+func cables(cfg *caclient.Config) *cabling {
+	n := &cabling{}
+	cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		n.mu.Lock()
+		cut := n.only != "" && n.only != address
+		n.mu.Unlock()
+		if cut {
+			return nil, errors.New("cut off")
+		}
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		if err == nil {
+			n.mu.Lock()
+			n.conns = append(n.conns, conn)
+			n.mu.Unlock()
+		}
+		return conn, err
+	}
+	return n
+}
+
+// leave leaves one address that can be reached, and breaks all connections; empty mends
+// all and breaks none.
+func (n *cabling) leave(only string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.only = only
+	if only == "" {
+		return
+	}
+	for _, conn := range n.conns {
+		conn.Close()
+	}
+	n.conns = nil
 }
