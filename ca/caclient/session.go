@@ -174,9 +174,18 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 		renewed, renewedChanged := c.renewed(s.cred)
 		if first || renewed != said.GetRenewed() || bans.revision != said.GetBansRevision() || bans.unread != said.GetBansUnread() || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
 			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, Renewed: renewed, BansRevision: bans.revision, BansUnread: bans.unread}
-			if err := stream.Send(said); err != nil {
-				_, err = stream.Recv() // the status behind io.EOF
-				return err
+			if stream.Send(said) != nil {
+				// The stream has ended, and its reader is told why; it must be the only one.
+				for {
+					select {
+					case r := <-in:
+						if r.err != nil {
+							return r.err
+						}
+					case <-ctx.Done():
+						return ctx.Err()
+					}
+				}
 			}
 			first = false
 		}

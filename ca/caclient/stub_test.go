@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,7 +23,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 )
 
 // stub is an authority that does what a test tells it, for one agent that has attested.
@@ -189,6 +193,52 @@ func TestWhatWasSavedIsNotRenewed(t *testing.T) {
 					t.Fatalf("renewed: %d", m.GetRenewed())
 				}
 			}
+		})
+	}
+}
+
+// TestAStreamThatEndsWhileTheAgentSpeaks: the agent says something new all the time, and
+// the authority ends the stream after its answer. Who sends then must not also receive:
+// gRPC takes one reader, and a second one may wait for ever.
+func TestAStreamThatEndsWhileTheAgentSpeaks(t *testing.T) {
+	t.Parallel()
+	const agents, streams = 16, 3
+	for range agents {
+		t.Run("", func(t *testing.T) {
+			t.Parallel()
+			began := make(chan struct{}, 64)
+			s := &stub{}
+			s.watchTrust = func(st grpc.BidiStreamingServer[capb.WatchTrustRequest, capb.WatchTrustResponse]) error {
+				began <- struct{}{}
+				if _, err := st.Recv(); err != nil {
+					return err
+				}
+				if err := st.Send(&capb.WatchTrustResponse{Trust: s.trust(false)}); err != nil {
+					return err
+				}
+				for range 3 {
+					if _, err := st.Recv(); err != nil {
+						return err
+					}
+				}
+				return status.Error(codes.Unavailable, "it ends")
+			}
+			cfg := s.start(t)
+			var said atomic.Uint64
+			always := make(chan struct{})
+			close(always)
+			cfg.UnknownKeys = func() ([]string, <-chan struct{}) {
+				return []string{strconv.FormatUint(said.Add(1), 10)}, always
+			}
+			_, end := run(t, cfg)
+			for n := range streams {
+				select {
+				case <-began:
+				case <-time.After(2 * time.Minute):
+					t.Fatalf("after %d streams there is none", n)
+				}
+			}
+			end()
 		})
 	}
 }
