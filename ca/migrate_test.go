@@ -88,6 +88,19 @@ func TestMigration(t *testing.T) {
 		t.Errorf("%d attempts, %d files reused", attempts, reused)
 	}
 
+	// It was killed between the two names that it changes last.
+	for _, name := range []string{"state.db", "log"} {
+		if err := os.Rename(filepath.Join(dir, name+".moved"), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		if moved, err := m.ToShared(t.Context()); err != nil || moved.Instance != 1 {
+			t.Fatalf("when only %s has its former name: %+v, %v", name, moved, err)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s was not put aside: %v", name, err)
+		}
+	}
+
 	// What is left cannot be served.
 	if _, err := ca.Open(t.Context(), w.cfg); err == nil {
 		t.Fatal("the folder that was left makes an authority")
@@ -192,5 +205,30 @@ func TestMigrationBack(t *testing.T) {
 	}
 	if rs, err := issue(t, w.dial(cert), item(t, byUID(server.PodUID))); err != nil || rs[0].GetX509() == nil {
 		t.Errorf("an agent of before is not known: %v", err)
+	}
+	// It can go and come back again; what earlier moves left in the folder stays.
+	head := w.Log().Head()
+	w.close()
+	if _, err := m.ToShared(t.Context()); !errors.Is(err, replica.ErrMoved) || !strings.Contains(err.Error(), "not written over") {
+		t.Errorf("to where it was: %v", err)
+	}
+	for n := range 3 {
+		next := newShared(t)
+		m.Store, m.Files = next.Store, next.Files
+		if _, err := m.ToShared(t.Context()); err != nil {
+			t.Fatalf("move %d: %v", n, err)
+		}
+		if moved, err := m.ToFolder(t.Context()); err != nil || moved.Records != head.Sequence {
+			t.Fatalf("move %d back: %+v, %v", n, moved, err)
+		}
+	}
+	for _, name := range []string{"log.moved", "log.moved.2", "log.moved.3", "state.db.moved.3"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Error(err)
+		}
+	}
+	w.open()
+	if same, known, err := w.Log().Holds(t.Context(), head); err != nil || !same || !known || w.ID() != id {
+		t.Errorf("after three moves the log does not hold what it held: %v, %v, %v", same, known, err)
 	}
 }

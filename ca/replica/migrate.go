@@ -126,6 +126,11 @@ func (m Migration) ToShared(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	out.Instance = journal.Instance
+	if aside, err := m.logIsAside(ctx, source, id); err != nil {
+		return out, err
+	} else if aside {
+		return out, m.finished(ctx, id, &out)
+	}
 	log, err := storage.OpenLog(filepath.Join(m.Dir, logName), storage.LogOptions{Instance: uint32(out.Instance), ReadOnly: true})
 	if err != nil {
 		return out, err
@@ -158,15 +163,49 @@ func (m Migration) ToShared(ctx context.Context) (out Moved, err error) {
 	return out, m.putAside()
 }
 
-// putAside renames what was moved, so that a configuration of before finds nothing.
+// logIsAside says that an attempt was interrupted in the middle of putAside: all is in
+// the shared state, and of the folder's files the log has its other name already.
+func (m Migration) logIsAside(ctx context.Context, source storage.Store, id Identity) (bool, error) {
+	there, _, err := readMoved(ctx, source)
+	if err != nil || !id.Begun || there.ID != id.ID {
+		return false, err
+	}
+	_, err = os.Lstat(filepath.Join(m.Dir, logName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	return false, err
+}
+
+// putAside renames what was moved, so that a configuration of before finds nothing. The
+// state is last: as long as it has its name it says that it was moved.
 func (m Migration) putAside() error {
 	for _, name := range []string{logName, stateName} {
-		from := filepath.Join(m.Dir, name)
-		if err := os.Rename(from, from+movedSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := aside(filepath.Join(m.Dir, name)); err != nil {
 			return err
 		}
 	}
 	return syncFolder(m.Dir)
+}
+
+// aside gives a file or folder the name of what was moved, with a number after it if
+// something has that name since an earlier move: nothing is ever written over.
+func aside(name string) error {
+	to := name + movedSuffix
+	for n := 2; ; n++ {
+		_, err := os.Lstat(to)
+		if errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		to = fmt.Sprintf("%s%s.%d", name, movedSuffix, n)
+	}
+	if err := os.Rename(name, to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // finished is nil if there is nothing left to move.
@@ -211,6 +250,8 @@ func (m Migration) reserve(ctx context.Context, id Identity, j journalPart) erro
 	}
 	_, err = m.Store.Get(ctx, journalKey)
 	switch {
+	case mine.ID != "" && mine.ID != id.ID && mine.From == "":
+		return fmt.Errorf("%w to %s: what it left there is kept, and not written over; name another place (storage.etcd.prefix)", ErrMoved, mine.To)
 	case mine.ID != "" && mine.ID != id.ID:
 		return fmt.Errorf("%w: another authority is being moved there, from %s", ErrMoved, mine.From)
 	case err == nil:
@@ -530,6 +571,10 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 	} else if err != nil || !again {
 		return out, errors.Join(err, fmt.Errorf("there is a %s in the folder already", stateName))
 	}
+	if err := syncFolder(m.Dir); err != nil { // what takes the place of the identity is there before that goes
+		return out, err
+	}
+	// finishedBack reads it there, so it replaces one of an earlier move.
 	if err := os.Rename(filepath.Join(m.Dir, identityName), filepath.Join(m.Dir, identityName+movedSuffix)); err != nil {
 		return out, err
 	}
