@@ -52,7 +52,7 @@ func (c *Client) SavedBans() ([]byte, <-chan struct{}) {
 	return h.saved, changed
 }
 
-// heed takes the bans that an authority says; nil says nothing.
+// heed takes the bans that an authority says; nil says nothing. hearing is held.
 func (c *Client) heed(p *capb.Bans) {
 	if p == nil {
 		return

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -185,6 +186,16 @@ func TestOlderBansDoNotTakeThePlaceOfNewer(t *testing.T) {
 	}
 }
 
+// trustOf is what the authority trusts, under a sequence.
+func (a *authority) trustOf(sequence uint64) *capb.Trust {
+	trust, _ := a.Trust()
+	p := &capb.Trust{Sequence: sequence, TrustDomain: td.Name(), Bundles: []*capb.Bundle{{TrustDomain: td.Name()}}}
+	for _, r := range trust.Roots() {
+		p.Bundles[0].X509Authorities = append(p.Bundles[0].X509Authorities, r.Raw)
+	}
+	return p
+}
+
 // TestBansOfARestoredAuthority: it counts from where the backup was, in bans and in trust,
 // which leaps; whatever trust went through since the backup, its bans count.
 func TestBansOfARestoredAuthority(t *testing.T) {
@@ -194,14 +205,9 @@ func TestBansOfARestoredAuthority(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	trust, _ := a.Trust()
 	believe := func(sequence uint64) {
 		t.Helper()
-		p := &capb.Trust{Sequence: sequence, TrustDomain: td.Name(), Bundles: []*capb.Bundle{{TrustDomain: td.Name()}}}
-		for _, r := range trust.Roots() {
-			p.Bundles[0].X509Authorities = append(p.Bundles[0].X509Authorities, r.Raw)
-		}
-		if err := c.Believe(p); err != nil {
+		if err := c.Believe(a.trustOf(sequence)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -245,4 +251,76 @@ func TestWhatIsNotKnownOfBansIsSaved(t *testing.T) {
 		}
 		cfg.SavedBans = saved
 	}
+}
+
+// TestBansOfTwoSessionsAtOnce: a renewal has two sessions for a moment, and what the earlier
+// one was told must not take the place of what the later one was told meanwhile.
+func TestBansOfTwoSessionsAtOnce(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	cfg := a.config()
+	var mu sync.Mutex
+	var enforced []string
+	first, later := make(chan struct{}), make(chan struct{})
+	cfg.Enforce = func(b *identity.Bans) {
+		if b.Len() == 1 {
+			close(first)
+			// The later ones come now, if anything lets them.
+			select {
+			case <-later:
+			case <-time.After(time.Second):
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		enforced = subjects(b)
+	}
+	c, err := caclient.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hear := func(bans *capb.Bans) {
+		if err := c.Hear(&capb.WatchTrustResponse{Trust: a.trustOf(9), Bans: bans}); err != nil {
+			t.Error(err)
+		}
+	}
+	one, two := &capb.Ban{Subject: &capb.Ban_Node{Node: "one"}}, &capb.Ban{Subject: &capb.Ban_Node{Node: "two"}}
+	var wg sync.WaitGroup
+	wg.Go(func() { hear(&capb.Bans{Revision: 10, Bans: []*capb.Ban{one}}) })
+	wg.Go(func() {
+		<-first
+		hear(&capb.Bans{Revision: 11, Bans: []*capb.Ban{one, two}})
+		close(later)
+	})
+	wg.Wait()
+	b, _ := c.Bans()
+	if got := subjects(b); len(got) != 2 || len(enforced) != 2 {
+		t.Errorf("known are %v, enforced are %v", got, enforced)
+	}
+}
+
+// TestTrustOfTwoSessionsAtOnce is the same of trust: whoever has heard of a sequence finds
+// no earlier one.
+func TestTrustOfTwoSessionsAtOnce(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	c, err := caclient.New(a.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var next atomic.Uint64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 5000 {
+				sequence := next.Add(1)
+				err := c.Hear(&capb.WatchTrustResponse{Trust: a.trustOf(sequence)})
+				if known, _ := c.Trust(); err == nil && known.Sequence() < sequence {
+					t.Errorf("sequence %d is believed, and %d known", sequence, known.Sequence())
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }

@@ -18,6 +18,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -119,6 +120,7 @@ type Client struct {
 	cred    identity.Watched[*Credential]
 	keys    identity.Watched[identity.TokenKeys]
 	bans    identity.Watched[*heldBans] // nil: none were said
+	hearing sync.Mutex                  // held while what an authority says is taken; nothing else needs it
 	nodeUID atomic.Pointer[string]
 	session identity.Watched[*session]
 	up      identity.Watched[uint64] // how often the authority was reached after it was not
@@ -446,7 +448,7 @@ func (c *Client) exchange(ctx context.Context, conn *grpc.ClientConn, req *capb.
 	if err != nil {
 		return nil, err
 	}
-	if err := c.believe(resp.GetTrust()); err != nil {
+	if err := c.hear(&capb.WatchTrustResponse{Trust: resp.GetTrust()}); err != nil {
 		return nil, err
 	}
 	chain, renewAt, err := parseSVID(resp.GetSvid())
@@ -474,8 +476,23 @@ func (c *Client) exchange(ctx context.Context, conn *grpc.ClientConn, req *capb.
 	return &Credential{SVID: &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, RenewAt: renewAt, TokenBy: resp.GetTokenBy().AsTime()}, nil
 }
 
+// hear takes what an authority says, one message at a time: at a renewal two sessions are
+// open for a moment, and what the earlier one was told before must not follow what the later
+// one was told. The keys of tokens and the bans of an authority whose trust is not believed
+// are not taken either.
+func (c *Client) hear(m *capb.WatchTrustResponse) error {
+	c.hearing.Lock()
+	defer c.hearing.Unlock()
+	if err := c.believe(m.GetTrust()); err != nil {
+		return err
+	}
+	c.learn(m.GetTokenKeys())
+	c.heed(m.GetBans())
+	return nil
+}
+
 // believe takes a state of trust from a recognised authority, unless it is older
-// than the one that is known.
+// than the one that is known. hearing is held.
 func (c *Client) believe(p *capb.Trust) error {
 	t, err := parseTrust(c.cfg.TrustDomain, p)
 	if err != nil {

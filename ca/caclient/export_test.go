@@ -12,6 +12,9 @@ import (
 // ParseBans reads bans off the wire.
 var ParseBans = parseBans
 
+// Hear takes what an authority says.
+func (c *Client) Hear(m *capb.WatchTrustResponse) error { return c.hear(m) }
+
 // Heed takes bans that an authority says.
 func (c *Client) Heed(p *capb.Bans) { c.heed(p) }
 

@@ -200,11 +200,9 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 			if r.err != nil {
 				return r.err
 			}
-			if err := c.believe(r.m.GetTrust()); err != nil {
+			if err := c.hear(r.m); err != nil {
 				return err
 			}
-			c.learn(r.m.GetTokenKeys())
-			c.heed(r.m.GetBans())
 			alive()
 			c.heads.see(r.m.GetLogHead())
 		}
@@ -212,7 +210,7 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 }
 
 // learn takes the keys of the issuer of workloads' tokens. Keys that cannot be read
-// are of a kind that this agent does not use.
+// are of a kind that this agent does not use. hearing is held.
 func (c *Client) learn(p *capb.TokenKeys) {
 	if p.GetIssuer() == "" {
 		return
