@@ -298,7 +298,12 @@ func storeGaps(t *testing.T, s *storeTest) {
 }
 
 func storeLeaseLost(t *testing.T, s *storeTest) {
-	l := s.lease("job")
+	waiting, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	l, err := s.Lease(waiting, "job", time.Second) // others wait for its end
+	if err != nil {
+		t.Fatal(err)
+	}
 	if !s.place.Shared {
 		// Nobody else can have it; but a store that fails can promise nothing.
 		heal := s.fail(true)
@@ -316,7 +321,7 @@ func storeLeaseLost(t *testing.T, s *storeTest) {
 	heal := s.fail(false)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	l2, err := other.Lease(ctx, "job", 2*time.Second)
+	l2, err := other.Lease(ctx, "job", 20*time.Second)
 	if err != nil {
 		t.Fatalf("the lease of a holder that is away cannot be had: %v", err)
 	}
