@@ -119,6 +119,9 @@ type Authority struct {
 	alarms   map[string]error // what needs an operator while all still works; guarded by mu
 	// retiredLogs are those of instances from before a restore; guarded by mu.
 	retiredLogs []bookLog
+	// dropped are instances that this replica was whose logs are on record as gone, and
+	// may not all be; owned by Open and then by Run.
+	dropped []uint8
 }
 
 // Open opens the authority in cfg.DataDir, or makes a new one if the folder holds

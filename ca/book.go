@@ -9,10 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/journal"
+	"github.com/signet-mesh/signet/ca/keys"
 	"github.com/signet-mesh/signet/storage"
 
 	"google.golang.org/protobuf/proto"
@@ -64,7 +66,7 @@ func openFolder(dir string) (*Folder, error) {
 	if f.book, err = newBook(entries); err != nil {
 		return nil, err
 	}
-	err = f.addRetired(dir)
+	err = f.addRetired(dir, func(retired, error) bool { return false })
 	if err == nil {
 		var log *storage.FileLog
 		log, err = storage.OpenLog(filepath.Join(dir, logName), storage.LogOptions{Instance: uint32(f.journal.Instance), ReadOnly: true})
@@ -101,8 +103,9 @@ func newBook(entries []storage.Entry) (book, error) {
 	return b, err
 }
 
-// addRetired opens the logs of retired instances that are there, oldest first.
-func (b *book) addRetired(dir string) error {
+// addRetired opens the logs of retired instances that are there, oldest first. One that
+// cannot be read is left out if without allows that.
+func (b *book) addRetired(dir string, without func(retired, error) bool) error {
 	var all []retired
 	for _, e := range b.entries {
 		if len(e.Key) > len(instancePrefix) && e.Key[:len(instancePrefix)] == instancePrefix {
@@ -115,11 +118,13 @@ func (b *book) addRetired(dir string) error {
 	}
 	slices.SortFunc(all, func(a, b retired) int { return a.Retired.Compare(b.Retired) })
 	for _, r := range all {
-		d := retiredDir(dir, r.Instance)
-		if _, err := os.Stat(d); errors.Is(err, fs.ErrNotExist) {
+		log, err := storage.OpenLog(retiredDir(dir, r.Instance), storage.LogOptions{Instance: uint32(r.Instance), ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) {
 			continue // all of it was pruned
 		}
-		log, err := storage.OpenLog(d, storage.LogOptions{Instance: uint32(r.Instance), ReadOnly: true})
+		if err != nil && without(r, err) {
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -153,25 +158,72 @@ func (a *Authority) openRetired(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading retired instances: %w", err)
 	}
+	if err := a.removeGone(); err != nil {
+		a.cfg.Log.Warn("what is left of the log of a retired instance stays for now", "err", err)
+	}
 	b := book{entries: entries}
-	err = b.addRetired(filepath.Join(a.cfg.DataDir, FolderName))
+	err = b.addRetired(filepath.Join(a.cfg.DataDir, FolderName), a.goesAnyway)
 	a.retiredLogs = b.logs
 	return err
 }
 
-// dropRetired closes the log of a retired instance and removes it.
-func (a *Authority) dropRetired(instance uint8) error {
+// goesAnyway reports whether a log of a retired instance that cannot be read is older than
+// the retention: somebody may have begun to remove it. Whoever could damage it could also
+// have removed it whole.
+func (a *Authority) goesAnyway(r retired, err error) bool {
+	if !errors.Is(err, storage.ErrCorrupt) || a.cfg.LogRetention == 0 || a.clock.latest().Sub(r.Retired) < a.cfg.LogRetention {
+		return false
+	}
+	a.cfg.Log.Warn("the log of a retired instance is damaged, and older than the retention: it is not read, and goes", "instance", r.Instance, "err", err)
+	return true
+}
+
+// goneSuffix is in the name of a retired log that is being removed.
+const goneSuffix = ".gone"
+
+// closeRetired closes the log of a retired instance, which is not read any more.
+func (a *Authority) closeRetired(instance uint8) error {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	var errs []error
-	a.retiredLogs = slices.DeleteFunc(a.retiredLogs, func(l bookLog) bool {
-		if l.instance != uint32(instance) {
-			return false
+	i := slices.IndexFunc(a.retiredLogs, func(l bookLog) bool { return l.instance == uint32(instance) })
+	if i < 0 {
+		a.mu.Unlock()
+		return nil // it could not be opened
+	}
+	l := a.retiredLogs[i]
+	a.retiredLogs = slices.Delete(slices.Clone(a.retiredLogs), i, i+1)
+	a.mu.Unlock()
+	return l.Close()
+}
+
+// dropRetired closes the log of a retired instance and removes it. It has another name
+// before the first file goes: half of a log is not to be found under its own.
+func (a *Authority) dropRetired(instance uint8) error {
+	if err := a.closeRetired(instance); err != nil {
+		return err
+	}
+	dir := retiredDir(filepath.Join(a.cfg.DataDir, FolderName), instance)
+	if err := os.Rename(dir, dir+goneSuffix); err != nil {
+		return err
+	}
+	if err := keys.SyncFolder(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	return a.removeGone()
+}
+
+// removeGone removes what is left of retired logs whose removal began.
+func (a *Authority) removeGone() error {
+	dir := filepath.Join(a.cfg.DataDir, FolderName, retiredName)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), goneSuffix) {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
-		errs = append(errs, l.Close())
-		return true
-	})
-	return errors.Join(append(errs, os.RemoveAll(retiredDir(filepath.Join(a.cfg.DataDir, FolderName), instance)))...)
+	}
+	return err
 }
 
 // Records yields the records that are asked for, oldest first, those of retired

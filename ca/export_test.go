@@ -79,6 +79,9 @@ func (a *Authority) Tick(ctx context.Context) error {
 	return errors.Join(a.tendClock(ctx), a.renew(ctx), a.forgetAgents(ctx), a.tendBans(ctx), a.tendRevoked(ctx), a.pruneLog(ctx), a.signHead(ctx))
 }
 
+// PruneLog removes old records and logs.
+func (a *Authority) PruneLog(ctx context.Context) error { return a.pruneLog(ctx) }
+
 // Revoke takes a certificate back.
 func (a *Authority) Revoke(ctx context.Context, serial []byte) error {
 	_, _, err := a.revoke(ctx, serial, 4, "a test", "a test")

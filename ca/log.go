@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -106,13 +107,14 @@ func (a *Authority) decide(ctx context.Context, ds ...*capb.Decision) error {
 // pruneLog removes records of the issuance log that are older than the retention,
 // in this log and in those of retired instances.
 func (a *Authority) pruneLog(ctx context.Context) error {
+	left := errors.Join(a.removeGone(), a.removeDropped(ctx)) // whose removal began before
 	if a.cfg.LogRetention == 0 {
-		return nil
+		return left
 	}
 	now := a.clock.past()
 	n, err := a.log.Prune(ctx, now.Add(-a.cfg.LogRetention), func(c storage.Checkpoint) ([]byte, error) { return a.signStatement(c.SignedBytes()) })
 	if err != nil {
-		return err
+		return errors.Join(left, err)
 	}
 	var held error
 	if rounds := a.log.PruneSkipped(); rounds >= pruneAlarm {
@@ -129,9 +131,9 @@ func (a *Authority) pruneLog(ctx context.Context) error {
 			continue
 		}
 		if err := a.dropRetired(r.Instance); err != nil {
-			return fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err)
+			return errors.Join(left, fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err))
 		}
 		a.cfg.Log.Info("the issuance log of a retired instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)
 	}
-	return a.pruneFormer(now)
+	return errors.Join(left, a.pruneFormer(ctx, now))
 }

@@ -63,14 +63,22 @@ func (a *Authority) openFormer(ctx context.Context) error {
 		return fmt.Errorf("reading which instances this replica was: %w", err)
 	}
 	for _, f := range all {
-		log, err := storage.OpenLog(sharedLog(f.Instance), storage.LogOptions{Instance: uint32(f.Instance), FS: a.cfg.Shared.Files, ReadOnly: true, LockTimeout: a.cfg.Shared.LogWait})
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it had none, or all of it was pruned
+		if f.Dropped {
+			a.dropped = append(a.dropped, f.Instance)
+			continue
 		}
-		if err != nil {
+		r := a.losses.retired[uint32(f.Instance)]
+		log, err := storage.OpenLog(sharedLog(f.Instance), storage.LogOptions{Instance: uint32(f.Instance), FS: a.cfg.Shared.Files, ReadOnly: true, LockTimeout: a.cfg.Shared.LogWait})
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue // it had none, or all of it was pruned
+		case err != nil && !r.Retired.IsZero() && a.goesAnyway(r, err):
+			a.dropped = append(a.dropped, f.Instance)
+			continue
+		case err != nil:
 			return err
 		}
-		a.retiredLogs = append(a.retiredLogs, bookLog{log, uint32(f.Instance), a.losses.retired[uint32(f.Instance)].LogPublicKey})
+		a.retiredLogs = append(a.retiredLogs, bookLog{log, uint32(f.Instance), r.LogPublicKey})
 	}
 	return nil
 }
@@ -83,42 +91,61 @@ func (a *Authority) was(instance byte) bool {
 }
 
 // pruneFormer removes the logs of instances that this replica was when all that they did
-// is older than the retention.
-func (a *Authority) pruneFormer(now time.Time) error {
+// is older than the retention. That one goes is on record before its first file is removed:
+// half of a log is not opened again.
+func (a *Authority) pruneFormer(ctx context.Context, now time.Time) error {
 	for _, r := range a.losses.retired {
 		if !a.was(r.Instance) || now.Sub(r.Retired) < a.cfg.LogRetention {
 			continue
 		}
-		if err := a.dropFormer(r.Instance); err != nil {
+		err := replica.DropFormer(ctx, a.cfg.Shared.Store, a.instance, r.Instance)
+		if err == nil {
+			a.dropped = append(a.dropped, r.Instance)
+			err = a.closeRetired(r.Instance)
+		}
+		if err != nil {
 			return fmt.Errorf("pruning the log of instance %d: %w", r.Instance, err)
 		}
-		a.cfg.Log.Info("the issuance log of a former instance is gone", "instance", r.Instance, "older_than", a.cfg.LogRetention)
+		a.cfg.Log.Info("the issuance log of a former instance is not read any more", "instance", r.Instance, "older_than", a.cfg.LogRetention)
 	}
-	return nil
+	return a.removeDropped(ctx)
 }
 
-func (a *Authority) dropFormer(instance uint8) (err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	i := slices.IndexFunc(a.retiredLogs, func(l bookLog) bool { return l.instance == uint32(instance) })
-	if err := a.retiredLogs[i].Close(); err != nil {
+// removeDropped removes what there is of the logs of former instances that are not read
+// any more, until nothing is left.
+func (a *Authority) removeDropped(ctx context.Context) error {
+	var errs []error
+	a.dropped = slices.DeleteFunc(a.dropped, func(instance uint8) bool {
+		err := a.removeFormer(ctx, instance)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("removing the log of instance %d: %w", instance, err))
+		}
+		return err == nil
+	})
+	return errors.Join(errs...)
+}
+
+func (a *Authority) removeFormer(ctx context.Context, instance uint8) (err error) {
+	if err := replica.DropFormer(ctx, a.cfg.Shared.Store, a.instance, instance); err != nil {
 		return err
 	}
-	a.retiredLogs = slices.Delete(slices.Clone(a.retiredLogs), i, i+1)
 	files, dir := a.cfg.Shared.Files, sharedLog(instance)
+	names, err := files.List(dir)
+	if err != nil || len(names) == 0 {
+		return err
+	}
 	lock, err := files.Lock(dir, false)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	names, err := files.List(dir)
-	if err != nil {
-		return err
-	}
 	for _, name := range names {
-		if err := files.Remove(path.Join(dir, name)); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := files.Remove(path.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	return nil
+	return files.SyncDir(dir)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,6 +33,8 @@ type Former struct {
 	// At and Reason are the operator's decision.
 	At     time.Time `json:"at"`
 	Reason string    `json:"reason"`
+	// Dropped says that its log is older than the retention, and gone or half removed.
+	Dropped bool `json:"dropped,omitempty"`
 }
 
 // FormerOf are the instances that the replica with an instance was, oldest first.
@@ -45,6 +48,46 @@ func FormerOf(ctx context.Context, s storage.Store, instance uint8) ([]Former, e
 	}
 	r, err := parseRecord(e)
 	return r.Former, err
+}
+
+// DropFormer records that the log of an instance that the replica was is not to be read
+// any more. Then it can be removed.
+func DropFormer(ctx context.Context, s storage.Store, instance, former uint8) error {
+	for {
+		err := dropFormer(ctx, s, instance, former)
+		if ctx.Err() == nil && (errors.Is(err, storage.ErrConflict) || errors.Is(err, storage.ErrUnknown)) {
+			continue // what is stored now tells
+		}
+		if err != nil {
+			return fmt.Errorf("recording that the log of instance %d goes: %w", former, err)
+		}
+		return nil
+	}
+}
+
+func dropFormer(ctx context.Context, s storage.Store, instance, former uint8) error {
+	e, err := s.Get(ctx, recordKey(instance))
+	if err != nil {
+		return err
+	}
+	r, err := parseRecord(e)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(r.Former, func(f Former) bool { return f.Instance == former })
+	if i < 0 {
+		return errors.New("it was never that instance")
+	}
+	if r.Former[i].Dropped {
+		return nil
+	}
+	r.Former[i].Dropped = true
+	b, err := storage.EncodeRecord(r, r.rest)
+	if err != nil {
+		return err
+	}
+	_, err = s.Commit(ctx, []storage.Cond{{Key: e.Key, Revision: e.Revision}}, []storage.Op{{Key: e.Key, Value: b}})
+	return err
 }
 
 // Restoration makes a shared state that was put back from an older copy one that
