@@ -428,6 +428,12 @@ func (a *Authority) start(ctx context.Context) error {
 	if err := a.loadBans(ctx); err != nil {
 		return err
 	}
+	if a.cfg.shared() {
+		// Before an agent hears of the store's revision, which another replica has not come to.
+		if err := a.numberBans(ctx); err != nil {
+			return err
+		}
+	}
 	var err error
 	if a.agents, err = loadAgents(ctx, a.store); err != nil {
 		return err

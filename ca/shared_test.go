@@ -137,6 +137,29 @@ func TestReplicasShareTheirState(t *testing.T) {
 	eventually(t, "one state of trust after renewals", same)
 }
 
+// TestReplicasBeginWithOneNumberOfBans: whichever an agent hears first, the next ban is newer
+// than what it has heard.
+func TestReplicasBeginWithOneNumberOfBans(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	edit := func(c *ca.Config) { c.RootReplica, c.Shared = 1, shared }
+	a := newWorld(t, edit, func(c *ca.Config) { c.Instance = 1 })
+	stop := a.run()
+	b := newWorld(t, edit)
+	stop()
+	heard, err := adminOf(t, b).ListBans(t.Context(), &capb.ListBansRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := adminOf(t, a).AddBan(t.Context(), &capb.AddBanRequest{Subject: "spiffe://cluster.local/ns/x/sa/a", Reason: "r"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next.GetRevision() <= heard.GetRevision() {
+		t.Errorf("a ban has revision %d, and the second replica's agents have heard of %d", next.GetRevision(), heard.GetRevision())
+	}
+}
+
 func TestAReplicaIsItsFolder(t *testing.T) {
 	t.Parallel()
 	_, upstream := upstreamFolder(t)
