@@ -204,7 +204,7 @@ func (s admin) ListBans(_ context.Context, q *capb.ListBansRequest) (*capb.ListB
 			g.Revision = 0 // of another store, or of what was lost with a restore: it says nothing of these
 		}
 	}
-	resp := &capb.ListBansResponse{Revision: b.said, Agents: agents}
+	resp := &capb.ListBansResponse{Revision: b.said, Agents: agents, OtherReplicas: uint32(len(s.a.current().Others))}
 	for _, subject := range slices.Sorted(maps.Keys(b.records)) {
 		if q.GetAll() || b.records[subject].Ended == nil {
 			resp.Bans = append(resp.Bans, b.record(subject))

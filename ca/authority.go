@@ -64,7 +64,10 @@ type Authority struct {
 	bansMu sync.Mutex // held while bans are changed
 	// bansStale says that the bans may not be those of the store, after a failure.
 	bansStale atomic.Bool
-	nodes     nodeBans
+	// cutOff is since when the state that replicas share was not read, if that is so for
+	// long; zero otherwise.
+	cutOff identity.Watched[time.Time]
+	nodes  nodeBans
 	// recording is held for reading from where a certificate is held against the bans until
 	// it is recorded, so that who takes it after a ban finds all that came before it in
 	// the log.

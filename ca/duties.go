@@ -26,6 +26,7 @@ func (a *Authority) Run(ctx context.Context) error {
 	if a.cfg.shared() {
 		g.Go(func() error { return a.follow(ctx) })
 		g.Go(func() error { return a.followBans(ctx) })
+		g.Go(func() error { return a.every(ctx, "shared state", time.Second, a.lookAtState()) })
 		g.Go(func() error { return a.when(ctx, "acknowledgements", a.heard, sayAfter, a.sayAcknowledged) })
 		g.Go(func() error { return a.when(ctx, "lists", a.takenBack, listAfter, a.tendTakenBack) })
 		g.Go(func() error { return a.when(ctx, "revocations", a.askedToRevoke, listAfter, a.answerRevocations) })

@@ -363,6 +363,43 @@ func (a *Authority) follow(ctx context.Context) error {
 	return nil
 }
 
+// cutOffAfter is after how long without reading the shared state a replica tells its agents
+// that it is cut off: they need not run about when etcd elects another leader.
+const cutOffAfter = 5 * time.Second
+
+// lookAtState returns a job that reads of the shared state what changes with the bans. A
+// watch says nothing where nothing has changed, and nothing where it is cut off; agents that
+// hear of no ban and no root any more are to know the difference. A ban that was not heard
+// of is taken up.
+func (a *Authority) lookAtState() func(context.Context) error {
+	read := time.Now()
+	return func(ctx context.Context) error {
+		within, cancel := context.WithTimeout(ctx, cutOffAfter)
+		defer cancel()
+		e, err := a.store.Get(within, replica.BanRevisionKey)
+		if errors.Is(err, storage.ErrNotFound) {
+			err = nil // of an earlier build
+		}
+		if err == nil && e.Revision > a.banned().numberAt {
+			err = a.reloadBans(within)
+		}
+		was := a.cutOff.Value()
+		if err == nil {
+			if read = time.Now(); !was.IsZero() {
+				a.cutOff.Store(time.Time{})
+			}
+			return nil
+		}
+		if ctx.Err() != nil || time.Since(read) < cutOffAfter {
+			return nil // it may be over at once
+		}
+		if was.IsZero() {
+			a.cutOff.Store(read)
+		}
+		return fmt.Errorf("the shared state was not read since %s, and agents are told so: %w", read.UTC().Format(time.RFC3339), err)
+	}
+}
+
 // catchUp makes what is known here what is stored, and returns the revision of that.
 func (a *Authority) catchUp(ctx context.Context) (uint64, error) {
 	// Trust is taken up first: in the rest may be something that this build cannot read.

@@ -44,6 +44,7 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 	looking := make(chan struct{}, 1)
 	var sent *bansState
 	for {
+		cutOff, cutOffChanged := a.cutOff.Load() // before what it is about
 		bans, bansChanged := a.bans.Load()
 		t, trustChanged := a.trust.Load()
 		h, headChanged := a.head.Load()
@@ -54,6 +55,9 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 		m := &capb.WatchTrustResponse{Trust: trustToProto(t)}
 		if h.Sequence > 0 {
 			m.LogHead = headToProto(h)
+		}
+		if !cutOff.IsZero() {
+			m.StaleSince = timestamppb.New(cutOff)
 		}
 		if keys.Issuer != "" {
 			m.TokenKeys = tokenKeysToProto(keys)
@@ -75,6 +79,8 @@ func (a *Authority) watchTrust(ctx context.Context, r *agent, stream grpc.BidiSt
 			case <-headChanged:
 				break wait
 			case <-bansChanged:
+				break wait
+			case <-cutOffChanged:
 				break wait
 			case <-keysChanged:
 				break wait

@@ -36,6 +36,12 @@ func HighestHead(saved []byte) (highest uint64) {
 // SetWall gives a client that does not run yet another system clock.
 func (c *Client) SetWall(now func() time.Time) { c.wall = now }
 
+// LeaveIn is in how long a replica is left that is cut off.
+var LeaveIn = leaveIn
+
+// LeaveAgain is how often that is, at most.
+const LeaveAgain = leaveAgain
+
 // Order is in which order an agent tries replicas.
 type Order struct{ o *order }
 

@@ -27,8 +27,20 @@ const leaveAfter = 4
 // rankAfter is how long an address that was put last stays there.
 const rankAfter = 10 * time.Minute
 
-// leaveAgain is how often, at most, a replica is left that is cut off from where pods are known.
+// leaveAgain is how often, at most, a replica is left that is cut off from where pods are
+// known, or from the state that replicas share.
 const leaveAgain = time.Minute
+
+// leaveIn is in how long a replica is left that is cut off from the shared state: at once,
+// unless one was left already. All may be cut off, and then agents do not go from one to the
+// other together. random is in [0, 1).
+func leaveIn(last *time.Time, now time.Time, random float64) time.Duration {
+	if last == nil {
+		return 0
+	}
+	pause := leaveAgain/2 + time.Duration(random*float64(leaveAgain/2))
+	return max(pause-now.Sub(*last), 0)
+}
 
 // order is the order in which replicas are tried. Each agent begins with its own, so that
 // agents spread over the replicas, and keeps it, so that it stays with one: grpc's

@@ -158,6 +158,8 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 	// What the authority was told on this stream.
 	said := &capb.WatchTrustRequest{}
 	first := true
+	// When the replica is left because it is cut off from what it should tell; nil: it is not.
+	var cutOff <-chan time.Time
 	for {
 		ack, changed := c.acknowledged()
 		heads := c.heads.all.Value()
@@ -196,6 +198,10 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 		case <-unknownChanged:
 		case <-bansChanged:
 		case <-renewedChanged:
+		case now := <-cutOff:
+			cutOff = nil
+			c.judged.Store(&now)
+			s.leave()
 		case r := <-in:
 			if r.err != nil {
 				return r.err
@@ -204,6 +210,12 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 				return err
 			}
 			alive()
+			if since := r.m.GetStaleSince(); since == nil {
+				cutOff = nil
+			} else if cutOff == nil {
+				c.cfg.Log.Warn("the replica is cut off from the state that replicas share, so that it knows of no new bans and no new trust; another one is tried", "since", since.AsTime())
+				cutOff = time.After(leaveIn(c.judged.Load(), time.Now(), mathrand.Float64()))
+			}
 			c.heads.see(r.m.GetLogHead())
 		}
 	}

@@ -1118,7 +1118,11 @@ type WatchTrustResponse struct {
 	// authority does not know, and what it said before stays.
 	TokenKeys *TokenKeys `protobuf:"bytes,3,opt,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
 	// bans are all that are in force. Unset: what was said before stays.
-	Bans          *Bans `protobuf:"bytes,10,opt,name=bans,proto3" json:"bans,omitempty"`
+	Bans *Bans `protobuf:"bytes,10,opt,name=bans,proto3" json:"bans,omitempty"`
+	// stale_since is set while the authority is one of several replicas and cut off from the
+	// state that they share: what was changed there since, trust and bans above all, it does
+	// not know, and another replica may.
+	StaleSince    *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=stale_since,json=staleSince,proto3" json:"stale_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1177,6 +1181,13 @@ func (x *WatchTrustResponse) GetTokenKeys() *TokenKeys {
 func (x *WatchTrustResponse) GetBans() *Bans {
 	if x != nil {
 		return x.Bans
+	}
+	return nil
+}
+
+func (x *WatchTrustResponse) GetStaleSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StaleSince
 	}
 	return nil
 }
@@ -3526,10 +3537,13 @@ func (x *ListBansRequest) GetAll() bool {
 }
 
 type ListBansResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Bans          []*BanRecord           `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"`
-	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	Agents        []*BanAgent            `protobuf:"bytes,3,rep,name=agents,proto3" json:"agents,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Bans     []*BanRecord           `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"`
+	Revision uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// agents are those that are connected to this replica, or were.
+	Agents []*BanAgent `protobuf:"bytes,3,rep,name=agents,proto3" json:"agents,omitempty"`
+	// other_replicas is how many replicas there are besides this one, with agents of their own.
+	OtherReplicas uint32 `protobuf:"varint,4,opt,name=other_replicas,json=otherReplicas,proto3" json:"other_replicas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3583,6 +3597,13 @@ func (x *ListBansResponse) GetAgents() []*BanAgent {
 		return x.Agents
 	}
 	return nil
+}
+
+func (x *ListBansResponse) GetOtherReplicas() uint32 {
+	if x != nil {
+		return x.OtherReplicas
+	}
+	return 0
 }
 
 // BanRecord is what the authority remembers of a ban.
@@ -4524,14 +4545,16 @@ const file_ca_proto_rawDesc = "" +
 	"\rbans_revision\x18\n" +
 	" \x01(\x04R\fbansRevision\x12\x1f\n" +
 	"\vbans_unread\x18\v \x01(\rR\n" +
-	"bansUnread\"\xd1\x01\n" +
+	"bansUnread\"\x8e\x02\n" +
 	"\x12WatchTrustResponse\x12)\n" +
 	"\x05trust\x18\x01 \x01(\v2\x13.signet.ca.v1.TrustR\x05trust\x120\n" +
 	"\blog_head\x18\x02 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\x126\n" +
 	"\n" +
 	"token_keys\x18\x03 \x01(\v2\x17.signet.ca.v1.TokenKeysR\ttokenKeys\x12&\n" +
 	"\x04bans\x18\n" +
-	" \x01(\v2\x12.signet.ca.v1.BansR\x04bans\"w\n" +
+	" \x01(\v2\x12.signet.ca.v1.BansR\x04bans\x12;\n" +
+	"\vstale_since\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"staleSince\"w\n" +
 	"\x04Bans\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12%\n" +
 	"\x04bans\x18\x02 \x03(\v2\x11.signet.ca.v1.BanR\x04bans\x12,\n" +
@@ -4696,11 +4719,12 @@ const file_ca_proto_rawDesc = "" +
 	"\x03ban\x18\x01 \x01(\v2\x17.signet.ca.v1.BanRecordR\x03ban\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"#\n" +
 	"\x0fListBansRequest\x12\x10\n" +
-	"\x03all\x18\x01 \x01(\bR\x03all\"\x8b\x01\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"\xb2\x01\n" +
 	"\x10ListBansResponse\x12+\n" +
 	"\x04bans\x18\x01 \x03(\v2\x17.signet.ca.v1.BanRecordR\x04bans\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12.\n" +
-	"\x06agents\x18\x03 \x03(\v2\x16.signet.ca.v1.BanAgentR\x06agents\"\x8e\x02\n" +
+	"\x06agents\x18\x03 \x03(\v2\x16.signet.ca.v1.BanAgentR\x06agents\x12%\n" +
+	"\x0eother_replicas\x18\x04 \x01(\rR\rotherReplicas\"\x8e\x02\n" +
 	"\tBanRecord\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x0e\n" +
@@ -4907,102 +4931,103 @@ var file_ca_proto_depIdxs = []int32{
 	22, // 18: signet.ca.v1.WatchTrustResponse.log_head:type_name -> signet.ca.v1.LogHead
 	17, // 19: signet.ca.v1.WatchTrustResponse.token_keys:type_name -> signet.ca.v1.TokenKeys
 	16, // 20: signet.ca.v1.WatchTrustResponse.bans:type_name -> signet.ca.v1.Bans
-	21, // 21: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
-	65, // 22: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
-	20, // 23: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
-	19, // 24: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
-	21, // 25: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
-	66, // 26: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
-	20, // 27: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
-	65, // 28: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
-	65, // 29: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
-	25, // 30: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
-	65, // 31: signet.ca.v1.WatchNodeResponse.stale_since:type_name -> google.protobuf.Timestamp
-	64, // 32: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
-	57, // 33: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	22, // 34: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
-	63, // 35: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
-	22, // 36: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
-	65, // 37: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
-	65, // 38: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
-	65, // 39: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	67, // 40: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
-	22, // 41: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
-	32, // 42: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
-	22, // 43: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
-	65, // 44: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
-	65, // 45: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
-	43, // 46: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
-	65, // 47: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
-	65, // 48: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	43, // 49: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
-	65, // 50: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
-	52, // 51: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	52, // 52: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
-	52, // 53: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
-	54, // 54: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
-	65, // 55: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
-	65, // 56: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
-	53, // 57: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
-	65, // 58: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
-	65, // 59: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
-	65, // 60: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
-	65, // 61: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
-	65, // 62: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
-	65, // 63: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
-	65, // 64: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
-	57, // 65: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
-	60, // 66: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
-	65, // 67: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
-	60, // 68: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
-	66, // 69: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
-	65, // 70: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	1,  // 71: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
-	60, // 72: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
-	65, // 73: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
-	2,  // 74: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
-	6,  // 75: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
-	14, // 76: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
-	23, // 77: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
-	26, // 78: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
-	28, // 79: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
-	30, // 80: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
-	33, // 81: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
-	35, // 82: signet.ca.v1.Admin.AcceptClock:input_type -> signet.ca.v1.AcceptClockRequest
-	55, // 83: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
-	37, // 84: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
-	39, // 85: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
-	41, // 86: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
-	58, // 87: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
-	61, // 88: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
-	44, // 89: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
-	46, // 90: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
-	48, // 91: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
-	50, // 92: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
-	4,  // 93: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
-	10, // 94: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
-	15, // 95: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
-	24, // 96: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
-	27, // 97: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
-	29, // 98: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
-	31, // 99: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
-	34, // 100: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
-	36, // 101: signet.ca.v1.Admin.AcceptClock:output_type -> signet.ca.v1.AcceptClockResponse
-	56, // 102: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
-	38, // 103: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
-	40, // 104: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
-	42, // 105: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
-	59, // 106: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
-	62, // 107: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
-	45, // 108: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
-	47, // 109: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
-	49, // 110: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
-	51, // 111: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
-	93, // [93:112] is the sub-list for method output_type
-	74, // [74:93] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	65, // 21: signet.ca.v1.WatchTrustResponse.stale_since:type_name -> google.protobuf.Timestamp
+	21, // 22: signet.ca.v1.Bans.bans:type_name -> signet.ca.v1.Ban
+	65, // 23: signet.ca.v1.Bans.now:type_name -> google.protobuf.Timestamp
+	20, // 24: signet.ca.v1.TokenKeys.keys:type_name -> signet.ca.v1.JWTKey
+	19, // 25: signet.ca.v1.Trust.bundles:type_name -> signet.ca.v1.Bundle
+	21, // 26: signet.ca.v1.Trust.bans:type_name -> signet.ca.v1.Ban
+	66, // 27: signet.ca.v1.Trust.taint_spread:type_name -> google.protobuf.Duration
+	20, // 28: signet.ca.v1.Bundle.jwt_keys:type_name -> signet.ca.v1.JWTKey
+	65, // 29: signet.ca.v1.Ban.until:type_name -> google.protobuf.Timestamp
+	65, // 30: signet.ca.v1.LogHead.time:type_name -> google.protobuf.Timestamp
+	25, // 31: signet.ca.v1.WatchNodeResponse.pods:type_name -> signet.ca.v1.Pod
+	65, // 32: signet.ca.v1.WatchNodeResponse.stale_since:type_name -> google.protobuf.Timestamp
+	64, // 33: signet.ca.v1.Pod.labels:type_name -> signet.ca.v1.Pod.LabelsEntry
+	57, // 34: signet.ca.v1.StatusResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	22, // 35: signet.ca.v1.StatusResponse.log_head:type_name -> signet.ca.v1.LogHead
+	63, // 36: signet.ca.v1.StatusResponse.agents:type_name -> signet.ca.v1.AgentStatus
+	22, // 37: signet.ca.v1.StatusResponse.lost_head:type_name -> signet.ca.v1.LogHead
+	65, // 38: signet.ca.v1.ListLogRequest.since:type_name -> google.protobuf.Timestamp
+	65, // 39: signet.ca.v1.ListLogRequest.until:type_name -> google.protobuf.Timestamp
+	65, // 40: signet.ca.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	67, // 41: signet.ca.v1.LogEntry.record:type_name -> signet.ca.v1.IssuanceRecord
+	22, // 42: signet.ca.v1.VerifyLogRequest.heads:type_name -> signet.ca.v1.LogHead
+	32, // 43: signet.ca.v1.VerifyResponse.logs:type_name -> signet.ca.v1.LogReport
+	22, // 44: signet.ca.v1.LogReport.head:type_name -> signet.ca.v1.LogHead
+	65, // 45: signet.ca.v1.LogReport.pruned:type_name -> google.protobuf.Timestamp
+	65, // 46: signet.ca.v1.ImportChainsResponse.series_end:type_name -> google.protobuf.Timestamp
+	43, // 47: signet.ca.v1.RevokeResponse.revocation:type_name -> signet.ca.v1.Revocation
+	65, // 48: signet.ca.v1.Revocation.revoked:type_name -> google.protobuf.Timestamp
+	65, // 49: signet.ca.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	43, // 50: signet.ca.v1.RevocationsResponse.revocations:type_name -> signet.ca.v1.Revocation
+	65, // 51: signet.ca.v1.AddBanRequest.until:type_name -> google.protobuf.Timestamp
+	52, // 52: signet.ca.v1.AddBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 53: signet.ca.v1.RemoveBanResponse.ban:type_name -> signet.ca.v1.BanRecord
+	52, // 54: signet.ca.v1.ListBansResponse.bans:type_name -> signet.ca.v1.BanRecord
+	54, // 55: signet.ca.v1.ListBansResponse.agents:type_name -> signet.ca.v1.BanAgent
+	65, // 56: signet.ca.v1.BanRecord.at:type_name -> google.protobuf.Timestamp
+	65, // 57: signet.ca.v1.BanRecord.until:type_name -> google.protobuf.Timestamp
+	53, // 58: signet.ca.v1.BanRecord.ended:type_name -> signet.ca.v1.BanEnd
+	65, // 59: signet.ca.v1.BanEnd.at:type_name -> google.protobuf.Timestamp
+	65, // 60: signet.ca.v1.AuthorityStatus.not_before:type_name -> google.protobuf.Timestamp
+	65, // 61: signet.ca.v1.AuthorityStatus.not_after:type_name -> google.protobuf.Timestamp
+	65, // 62: signet.ca.v1.AuthorityStatus.since:type_name -> google.protobuf.Timestamp
+	65, // 63: signet.ca.v1.AuthorityStatus.tainted:type_name -> google.protobuf.Timestamp
+	65, // 64: signet.ca.v1.AuthorityStatus.leaves:type_name -> google.protobuf.Timestamp
+	65, // 65: signet.ca.v1.AuthorityStatus.condemned:type_name -> google.protobuf.Timestamp
+	57, // 66: signet.ca.v1.AuthoritiesResponse.authorities:type_name -> signet.ca.v1.AuthorityStatus
+	60, // 67: signet.ca.v1.AuthoritiesResponse.activation:type_name -> signet.ca.v1.RotationWait
+	65, // 68: signet.ca.v1.AuthoritiesResponse.deadline:type_name -> google.protobuf.Timestamp
+	60, // 69: signet.ca.v1.AuthoritiesResponse.revocations:type_name -> signet.ca.v1.RotationWait
+	66, // 70: signet.ca.v1.AuthoritiesResponse.taint_spread:type_name -> google.protobuf.Duration
+	65, // 71: signet.ca.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	1,  // 72: signet.ca.v1.RotateRequest.step:type_name -> signet.ca.v1.RotateRequest.Step
+	60, // 73: signet.ca.v1.RotateResponse.waits:type_name -> signet.ca.v1.RotationWait
+	65, // 74: signet.ca.v1.AgentStatus.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 75: signet.ca.v1.Authority.Attest:input_type -> signet.ca.v1.AttestRequest
+	6,  // 76: signet.ca.v1.Authority.Issue:input_type -> signet.ca.v1.IssueRequest
+	14, // 77: signet.ca.v1.Authority.WatchTrust:input_type -> signet.ca.v1.WatchTrustRequest
+	23, // 78: signet.ca.v1.Authority.WatchNode:input_type -> signet.ca.v1.WatchNodeRequest
+	26, // 79: signet.ca.v1.Admin.Status:input_type -> signet.ca.v1.StatusRequest
+	28, // 80: signet.ca.v1.Admin.ListLog:input_type -> signet.ca.v1.ListLogRequest
+	30, // 81: signet.ca.v1.Admin.VerifyLog:input_type -> signet.ca.v1.VerifyLogRequest
+	33, // 82: signet.ca.v1.Admin.AcceptLogLoss:input_type -> signet.ca.v1.AcceptLogLossRequest
+	35, // 83: signet.ca.v1.Admin.AcceptClock:input_type -> signet.ca.v1.AcceptClockRequest
+	55, // 84: signet.ca.v1.Admin.Backup:input_type -> signet.ca.v1.BackupRequest
+	37, // 85: signet.ca.v1.Admin.CreateRequests:input_type -> signet.ca.v1.CreateRequestsRequest
+	39, // 86: signet.ca.v1.Admin.ImportChains:input_type -> signet.ca.v1.ImportChainsRequest
+	41, // 87: signet.ca.v1.Admin.Revoke:input_type -> signet.ca.v1.RevokeRequest
+	58, // 88: signet.ca.v1.Admin.Authorities:input_type -> signet.ca.v1.AuthoritiesRequest
+	61, // 89: signet.ca.v1.Admin.Rotate:input_type -> signet.ca.v1.RotateRequest
+	44, // 90: signet.ca.v1.Admin.Revocations:input_type -> signet.ca.v1.RevocationsRequest
+	46, // 91: signet.ca.v1.Admin.AddBan:input_type -> signet.ca.v1.AddBanRequest
+	48, // 92: signet.ca.v1.Admin.RemoveBan:input_type -> signet.ca.v1.RemoveBanRequest
+	50, // 93: signet.ca.v1.Admin.ListBans:input_type -> signet.ca.v1.ListBansRequest
+	4,  // 94: signet.ca.v1.Authority.Attest:output_type -> signet.ca.v1.AttestResponse
+	10, // 95: signet.ca.v1.Authority.Issue:output_type -> signet.ca.v1.IssueResponse
+	15, // 96: signet.ca.v1.Authority.WatchTrust:output_type -> signet.ca.v1.WatchTrustResponse
+	24, // 97: signet.ca.v1.Authority.WatchNode:output_type -> signet.ca.v1.WatchNodeResponse
+	27, // 98: signet.ca.v1.Admin.Status:output_type -> signet.ca.v1.StatusResponse
+	29, // 99: signet.ca.v1.Admin.ListLog:output_type -> signet.ca.v1.LogEntry
+	31, // 100: signet.ca.v1.Admin.VerifyLog:output_type -> signet.ca.v1.VerifyResponse
+	34, // 101: signet.ca.v1.Admin.AcceptLogLoss:output_type -> signet.ca.v1.AcceptLogLossResponse
+	36, // 102: signet.ca.v1.Admin.AcceptClock:output_type -> signet.ca.v1.AcceptClockResponse
+	56, // 103: signet.ca.v1.Admin.Backup:output_type -> signet.ca.v1.BackupChunk
+	38, // 104: signet.ca.v1.Admin.CreateRequests:output_type -> signet.ca.v1.CreateRequestsResponse
+	40, // 105: signet.ca.v1.Admin.ImportChains:output_type -> signet.ca.v1.ImportChainsResponse
+	42, // 106: signet.ca.v1.Admin.Revoke:output_type -> signet.ca.v1.RevokeResponse
+	59, // 107: signet.ca.v1.Admin.Authorities:output_type -> signet.ca.v1.AuthoritiesResponse
+	62, // 108: signet.ca.v1.Admin.Rotate:output_type -> signet.ca.v1.RotateResponse
+	45, // 109: signet.ca.v1.Admin.Revocations:output_type -> signet.ca.v1.RevocationsResponse
+	47, // 110: signet.ca.v1.Admin.AddBan:output_type -> signet.ca.v1.AddBanResponse
+	49, // 111: signet.ca.v1.Admin.RemoveBan:output_type -> signet.ca.v1.RemoveBanResponse
+	51, // 112: signet.ca.v1.Admin.ListBans:output_type -> signet.ca.v1.ListBansResponse
+	94, // [94:113] is the sub-list for method output_type
+	75, // [75:94] is the sub-list for method input_type
+	75, // [75:75] is the sub-list for extension type_name
+	75, // [75:75] is the sub-list for extension extendee
+	0,  // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_ca_proto_init() }

@@ -54,11 +54,11 @@ what does not enforce it.`,
 				if err != nil {
 					return a.failed(err)
 				}
-				out := jsonBanAdded{Ban: banOf(resp.GetBan()), Changed: resp.GetChanged(), Revision: resp.GetRevision(), Revoked: resp.GetRevoked(), Pending: resp.GetPending(),
-					NotEnforcedBy: notEnforcedBy(resp)}
-				if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
+				out := jsonBanAdded{Ban: banOf(resp.GetBan()), Changed: resp.GetChanged(), Revision: resp.GetRevision(), Revoked: resp.GetRevoked(), Pending: resp.GetPending()}
+				if out.Agents, out.OtherReplicas, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
 					return err
 				}
+				out.NotEnforcedBy = notEnforcedBy(resp, out.OtherReplicas)
 				if output == "json" {
 					return printJSON(cmd.OutOrStdout(), out)
 				}
@@ -79,7 +79,7 @@ what does not enforce it.`,
 					return a.failed(err)
 				}
 				out := jsonBanRemoved{Ban: banOf(resp.GetBan()), Revision: resp.GetRevision()}
-				if out.Agents, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
+				if out.Agents, out.OtherReplicas, err = a.enforced(cmd.Context(), resp.GetRevision(), wait); err != nil {
 					return err
 				}
 				if output == "json" {
@@ -87,7 +87,7 @@ what does not enforce it.`,
 				}
 				w := cmd.OutOrStdout()
 				fmt.Fprintf(w, "%s is not banned any more\n", out.Ban.Subject)
-				return printAgents(w, out.Agents, "have taken that up")
+				return printAgents(w, out.Agents, out.OtherReplicas, "have taken that up")
 			})
 		}}
 	for _, c := range []*cobra.Command{add, remove} {
@@ -106,7 +106,7 @@ what does not enforce it.`,
 				if err != nil {
 					return a.failed(err)
 				}
-				out := jsonBans{Revision: resp.GetRevision(), Bans: []jsonBan{}, Agents: agentsOf(resp, resp.GetRevision())}
+				out := jsonBans{Revision: resp.GetRevision(), Bans: []jsonBan{}, Agents: agentsOf(resp, resp.GetRevision()), OtherReplicas: resp.GetOtherReplicas()}
 				for _, b := range resp.GetBans() {
 					out.Bans = append(out.Bans, banOf(b))
 				}
@@ -151,17 +151,22 @@ type (
 		Revoked       uint32         `json:"revoked"`
 		Pending       string         `json:"pending,omitempty"`
 		Agents        []jsonBanAgent `json:"agents"`
+		OtherReplicas uint32         `json:"otherReplicas,omitempty"`
 		NotEnforcedBy []string       `json:"notEnforcedBy"`
 	}
 	jsonBanRemoved struct {
-		Ban      jsonBan        `json:"ban"`
-		Revision uint64         `json:"revision"`
-		Agents   []jsonBanAgent `json:"agents"`
+		Ban           jsonBan        `json:"ban"`
+		Revision      uint64         `json:"revision"`
+		Agents        []jsonBanAgent `json:"agents"`
+		OtherReplicas uint32         `json:"otherReplicas,omitempty"`
 	}
 	jsonBans struct {
 		Revision uint64         `json:"revision"`
 		Bans     []jsonBan      `json:"bans"`
 		Agents   []jsonBanAgent `json:"agents"`
+		// OtherReplicas is how many replicas have agents of their own, which this one does
+		// not know of.
+		OtherReplicas uint32 `json:"otherReplicas,omitempty"`
 	}
 	jsonBan struct {
 		Subject  string      `json:"subject"`
@@ -208,32 +213,32 @@ func agentsOf(resp *capb.ListBansResponse, revision uint64) []jsonBanAgent {
 	return out
 }
 
-// enforced are the agents, once all that are connected enforce a revision of the bans,
-// or it took too long.
-func (a *authority) enforced(ctx context.Context, revision uint64, wait time.Duration) ([]jsonBanAgent, error) {
+// enforced are the replica's agents, once all that are connected enforce a revision of the
+// bans, or it took too long, and how many other replicas there are.
+func (a *authority) enforced(ctx context.Context, revision uint64, wait time.Duration) (agents []jsonBanAgent, others uint32, err error) {
 	deadline := time.Now().Add(wait)
 	for {
 		resp, err := a.ListBans(ctx, &capb.ListBansRequest{})
 		if err != nil {
-			return nil, a.failed(err)
+			return nil, 0, a.failed(err)
 		}
 		agents, all := agentsOf(resp, revision), true
 		for _, g := range agents {
 			all = all && (g.Enforces || !g.Connected)
 		}
 		if all || !time.Now().Before(deadline) {
-			return agents, nil
+			return agents, resp.GetOtherReplicas(), nil
 		}
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, 0, ctx.Err()
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
 }
 
 // notEnforcedBy says what a ban does not reach.
-func notEnforcedBy(resp *capb.AddBanResponse) []string {
+func notEnforcedBy(resp *capb.AddBanResponse, otherReplicas uint32) []string {
 	s, err := identity.ParseBanSubject(resp.GetBan().GetSubject())
 	if err != nil {
 		return nil
@@ -241,6 +246,9 @@ func notEnforcedBy(resp *capb.AddBanResponse) []string {
 	out := []string{
 		"proxies that do not ask their agent (without the ext_authz filter), and those of agents that are not connected",
 		"connections of TCP that are open; of HTTP, requests that are under way",
+	}
+	if otherReplicas > 0 {
+		out = append(out, "agents of a replica that is cut off from etcd, until they have left it, some seconds later")
 	}
 	onList := "proxies that check no CRL (sds.crl) and do not send the peer's certificate with checks (include_peer_certificate)"
 	if resp.GetRevoked() == 0 {
@@ -280,7 +288,7 @@ func (o jsonBanAdded) print(w io.Writer) error {
 	if o.Pending != "" {
 		fmt.Fprintf(w, "NOT DONE YET: %s\n", o.Pending)
 	}
-	if err := printAgents(w, o.Agents, "deny it"); err != nil {
+	if err := printAgents(w, o.Agents, o.OtherReplicas, "deny it"); err != nil {
 		return err
 	}
 	fmt.Fprintln(w, "not enforced by:")
@@ -290,7 +298,7 @@ func (o jsonBanAdded) print(w io.Writer) error {
 	return nil
 }
 
-func printAgents(w io.Writer, agents []jsonBanAgent, what string) error {
+func printAgents(w io.Writer, agents []jsonBanAgent, otherReplicas uint32, what string) error {
 	n := 0
 	var errs []error
 	for _, a := range agents {
@@ -309,6 +317,10 @@ func printAgents(w io.Writer, agents []jsonBanAgent, what string) error {
 		case a.Unread > 0:
 			_, err = fmt.Fprintf(w, "  %s cannot read %d of the bans: update it\n", a.Node, a.Unread)
 		}
+		errs = append(errs, err)
+	}
+	if otherReplicas > 0 {
+		_, err = fmt.Fprintf(w, "  agents of the other replicas, %d, are not among them: signet ca ban list says there whether they do\n", otherReplicas)
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -334,7 +346,7 @@ func (o jsonBans) print(w io.Writer) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	return printAgents(w, o.Agents, "enforce them")
+	return printAgents(w, o.Agents, o.OtherReplicas, "enforce them")
 }
 
 // printJSON writes one value for people and programs.
