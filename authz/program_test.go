@@ -308,6 +308,16 @@ spec: {action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]}
 		if again := p.After(d, &r); again != d {
 			t.Errorf("%s: after a decision that asks nobody comes %s", request, render(again))
 		}
+		// Who asks before tokens are looked at asks the same ones, and then has decided nothing.
+		asked := []string{}
+		for d = p.Custom(&r); d.Ask; d = p.CustomAfter(d, &r) {
+			if asked = append(asked, render(d)); len(asked) > len(want) {
+				break
+			}
+		}
+		if diff := cmp.Diff(want[:len(want)-1], asked); diff != "" || d != (authz.Decision{}) {
+			t.Errorf("%s: before tokens (-want +got), ends with %+v:\n%s", request, d, diff)
+		}
 	}
 }
 
