@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -242,12 +243,31 @@ func (a *Authority) withKnown(read revocation.Set) revocation.Set {
 	return known
 }
 
+// recordable cuts decisions into parts that the log takes at once.
+func recordable(ds []*capb.Decision) iter.Seq[[]*capb.Decision] {
+	const around = 32 // the record of a decision is so much longer, at most
+	return func(yield func([]*capb.Decision) bool) {
+		for len(ds) > 0 {
+			n, size := 1, proto.Size(ds[0])+around
+			for ; n < min(len(ds), storage.MaxRecords); n++ {
+				if size += proto.Size(ds[n]) + around; size > storage.MaxAppend {
+					break
+				}
+			}
+			if !yield(ds[:n]) {
+				return
+			}
+			ds = ds[n:]
+		}
+	}
+}
+
 // recordRevoked records that certificates are revoked: in the log first, because what is
 // there a start makes part of the state, and then in the state. What is recorded counts,
 // whatever became of the commit. n is how many are recorded. Who leaves meanwhile does not
 // leave half of it behind: nobody would know whether the log has it. revokeMu is held.
 func (a *Authority) recordRevoked(ctx context.Context, ds ...*capb.Decision) (n int, err error) {
-	for part := range slices.Chunk(ds, storage.MaxRecords) {
+	for part := range recordable(ds) {
 		if ctx.Err() != nil {
 			return n, fmt.Errorf("%w: recording a revocation: %w", ErrUnavailable, context.Cause(ctx))
 		}

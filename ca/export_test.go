@@ -88,6 +88,13 @@ func (a *Authority) Revoke(ctx context.Context, serial []byte) error {
 	return err
 }
 
+// RecordRevoked records that certificates are revoked.
+func (a *Authority) RecordRevoked(ctx context.Context, ds ...*capb.Decision) (int, error) {
+	a.revokeMu.Lock()
+	defer a.revokeMu.Unlock()
+	return a.recordRevoked(ctx, ds...)
+}
+
 // TendRevoked stores what was recorded as revoked and is not in the state.
 func (a *Authority) TendRevoked(ctx context.Context) error { return a.tendRevoked(ctx) }
 

@@ -1,9 +1,11 @@
 package ca_test
 
 import (
+	"encoding/binary"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/capb"
@@ -203,5 +205,28 @@ func TestABannedNodeWithTooManyCertificates(t *testing.T) {
 			t.Error(err)
 		}
 		w.close()
+	}
+}
+
+// TestManyLongRevocations: as many as one write of the log takes at most, with the longest
+// reason and a long SPIFFE ID, are more bytes than it takes.
+func TestManyLongRevocations(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ds := make([]*capb.Decision, storage.MaxRecords)
+	for i := range ds {
+		serial := make([]byte, 17)
+		serial[0] = 1
+		binary.BigEndian.PutUint32(serial[13:], uint32(i))
+		ds[i] = &capb.Decision{What: capb.Decision_WHAT_REVOKED, Instance: 1, Reason: strings.Repeat("r", 500), By: "uid 0",
+			Revoked: &capb.RevokedCertificate{Serial: serial, SpiffeId: "spiffe://cluster.local/ns/" + strings.Repeat("n", 63) + "/sa/" + strings.Repeat("s", 600), Authority: make([]byte, 20),
+				Reason: 9, Revoked: time.Now().Unix(), NotAfter: time.Now().Add(time.Hour).Unix()}}
+	}
+	before := w.Log().Head().Sequence
+	if n, err := w.RecordRevoked(t.Context(), ds...); err != nil || n != len(ds) {
+		t.Fatalf("%d are recorded, %v", n, err)
+	}
+	if got := w.Log().Head().Sequence - before; got != uint64(len(ds)) || w.Revoked() != len(ds) {
+		t.Errorf("the log has %d, and %d are revoked", got, w.Revoked())
 	}
 }
