@@ -231,8 +231,11 @@ spec: {policyName: no-events, validationActions: [Deny]}
 		if events, err := c.Kube.CoreV1().Events("full").List(t.Context(), metav1.ListOptions{}); err != nil || len(events.Items) > written {
 			t.Errorf("%d Events were written, %v", len(events.Items)-written, err)
 		}
-		if log := k.procs["signet-ca"].log.String(); !strings.Contains(log, "there are too many") {
-			t.Error("the log does not say that an Event was refused")
-		}
+		kubetest.Poll(t, "the log to say that an Event was refused", func() error {
+			if !strings.Contains(k.procs["signet-ca"].log.String(), "there are too many") {
+				return errors.New("it does not")
+			}
+			return nil
+		})
 	})
 }

@@ -69,8 +69,10 @@ func TestAuthorityKilledUnderIssuance(t *testing.T) {
 			}
 		})
 	}
+	// A busy machine may not get round to the clients in that time.
+	few := func() bool { mu.Lock(); defer mu.Unlock(); return len(serials) < 10 }
 	kills, began := 0, time.Now()
-	for time.Since(began) < *killCA {
+	for time.Since(began) < *killCA || few() && time.Since(began) < *killCA+2*time.Minute {
 		time.Sleep(time.Duration(rand.IntN(400)) * time.Millisecond)
 		k.stop("signet-ca", syscall.SIGKILL)
 		kills++

@@ -232,51 +232,44 @@ func TestAuthorityUsesExactlyItsPermissions(t *testing.T) {
 // keepsTrust edits, freezes and deletes the ConfigMap.
 func keepsTrust(t *testing.T, c *kubetest.Cluster) {
 	maps := c.Kube.CoreV1().ConfigMaps("signet-system")
-	get := func() *core.ConfigMap {
-		t.Helper()
+	// with edits it, or says that somebody else did in between.
+	with := func(edit func(m *core.ConfigMap)) error {
 		m, err := maps.Get(t.Context(), "signet-trust", metav1.GetOptions{})
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
-		return m
+		edit(m)
+		_, err = maps.Update(t.Context(), m, metav1.UpdateOptions{})
+		return err
 	}
-	right := get().Data["root.pem"]
+	m, err := maps.Get(t.Context(), "signet-trust", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	right := m.Data["root.pem"]
 	if !strings.Contains(right, "BEGIN CERTIFICATE") {
 		t.Fatalf("it holds %q", right)
 	}
 	for name, harm := range map[string]func() error{
 		"another root": func() error {
-			m := get()
-			m.Data["root.pem"] = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
-			_, err := maps.Update(t.Context(), m, metav1.UpdateOptions{})
-			return err
+			return with(func(m *core.ConfigMap) {
+				m.Data["root.pem"] = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+			})
 		},
 		"another key": func() error {
-			m := get()
-			m.Data["more.pem"] = right
-			m.Labels["mine"] = "stays"
-			_, err := maps.Update(t.Context(), m, metav1.UpdateOptions{})
-			return err
+			return with(func(m *core.ConfigMap) { m.Data["more.pem"], m.Labels["mine"] = right, "stays" })
 		},
-		"bytes": func() error {
-			m := get()
-			m.BinaryData = map[string][]byte{"x": {1}}
-			_, err := maps.Update(t.Context(), m, metav1.UpdateOptions{})
-			return err
-		},
+		"bytes":   func() error { return with(func(m *core.ConfigMap) { m.BinaryData = map[string][]byte{"x": {1}} }) },
 		"deleted": func() error { return maps.Delete(t.Context(), "signet-trust", metav1.DeleteOptions{}) },
 		"frozen while wrong": func() error {
-			m := get()
-			frozen := true
-			m.Data["root.pem"], m.Immutable = "wrong", &frozen
-			_, err := maps.Update(t.Context(), m, metav1.UpdateOptions{})
-			return err
+			return with(func(m *core.ConfigMap) {
+				frozen := true
+				m.Data["root.pem"], m.Immutable = "wrong", &frozen
+			})
 		},
 	} {
 		began := time.Now()
-		if err := harm(); err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
+		kubetest.Poll(t, name, harm) // the authority may write it once more in between
 		kubetest.Poll(t, name+": the bundle to be right again", func() error {
 			m, err := maps.Get(t.Context(), "signet-trust", metav1.GetOptions{})
 			if err == nil && (len(m.Data) != 1 || m.Data["root.pem"] != right || len(m.BinaryData) != 0 || m.Immutable != nil && *m.Immutable) {
