@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/profile"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/identity"
 	"github.com/signet-mesh/signet/storage"
@@ -303,35 +305,42 @@ func (v *verifier) state() {
 	v.authorities()
 	for _, e := range v.entries {
 		v.resp.Entries++
-		switch {
-		case strings.HasPrefix(e.Key, agentPrefix):
-			v.agent(e)
-		case strings.HasPrefix(e.Key, instancePrefix):
-			if _, err := parseRetired(e); err != nil {
-				v.bad("state: %v", err)
-			}
-		case strings.HasPrefix(e.Key, revocation.BanPrefix):
-			if _, err := revocation.ParseBan(e); err != nil {
-				v.bad("state: %v", err)
-			}
-		case strings.HasPrefix(e.Key, revocation.SerialsPrefix):
-			if _, err := revocation.ParseSerials(e); err != nil {
-				v.bad("state: %v", err)
-			}
-		case strings.HasPrefix(e.Key, revocation.Prefix):
-			v.revocation(e)
-		case strings.HasPrefix(e.Key, revocation.ListPrefix):
-			v.list(e)
-		case e.Key == clockKey:
-			if _, err := parseClock(e); err != nil {
-				v.bad("state: %v", err)
-			}
-		case e.Key == lossKey:
-			if _, err := parseLoss(e); err != nil {
-				v.bad("state: %v", err)
-			}
+		if err := v.entry(e); err != nil {
+			v.bad("state: %v", err)
 		}
 	}
+}
+
+// entry checks one record of the store. What a start reads must be readable.
+func (v *verifier) entry(e storage.Entry) (err error) {
+	below := func(prefix string) bool { return strings.HasPrefix(e.Key, prefix) }
+	switch {
+	case below(agentPrefix):
+		v.agent(e)
+	case below(revocation.Prefix):
+		v.revocation(e)
+	case below(revocation.ListPrefix):
+		v.list(e)
+	case below(instancePrefix):
+		_, err = parseRetired(e)
+	case below(revocation.BanPrefix):
+		_, err = revocation.ParseBan(e)
+	case below(revocation.SerialsPrefix):
+		_, err = revocation.ParseSerials(e)
+	case e.Key == replica.BanRevisionKey:
+		_, _, err = replica.ParseBanRevision(e)
+	case below(askedPrefix):
+		if _, err = serialAsked(e.Key); err == nil {
+			_, err = parseAsked(e)
+		}
+	case below(signedPrefix):
+		_, err = parseSigned(e)
+	case e.Key == clockKey:
+		_, err = parseClock(e)
+	case e.Key == lossKey:
+		_, err = parseLoss(e)
+	}
+	return err
 }
 
 // revocation checks what was revoked, and notes that the log must say so.
@@ -468,6 +477,11 @@ func (v *verifier) authorities() {
 			v.wanted[string(serial)] = &wanted{what: e.Kind + " of the journal", serial: serial, keyHash: hash[:], end: c.NotAfter.Unix()}
 		}
 	}
+	for _, n := range slices.Sorted(maps.Keys(j.Others)) {
+		for i, e := range j.Others[n] {
+			v.other(n, i, e)
+		}
+	}
 	if active == 0 || len(roots) == 0 && j.Source != sourceOffline {
 		v.bad("journal: there is no active authority, or no root")
 	}
@@ -480,6 +494,23 @@ func (v *verifier) authorities() {
 		if bytes.Equal(c.RawIssuer, c.RawSubject) && c.CheckSignatureFrom(c) != nil {
 			v.bad("journal: the root %x is not signed by itself", c.SerialNumber)
 		}
+	}
+}
+
+// other checks what another replica has in the journal: its own verification holds it
+// against its log.
+func (v *verifier) other(instance string, i int, e journal.Entry) {
+	c, err := e.Cert()
+	switch {
+	case e.State == journal.StatePending:
+		_, err = e.Public()
+	case err == nil && c == nil:
+		err = errors.New("its certificate is missing")
+	case err == nil:
+		err = identity.CheckAuthority(c)
+	}
+	if err != nil {
+		v.bad("journal: authority %d of replica %s: %v", i, instance, err)
 	}
 }
 

@@ -226,3 +226,58 @@ func TestVerificationOfWhatRecordsSay(t *testing.T) {
 		t.Errorf("an agent that was never issued an SVID: %v", p)
 	}
 }
+
+// TestVerificationOfEachKindOfRecord: of what a start reads, or what somebody waits for,
+// nothing that cannot be read is passed over.
+func TestVerificationOfEachKindOfRecord(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica = shared, 1 }
+	a := newWorld(t, one, func(c *ca.Config) { c.Instance = 1 })
+	stop := a.run()
+	newWorld(t, one)
+	stop()
+	if p, err := a.VerifyAll(t.Context()); err != nil || len(p) != 0 {
+		t.Fatalf("nothing was done to it: %q, %v", p, err)
+	}
+	serial := fmt.Sprintf("01%032x", 7)
+	other, err := shared.Store.Get(t.Context(), "replicas/002")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []struct{ key, value string }{
+		{"agents/" + serial, `{`},
+		{"instances/009", `{`},
+		{"bans/x", `{`},
+		{"ban-serials/x/001/0000", `x`},
+		{"ban-revision", `{"version":1}`},
+		{"revoke-asked/" + serial, `{`},
+		{"revoke-asked/01", `{"version":1,"serial":"AQ=="}`},
+		{"signed/002", `{"version":1}`},
+		{"revoked/" + serial, `{`},
+		{"crl/0102", `x`},
+		{"replica-clock/001", `{`},
+		{"replica-loss/001", `{`},
+		{"replicas/002", `{"version":1}`},
+		{"replicas/002", strings.Replace(string(other.Value), `"certificate":"M`, `"certificate":"N`, 1)},
+	} {
+		was, err := shared.Store.Get(t.Context(), r.key)
+		if err != nil && !errors.Is(err, storage.ErrNotFound) {
+			t.Fatal(err)
+		}
+		put := func(op storage.Op) {
+			t.Helper()
+			if _, err := shared.Store.Commit(t.Context(), nil, []storage.Op{op}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put(storage.Op{Key: r.key, Value: []byte(r.value)})
+		if p, err := a.VerifyAll(t.Context()); len(p) == 0 && err == nil {
+			t.Errorf("%s, which is %s, is passed over", r.key, r.value)
+		}
+		put(storage.Op{Key: r.key, Value: was.Value, Delete: was.Revision == 0})
+	}
+	if p, err := a.VerifyAll(t.Context()); err != nil || len(p) != 0 {
+		t.Errorf("at last: %q, %v", p, err)
+	}
+}
