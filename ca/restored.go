@@ -17,7 +17,8 @@ import (
 
 // rejoin begins a replica's part of a state that was restored from an older copy: as
 // another instance, with a key of the log of its own, whose first record says so. Its
-// intermediates go on: proxies have what they signed.
+// intermediates go on, since proxies have what they signed, but for those whose keys have
+// gone since the copy was made: there is another one then.
 func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint64, former replica.Former) error {
 	a.cfg.Log.Info("a replica goes on as another instance, in a state that was restored", "instance", a.instance, "was", former.Instance, "records", former.Sequence)
 	// Before the key of the log counts, so that no log of a restored state begins without.
@@ -30,17 +31,39 @@ func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint
 	if _, err := newLogKey(a.keys, &j); err != nil {
 		return err
 	}
-	// The key of one that has ended may be gone since the copy was made.
 	now, signs := a.clock.read().wall, false
-	j.Authorities = slices.DeleteFunc(slices.Clone(j.Authorities), func(e journal.Entry) bool {
+	var own []journal.Entry
+	for _, e := range j.Authorities {
 		c, err := e.Cert()
-		if e.Kind != journal.KindIntermediate || err != nil || c == nil {
-			return false // what cannot be read is not for here
+		if e.Kind != journal.KindIntermediate || err != nil {
+			own = append(own, e) // what cannot be read is not for here
+			continue
 		}
-		ended := now.After(c.NotAfter)
-		signs = signs || !ended && e.State == journal.StateActive
-		return ended
-	})
+		missing := false
+		if e.Key != "" {
+			if missing, err = a.keys.Missing(e.Key); err != nil {
+				return err
+			}
+		}
+		switch {
+		case c != nil && now.After(c.NotAfter):
+			continue // its key may be gone since the copy was made
+		case c == nil && missing:
+			a.cfg.Log.Warn("a request for an intermediate is given up, whose key has gone since the state was copied", "key", e.Key)
+			continue
+		case missing:
+			// It has had its time since, or somebody has lost the key: it signs no more. What it
+			// signed may be valid, for as long as it is itself.
+			a.cfg.Log.Warn("an intermediate signs no more, because its key has gone since the state was copied", "serial", journal.ID(c), "key", e.Key, "not_after", c.NotAfter)
+			if e.State != journal.StateOld && !e.External {
+				e.Leaves = c.NotAfter
+			}
+			e.State, e.Key = journal.StateOld, ""
+		}
+		signs = signs || e.State == journal.StateActive
+		own = append(own, e)
+	}
+	j.Authorities = own
 	if _, waits := j.Request(); !signs && !waits {
 		entries, err := a.ownIntermediates(ctx, j)
 		if err != nil {

@@ -2,6 +2,9 @@ package ca_test
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -167,4 +170,104 @@ func TestASharedStateIsRestored(t *testing.T) {
 	}
 	intact(t, b)
 	b.close()
+}
+
+// TestARestoredStateNamesKeysThatHaveGone: the copy is from before an intermediate was
+// replaced and its key removed.
+func TestARestoredStateNamesKeysThatHaveGone(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica, c.CRL.Enabled = shared, 1, true }
+	a := newWorld(t, brisk, one, func(c *ca.Config) { c.Instance = 1 })
+	stopA := a.run()
+	b := newWorld(t, brisk, one)
+	stopA()
+	keyFiles := func(w *world, kind string) []string {
+		return must(filepath.Glob(filepath.Join(w.cfg.DataDir, "authority/keys", kind+"-*.key")))
+	}
+	remove := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			if err := os.Remove(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// One that waits for its list, in the copy.
+	before := keyFiles(a, "intermediate")
+	if err := a.RenewIntermediate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next := slices.DeleteFunc(keyFiles(a, "intermediate"), func(name string) bool { return slices.Contains(before, name) })
+	if len(before) != 1 || len(next) != 1 || len(keyFiles(b, "intermediate")) != 1 {
+		t.Fatalf("keys %q, then %q, and %q", before, next, keyFiles(b, "intermediate"))
+	}
+	root, ofA, ofB := a.Root(), a.Intermediate(), b.Intermediate()
+	a.close()
+	b.close()
+	restore := func() {
+		t.Helper()
+		done, err := (replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, Reason: "a test"}).Run(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.cfg.Instance, a.cfg.RootReplica, b.cfg.RootReplica = done.Replicas[0].To, done.Replicas[0].To, done.Replicas[0].To
+	}
+	restore()
+	remove(append(next, keyFiles(b, "intermediate")...)...)
+	a.open()
+	stopA = a.run()
+	b.open()
+	stopB := b.run()
+	for _, w := range []*world{a, b} {
+		eventually(t, "it to be ready", func() bool { return w.Ready() == nil })
+		intact(t, w)
+	}
+	if !a.Root().Equal(root) || !a.Intermediate().Equal(ofA) {
+		t.Error("the first has another root or intermediate")
+	}
+	if b.Intermediate().Equal(ofB) {
+		t.Error("the second signs with what it has no key of")
+	}
+	agent, _ := b.attest(agentB)
+	rs, err := issue(t, agent, item(t, byUID(onNodeB.PodUID)))
+	if err != nil || rs[0].GetX509() == nil {
+		t.Fatal(rs, err)
+	}
+	if err := verifies(parseChain(t, rs[0].GetX509().GetChain()), root); err != nil {
+		t.Error(err)
+	}
+	stopB()
+	b.close()
+	stopA()
+	a.close()
+
+	// Without a restoration a key that is missing stays a reason not to start.
+	remove(before...)
+	if w, err := ca.Open(t.Context(), a.cfg); err == nil || !strings.Contains(err.Error(), "is missing: restore it") {
+		t.Errorf("without its intermediate's key: %v", err)
+		if w != nil {
+			_ = w.Close()
+		}
+	}
+	restore()
+	a.open()
+	if a.Intermediate().Equal(ofA) || !a.Root().Equal(root) {
+		t.Error("the first signs with what it has no key of, or has another root")
+	}
+	if err := a.Ready(); err != nil {
+		t.Error(err)
+	}
+	intact(t, a)
+	a.close()
+
+	// The root's key is restored by people.
+	restore()
+	remove(keyFiles(a, "root")...)
+	if w, err := ca.Open(t.Context(), a.cfg); err == nil || !strings.Contains(err.Error(), "root-") || !strings.Contains(err.Error(), "is missing: restore it") {
+		t.Errorf("without the root's key: %v", err)
+		if w != nil {
+			_ = w.Close()
+		}
+	}
 }

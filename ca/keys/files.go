@@ -128,6 +128,24 @@ func encrypted(text []byte) bool {
 	return block != nil && (block.Type == "ENCRYPTED PRIVATE KEY" || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED"))
 }
 
+// Missing reports whether a key is one in a file of the folder, and the file is not there.
+func (r *Ring) Missing(keyURI string) (bool, error) {
+	if scheme, _, _ := strings.Cut(keyURI, ":"); scheme != softkms.Scheme {
+		return false, nil
+	}
+	path, err := r.path(keyURI)
+	if err != nil {
+		return false, err
+	}
+	switch _, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return true, nil
+	case err != nil:
+		return false, fmt.Errorf("looking for a key: %w", err)
+	}
+	return false, nil
+}
+
 func (r *Ring) removeFile(keyURI string) error {
 	path, err := r.path(keyURI)
 	if err != nil {

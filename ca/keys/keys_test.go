@@ -128,6 +128,35 @@ func TestKeysInFiles(t *testing.T) {
 	}
 }
 
+func TestAKeyThatIsMissing(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r := open(t, keys.Config{Folder: dir})
+	uri, _, err := r.Create(keys.Intermediate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	is := func(uri string, want bool) {
+		t.Helper()
+		if missing, err := r.Missing(uri); err != nil || missing != want {
+			t.Errorf("%s is missing: %v, %v", uri, missing, err)
+		}
+	}
+	is(uri, false)
+	is("pkcs11:token=a;object=b", false) // only its device knows
+	if err := r.Remove(keys.Intermediate, uri); err != nil {
+		t.Fatal(err)
+	}
+	is(uri, true)
+	if _, err := r.Missing("softkms:../" + filepath.Base(dir)); err == nil {
+		t.Error("a path is looked for")
+	}
+	r = open(t, keys.Config{Folder: filepath.Join(secret(t, ""), "x")}) // below a file
+	if missing, err := r.Missing(uri); err == nil || missing {
+		t.Errorf("in what is no folder: %v, %v", missing, err)
+	}
+}
+
 func TestBadConfigurationsAreRefused(t *testing.T) {
 	t.Parallel()
 	readable := secret(t, "x")
