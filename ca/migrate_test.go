@@ -142,6 +142,50 @@ func TestMigration(t *testing.T) {
 	other.close()
 }
 
+// TestAMigrationEndsAfterOthersHaveJoined: it was interrupted when the shared state was an
+// authority's already, and another replica began there before it was run again.
+func TestAMigrationEndsAfterOthersHaveJoined(t *testing.T) {
+	t.Parallel()
+	_, upstream := upstreamFolder(t)
+	w := newWorld(t, func(c *ca.Config) { c.Upstream = upstream })
+	_, cert := w.attest(agentA)
+	id := w.ID()
+	w.close()
+	dir := filepath.Join(w.cfg.DataDir, "authority")
+	shared := newShared(t)
+	m := replica.Migration{Dir: dir, Store: shared.Store, Files: shared.Files, Place: "there", Wait: 50 * time.Millisecond}
+	for n := 0; ; n++ {
+		stopped := m
+		stopped.Store = &failing{Store: shared.Store, landed: true} // one more commit each time
+		if _, err := stopped.ToShared(t.Context()); !errors.Is(err, storagetest.ErrInjected) {
+			t.Fatalf("attempt %d: %v", n, err)
+		}
+		if _, err := shared.Store.Get(t.Context(), "journal"); err == nil {
+			break
+		} else if !errors.Is(err, storage.ErrNotFound) || n > 100 {
+			t.Fatal(err)
+		}
+	}
+	other := newWorld(t, func(c *ca.Config) { c.Upstream, c.Shared = upstream, shared })
+	agent, _ := other.attest(agentB)
+	if rs, err := issue(t, agent, item(t, byUID(onNodeB.PodUID))); err != nil || rs[0].GetX509() == nil {
+		t.Fatal(rs, err)
+	}
+	if moved, err := m.ToShared(t.Context()); err != nil || moved.Instance != 1 {
+		t.Fatalf("once more: %+v, %v", moved, err)
+	}
+	w.cfg.Shared = shared
+	w.open()
+	if w.ID() != id {
+		t.Errorf("it is %v now", w.ID())
+	}
+	if rs, err := issue(t, w.dial(cert), item(t, byUID(server.PodUID))); err != nil || rs[0].GetX509() == nil {
+		t.Errorf("an agent of before is not known: %v", err)
+	}
+	intact(t, w)
+	intact(t, other)
+}
+
 // mustHead is the head of the log of an authority that is down.
 func mustHead(t *testing.T, dir string) storage.Head {
 	t.Helper()

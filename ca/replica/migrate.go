@@ -470,7 +470,8 @@ func mark(ctx context.Context, s storage.Store, m moved) error {
 	return err
 }
 
-// begin compares what was copied and makes the shared state that of an authority.
+// begin compares what was copied and makes the shared state that of an authority. If an
+// earlier attempt has done that there is nothing to compare: others use it since.
 func (m Migration) begin(ctx context.Context, view *Store, entries []storage.Entry) error {
 	present, _, err := view.List(ctx, "")
 	if err != nil {
@@ -485,22 +486,19 @@ func (m Migration) begin(ctx context.Context, view *Store, entries []storage.Ent
 			want[e.Key] = e.Value
 		}
 	}
-	mark, done := uint64(0), false
-	for _, e := range present {
-		switch {
-		case e.Key == movedKey:
-			mark = e.Revision
-		case e.Key == journalKey:
-			done = true
-		default:
-			if v, ok := want[e.Key]; !ok || !bytes.Equal(v, e.Value) {
-				return fmt.Errorf("entry %q is not what was copied: somebody else writes there", e.Key)
-			}
-			delete(want, e.Key)
-		}
+	if slices.ContainsFunc(present, func(e storage.Entry) bool { return e.Key == journalKey }) {
+		return nil
 	}
-	if done {
-		return nil // an earlier attempt, whose folder is put aside now
+	mark := uint64(0)
+	for _, e := range present {
+		if e.Key == movedKey {
+			mark = e.Revision
+			continue
+		}
+		if v, ok := want[e.Key]; !ok || !bytes.Equal(v, e.Value) {
+			return fmt.Errorf("entry %q is not what was copied: somebody else writes there", e.Key)
+		}
+		delete(want, e.Key)
 	}
 	if len(want) > 0 {
 		return fmt.Errorf("%d entries that were copied are gone: somebody else writes there", len(want))
