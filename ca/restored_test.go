@@ -1,6 +1,8 @@
 package ca_test
 
 import (
+	"bytes"
+	"crypto/x509"
 	"errors"
 	"os"
 	"path/filepath"
@@ -270,4 +272,108 @@ func TestARestoredStateNamesKeysThatHaveGone(t *testing.T) {
 			_ = w.Close()
 		}
 	}
+}
+
+// TestARestoredReplicaMovesToItsFolder with the logs of what it was, so that what those
+// instances issued can still be looked up and revoked.
+func TestARestoredReplicaMovesToItsFolder(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	w := newWorld(t, func(c *ca.Config) {
+		c.Shared, c.RootReplica, c.Instance, c.CRL.Enabled, c.LogOptions.SegmentSize = shared, 1, 1, true, 4<<10
+	})
+	var leaves [][]*x509.Certificate
+	serve := func() {
+		t.Helper()
+		agent, _ := w.attest(agentA)
+		for range 15 {
+			leaves = append(leaves, w.leaf(agent))
+		}
+		if err := w.SignHead(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := filepath.Join(w.cfg.DataDir, "authority")
+	m := replica.Migration{Dir: dir, Store: shared.Store, Files: shared.Files, Place: "there", Wait: 50 * time.Millisecond}
+	for range 2 {
+		serve()
+		w.close()
+		done, err := (replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, Reason: "a test"}).Run(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.ToFolder(t.Context()); err == nil || !strings.Contains(err.Error(), "start it once") {
+			t.Fatalf("before it has begun again: %v", err)
+		}
+		w.cfg.Instance, w.cfg.RootReplica = done.Replicas[0].To, done.Replicas[0].To
+		w.open()
+	}
+	serve()
+	instance := w.cfg.Instance
+	w.close()
+
+	// Something else is where a log goes: it stays, and nothing is moved.
+	inWay := filepath.Join(dir, "retired/001")
+	if err := os.MkdirAll(inWay, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.ToFolder(t.Context()); err == nil || !strings.Contains(err.Error(), "the log of instance 1, which this replica was") {
+		t.Fatalf("with something in the way: %v", err)
+	}
+	if err := os.Remove(inWay); err != nil {
+		t.Fatal(err)
+	}
+	// Of what an attempt has copied that was interrupted nothing is left, or all of it is used.
+	mkdir(t, inWay+".migrating", 0o700)
+	if err := os.WriteFile(filepath.Join(inWay+".migrating", "000000000001.seg"), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "replica.moved", "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.ToFolder(t.Context()); err == nil {
+		t.Fatal("it ended although the last step cannot be")
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "replica.moved")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"state.db", "log"} { // as before they had their names
+		if err := os.Rename(filepath.Join(dir, name), filepath.Join(dir, name+".migrating")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copied := copyTree(t, inWay)
+	moved, err := m.ToFolder(t.Context())
+	if err != nil || moved.Instance != instance {
+		t.Fatalf("%+v, %v", moved, err)
+	}
+	t.Logf("note: %+v", moved)
+	for name, b := range copyTree(t, inWay) {
+		if !bytes.Equal(copied[name], b) {
+			t.Errorf("%s is not what it was", name)
+		}
+	}
+	if names := must(filepath.Glob(filepath.Join(dir, "retired/*"))); len(copied) < 2 || len(names) != 2 {
+		t.Errorf("%d files; retired: %q", len(copied), names)
+	}
+
+	w.cfg.Shared, w.cfg.RootReplica = ca.Shared{}, 0
+	w.open()
+	defer w.run()()
+	intact(t, w)
+	if v, err := w.admin().VerifyLog(t.Context(), &capb.VerifyLogRequest{Store: true}); err != nil || len(v.GetLogs()) != 3 {
+		t.Errorf("%v, %v", v, err)
+	}
+	of := map[byte]bool{}
+	for _, leaf := range leaves {
+		of[ca.Serial(leaf[0])[0]] = true
+		if err := w.Revoke(t.Context(), ca.Serial(leaf[0])); err != nil {
+			t.Errorf("revoking %x: %v", ca.Serial(leaf[0]), err)
+		}
+	}
+	if len(of) != 3 {
+		t.Errorf("leaves of instances %v", of)
+	}
+	eventually(t, "the first to be on a list", func() bool { return w.revoked(leaves[0]) })
+	intact(t, w)
 }

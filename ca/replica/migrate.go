@@ -80,7 +80,7 @@ type Migration struct {
 type Moved struct {
 	Instance uint8
 	Entries  int    // of the state
-	Files    int    // of the log
+	Files    int    // of the log, and of those from before a restore
 	Reused   int    // of those, that an earlier attempt had copied
 	Records  uint64 // the last record
 }
@@ -89,6 +89,7 @@ type Moved struct {
 const (
 	stateName   = "state.db"
 	logName     = "log"
+	retiredName = "retired" // logs of instances from before a restore
 	newSuffix   = ".migrating"
 	movedSuffix = ".moved"
 )
@@ -430,12 +431,17 @@ func (m Migration) copyEntries(ctx context.Context, view *Store, entries []stora
 
 // compareLog reads the copy of a log whole, and checks that it is the log.
 func (m Migration) compareLog(ctx context.Context, log *storage.FileLog, instance uint8) (err error) {
-	c, err := storage.OpenLog(sharedLog(instance), storage.LogOptions{Instance: uint32(instance), FS: m.Files, ReadOnly: true, LockTimeout: max(m.Wait, time.Second)})
+	c, err := m.openShared(instance)
 	if err != nil {
 		return fmt.Errorf("checking the copy of the log: %w", err)
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
 	return sameLog(ctx, log, c)
+}
+
+// openShared opens the log of an instance in the shared state to read it.
+func (m Migration) openShared(instance uint8) (*storage.FileLog, error) {
+	return storage.OpenLog(sharedLog(instance), storage.LogOptions{Instance: uint32(instance), FS: m.Files, ReadOnly: true, LockTimeout: max(m.Wait, time.Second)})
 }
 
 // sameLog checks that b holds what a holds, and that both are whole.
@@ -508,7 +514,8 @@ func (m Migration) begin(ctx context.Context, view *Store, entries []storage.Ent
 	return err
 }
 
-// ToFolder moves the one replica that the shared state has into its folder. Other
+// ToFolder moves the one replica that the shared state has into its folder, with the logs
+// of the instances that it was before the state was restored. Other
 // replicas must not have begun: what they issued would have no log any more. While it runs
 // nobody can use either. It can be run again as ToShared can.
 func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
@@ -528,7 +535,10 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 		return out, err
 	}
 	// The log is this process's from here on, so no replica of this folder runs.
-	log, err := storage.OpenLog(sharedLog(out.Instance), storage.LogOptions{Instance: uint32(out.Instance), FS: m.Files, ReadOnly: true, LockTimeout: max(m.Wait, time.Second)})
+	log, err := m.openShared(out.Instance)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("the replica has not issued yet, or not since the state was restored: start it once before: %w", err)
+	}
 	if err != nil {
 		return out, err
 	}
@@ -558,6 +568,9 @@ func (m Migration) ToFolder(ctx context.Context) (out Moved, err error) {
 	out.Records = log.Head().Sequence
 	// The state gets its name last: where it has it, all is there.
 	if _, err := os.Lstat(filepath.Join(m.Dir, stateName)); errors.Is(err, fs.ErrNotExist) {
+		if err := m.copyFormer(ctx, &out); err != nil {
+			return out, err
+		}
 		if err := m.makeFolder(ctx, entries, log, &out); err != nil {
 			return out, err
 		}
@@ -618,7 +631,8 @@ func (m Migration) alone(ctx context.Context, instance uint8) error {
 		if err != nil {
 			return err
 		}
-		if e.Key != recordKey(instance) && r.Journal != nil {
+		issued := r.Journal != nil || slices.ContainsFunc(r.Former, func(f Former) bool { return f.Sequence > 0 })
+		if e.Key != recordKey(instance) && issued {
 			return fmt.Errorf("replica %s has issued, too, and its log would be lost: state of several replicas stays shared", strings.TrimPrefix(e.Key, recordPrefix))
 		}
 	}
@@ -658,12 +672,21 @@ func (m Migration) makeFolder(ctx context.Context, entries []storage.Entry, log 
 		}
 		out.Entries++
 	}
-	if err := os.Mkdir(logDir, 0o700); err != nil {
+	if err := copyToFolder(ctx, log, logDir, out.Instance, &out.Files); err != nil {
 		return err
 	}
-	err = log.Files(ctx, func(name string, size int64, r io.Reader) error {
-		out.Files++
-		f, err := os.OpenFile(filepath.Join(logDir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	out.Records = log.Head().Sequence
+	return syncFolder(m.Dir)
+}
+
+// copyToFolder makes a folder that holds a log, compared with it, and counts the files.
+func copyToFolder(ctx context.Context, log *storage.FileLog, dir string, instance uint8, files *int) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	err := log.Files(ctx, func(name string, size int64, r io.Reader) error {
+		*files++
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
 			return err
 		}
@@ -673,10 +696,64 @@ func (m Migration) makeFolder(ctx context.Context, entries []storage.Entry, log 
 	if err != nil {
 		return err
 	}
-	out.Records = log.Head().Sequence
-	c, err := storage.OpenLog(logDir, storage.LogOptions{Instance: uint32(out.Instance), ReadOnly: true})
+	return errors.Join(compareFolder(ctx, log, dir, instance), syncFolder(dir))
+}
+
+// compareFolder checks that a folder holds a log.
+func compareFolder(ctx context.Context, log *storage.FileLog, dir string, instance uint8) error {
+	c, err := storage.OpenLog(dir, storage.LogOptions{Instance: uint32(instance), ReadOnly: true})
 	if err != nil {
 		return fmt.Errorf("checking the copy of the log: %w", err)
 	}
-	return errors.Join(sameLog(ctx, log, c), c.Close(), syncFolder(logDir), syncFolder(m.Dir))
+	return errors.Join(sameLog(ctx, log, c), c.Close())
+}
+
+// copyFormer copies the logs of the instances that the replica was before the shared state
+// was restored to where a folder has those.
+func (m Migration) copyFormer(ctx context.Context, out *Moved) error {
+	all, err := FormerOf(ctx, m.Store, out.Instance)
+	if err != nil {
+		return err
+	}
+	for _, f := range all {
+		if f.Dropped {
+			continue
+		}
+		if err := m.copyFormerLog(ctx, f.Instance, out); err != nil {
+			return fmt.Errorf("the log of instance %d, which this replica was: %w", f.Instance, err)
+		}
+	}
+	return nil
+}
+
+func (m Migration) copyFormerLog(ctx context.Context, instance uint8, out *Moved) (err error) {
+	log, err := m.openShared(instance)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it had none, or all of it was pruned
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	above := filepath.Join(m.Dir, retiredName)
+	dir := filepath.Join(above, fmt.Sprintf("%03d", instance))
+	if _, err := os.Lstat(dir); err == nil {
+		// An attempt that did not end has made it; what does not hold that log stays as it is.
+		return compareFolder(ctx, log, dir, instance)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Mkdir(above, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := os.RemoveAll(dir + newSuffix); err != nil {
+		return err
+	}
+	if err := copyToFolder(ctx, log, dir+newSuffix, instance, &out.Files); err != nil {
+		return err
+	}
+	if err := os.Rename(dir+newSuffix, dir); err != nil {
+		return err
+	}
+	return syncFolder(above)
 }
