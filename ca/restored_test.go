@@ -15,6 +15,7 @@ import (
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/storage"
+	"github.com/signet-mesh/signet/storage/storagetest"
 )
 
 // TestASharedStateIsRestored: what `signet-ca restore-etcd` does to a state that was put
@@ -376,4 +377,36 @@ func TestARestoredReplicaMovesToItsFolder(t *testing.T) {
 	}
 	eventually(t, "the first to be on a list", func() bool { return w.revoked(leaves[0]) })
 	intact(t, w)
+}
+
+// TestARestorationLeavesNumbersOut: more than fit into one change, and over changes without an
+// answer.
+func TestARestorationLeavesNumbersOut(t *testing.T) {
+	t.Parallel()
+	_, upstream := upstreamFolder(t)
+	shared := newShared(t)
+	w := newWorld(t, func(c *ca.Config) { c.Upstream, c.Shared = upstream, shared })
+	w.close()
+	restoration := replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, From: 120, Reason: "a test"}
+	before := must(shared.Store.Get(t.Context(), "replicas/001")).Revision
+	stopped := restoration
+	stopped.Store = &failing{Store: shared.Store, left: 1, landed: true}
+	if _, err := stopped.Run(t.Context()); !errors.Is(err, storagetest.ErrInjected) {
+		t.Fatal(err)
+	}
+	if now := must(shared.Store.Get(t.Context(), "replicas/001")).Revision; now != before {
+		t.Error("the replica is another instance although the restoration was interrupted before")
+	}
+	done, err := restoration.Run(t.Context())
+	if err != nil || len(done.Replicas) != 1 || done.Replicas[0].To != 120 {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	w.open()
+	intact(t, w)
+	if n, err := replica.Claim(t.Context(), shared.Store, "somebody", 0); err != nil || n != 121 {
+		t.Errorf("somebody who joins is instance %d, %v", n, err)
+	}
+	if _, err := replica.Claim(t.Context(), shared.Store, "somebody else", 7); !errors.Is(err, replica.ErrClaimed) {
+		t.Errorf("a number that was left out: %v", err)
+	}
 }

@@ -129,9 +129,10 @@ type retired struct {
 	Retired      time.Time `json:"retired"`
 }
 
-// Run does it, as one change. No replica may run: one that does holds its log, which is an
-// error. After an error nothing is changed, or, where that is not known, it can be done
-// again, and only leaves more numbers out.
+// Run does it, as one change, but for lists that go and numbers that are left out before.
+// No replica may run: one that does holds its log, which is an error. After an error the
+// rest is as it was, or, where that is not known, it can be done again, and only leaves more
+// numbers out.
 func (r Restoration) Run(ctx context.Context) (Restored, error) {
 	out, err := r.run(ctx)
 	if err != nil {
@@ -169,6 +170,12 @@ func (r Restoration) run(ctx context.Context) (out Restored, err error) {
 			return out, err
 		}
 	}
+	// Also before: there can be more than fit into the change, and nobody has had them.
+	for part := range slices.Chunk(w.unused, storage.MaxOps/2) {
+		if err := w.leaveOut(ctx, part); err != nil {
+			return out, err
+		}
+	}
 	if len(w.ops) > storage.MaxOps {
 		return out, fmt.Errorf("%d replicas: too many for one change", len(w.out.Replicas))
 	}
@@ -186,6 +193,7 @@ type restoring struct {
 	replicas []restoredReplica
 	clocks   []keptClock
 	lists    []storage.Op
+	unused   []uint8 // instances that nobody had and nobody is to get
 	conds    []storage.Cond
 	ops      []storage.Op
 	out      Restored
@@ -331,9 +339,8 @@ func (w *restoring) renumber() error {
 	next := max(w.From, 1)
 	for n := uint8(1); n < next; n++ {
 		if !w.used[n] {
-			if err := w.retire(retired{Instance: n, Hash: make([]byte, 32)}); err != nil {
-				return err
-			}
+			w.unused = append(w.unused, n)
+			w.used[n] = true
 		}
 	}
 	for _, x := range w.replicas {
@@ -374,9 +381,29 @@ func (w *restoring) renumber() error {
 }
 
 func (w *restoring) retire(r retired) error {
+	op, err := w.retirement(r)
+	w.op(0, op)
+	w.used[r.Instance] = true
+	return err
+}
+
+func (w *restoring) retirement(r retired) (storage.Op, error) {
 	r.Version, r.Retired = 1, w.now
 	b, err := json.Marshal(r)
-	w.op(0, storage.Op{Key: fmt.Sprintf("%s%03d", retiredPrefix, r.Instance), Value: b})
-	w.used[r.Instance] = true
+	return storage.Op{Key: fmt.Sprintf("%s%03d", retiredPrefix, r.Instance), Value: b}, err
+}
+
+// leaveOut retires instances that nobody had, unless somebody has one of them by now.
+func (w *restoring) leaveOut(ctx context.Context, instances []uint8) error {
+	var conds []storage.Cond
+	var ops []storage.Op
+	for _, n := range instances {
+		op, err := w.retirement(retired{Instance: n, Hash: make([]byte, 32)})
+		if err != nil {
+			return err
+		}
+		conds, ops = append(conds, storage.Cond{Key: recordKey(n)}, storage.Cond{Key: op.Key}), append(ops, op)
+	}
+	_, err := w.Store.Commit(ctx, conds, ops)
 	return err
 }
