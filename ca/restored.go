@@ -19,12 +19,15 @@ import (
 // another instance, with a key of the log of its own, whose first record says so. Its
 // intermediates go on, since proxies have what they signed, but for those whose keys have
 // gone since the copy was made: there is another one then.
-func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint64, former replica.Former) error {
-	a.cfg.Log.Info("a replica goes on as another instance, in a state that was restored", "instance", a.instance, "was", former.Instance, "records", former.Sequence)
+func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint64, former []replica.Former) error {
+	var ds []*capb.Decision
+	for _, f := range restorations(former) {
+		a.cfg.Log.Info("a replica goes on as another instance, in a state that was restored", "instance", a.instance, "was", f.Instance, "records", f.Sequence)
+		ds = append(ds, &capb.Decision{What: capb.Decision_WHAT_RESTORED, Instance: uint32(f.Instance), Sequence: f.Sequence, Hash: f.Hash, Reason: f.Reason})
+	}
 	// Before the key of the log counts, so that no log of a restored state begins without.
 	if a.log.Head().Sequence == 0 {
-		if err := a.decide(ctx, &capb.Decision{What: capb.Decision_WHAT_RESTORED, Instance: uint32(former.Instance),
-			Sequence: former.Sequence, Hash: former.Hash, Reason: former.Reason}); err != nil {
+		if err := a.decide(ctx, ds...); err != nil {
 			return err
 		}
 	}
@@ -73,6 +76,18 @@ func (a *Authority) rejoin(ctx context.Context, j journal.Journal, revision uint
 	}
 	_, err := j.Commit(ctx, a.store, revision)
 	return err
+}
+
+// restorations are those of what a replica was that no log says yet: the newest of an
+// instance with records, which is what was lost, and others after it that came before the
+// replica had begun anew.
+func restorations(former []replica.Former) []replica.Former {
+	for i := len(former) - 1; i > 0; i-- {
+		if former[i].Sequence > 0 {
+			return former[i:]
+		}
+	}
+	return former
 }
 
 // openFormer opens the logs of the instances that this replica was, until Close. They are

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -409,4 +410,45 @@ func TestARestorationLeavesNumbersOut(t *testing.T) {
 	if _, err := replica.Claim(t.Context(), shared.Store, "somebody else", 7); !errors.Is(err, replica.ErrClaimed) {
 		t.Errorf("a number that was left out: %v", err)
 	}
+}
+
+// TestTheFirstRecordSaysWhatWasLost also where the state was restored again before the
+// replica had begun.
+func TestTheFirstRecordSaysWhatWasLost(t *testing.T) {
+	t.Parallel()
+	_, upstream := upstreamFolder(t)
+	shared := newShared(t)
+	w := newWorld(t, func(c *ca.Config) { c.Upstream, c.Shared = upstream, shared })
+	restore := func(reason string) {
+		t.Helper()
+		if _, err := (replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, Reason: reason}).Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	says := func(want ...string) {
+		t.Helper()
+		var got []string
+		for r := range records(w) {
+			if d := r.GetDecision(); d.GetWhat() == capb.Decision_WHAT_RESTORED {
+				got = append(got, fmt.Sprintf("%d at %d: %s", d.GetInstance(), d.GetSequence(), d.GetReason()))
+			} else if len(got) == 0 {
+				t.Errorf("before it says anything: %v", r)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("it says %q, not %q", got, want)
+		}
+		intact(t, w)
+	}
+	w.close()
+	lost := w.Log().Head().Sequence
+	restore("disks")
+	restore("the wrong snapshot")
+	w.open()
+	says(fmt.Sprintf("1 at %d: disks", lost), "2 at 0: the wrong snapshot")
+	w.close()
+	lost = w.Log().Head().Sequence
+	restore("disks again")
+	w.open()
+	says(fmt.Sprintf("3 at %d: disks again", lost))
 }

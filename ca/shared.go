@@ -179,7 +179,7 @@ func (a *Authority) joinOnce(ctx context.Context, f replica.Identity) error {
 	case j.LogKey != "":
 		return nil
 	case len(former) > 0:
-		return a.rejoin(ctx, j, revision, former[len(former)-1])
+		return a.rejoin(ctx, j, revision, former)
 	case f.Begun:
 		return errors.New("its part of the journal is gone: this is not the state that it belongs to; restore the right one, or give this replica an empty dataDir to begin as another instance")
 	case !first && (j.TrustDomain != a.cfg.TrustDomain.Name() || j.Source != a.cfg.source()):
