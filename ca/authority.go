@@ -66,8 +66,9 @@ type Authority struct {
 	bansStale atomic.Bool
 	// cutOff is since when the state that replicas share was not read, if that is so for
 	// long; zero otherwise.
-	cutOff identity.Watched[time.Time]
-	nodes  nodeBans
+	cutOff   identity.Watched[time.Time]
+	nodes    nodeBans
+	lostBans lostBans
 	// recording is held for reading from where a certificate is held against the bans until
 	// it is recorded, so that who takes it after a ban finds all that came before it in
 	// the log.

@@ -22,6 +22,7 @@ import (
 	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/ca/journal"
 	"github.com/signet-mesh/signet/ca/keys"
+	"github.com/signet-mesh/signet/ca/replica"
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
 
@@ -514,6 +515,18 @@ func (out *Restored) renew(ctx context.Context, dir string, cfg RestoreConfig) (
 	ops = append(ops, clock...)
 	var lists []storage.Op
 	for _, e := range entries {
+		if e.Key == replica.BanRevisionKey {
+			r, err := replica.ParseBanRevision(e)
+			if err != nil {
+				return err
+			}
+			r.Restore(j.Sequence+sequenceLeap, time.Now().UTC().Round(0))
+			value, err := r.Encode()
+			if err != nil {
+				return err
+			}
+			ops = append(ops, storage.Op{Key: e.Key, Value: value})
+		}
 		// Their numbers may have been used for others since; the next ones are far above.
 		if strings.HasPrefix(e.Key, revocation.ListPrefix) {
 			lists = append(lists, storage.Op{Key: e.Key, Delete: true})

@@ -52,8 +52,8 @@ type bansState struct {
 	// said is the revision of the bans, by which agents call those in force.
 	said uint64
 	// number is the record of that, if there is one, and numberAt its revision in the store.
-	number, numberAt uint64
-	numberRest       storage.Rest
+	number   replica.BanRevision
+	numberAt uint64
 	// records are all that are remembered, by subject.
 	records map[string]banRecord
 	// set are those in force.
@@ -100,7 +100,7 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		case strings.HasPrefix(e.Key, revocation.SerialsPrefix):
 			parts = append(parts, e)
 		case e.Key == replica.BanRevisionKey:
-			if s.number, s.numberRest, err = replica.ParseBanRevision(e); err != nil {
+			if s.number, err = replica.ParseBanRevision(e); err != nil {
 				return err
 			}
 			s.numberAt = e.Revision
@@ -162,12 +162,10 @@ func (a *Authority) loadBans(ctx context.Context) error {
 		s.set = old.set
 	}
 	switch {
-	case s.number > 0:
-		s.said = s.number
+	case s.number.Revision > 0:
+		s.said = s.number.Revision
 		if t := a.trust.Value(); t != nil {
-			// A restore leaps with the sequence of trust: what agents heard since the backup
-			// was made has no number in common with what is said from now on.
-			s.said += t.Sequence() / sequenceLeap * sequenceLeap
+			s.said = s.number.Said(t.Sequence())
 		}
 	case same:
 		s.said = old.said // agents need not hear of it
@@ -181,7 +179,9 @@ func (a *Authority) loadBans(ctx context.Context) error {
 func (a *Authority) commitBans(ctx context.Context, s *bansState, conds []storage.Cond, ops []storage.Op) error {
 	// It stays above the store's revision, which builds say that do not know this record,
 	// for as long as replicas of both kinds run.
-	value, err := replica.EncodeBanRevision(max(s.number, s.revision)+1, s.numberRest)
+	next := s.number
+	next.Revision = max(next.Revision, s.revision) + 1
+	value, err := next.Encode()
 	if err != nil {
 		return err
 	}
@@ -195,7 +195,7 @@ func (a *Authority) commitBans(ctx context.Context, s *bansState, conds []storag
 func (a *Authority) numberBans(ctx context.Context) error {
 	a.bansMu.Lock()
 	defer a.bansMu.Unlock()
-	if a.banned().number > 0 {
+	if a.banned().number.Revision > 0 {
 		return nil
 	}
 	if err := a.commitBans(ctx, a.banned(), nil, nil); err != nil && !errors.Is(err, storage.ErrConflict) {
@@ -547,6 +547,7 @@ func (a *Authority) tendBans(ctx context.Context) error {
 		}
 	}
 	a.alarm("banned nodes", a.nodes.keep(s))
+	a.alarm("lost bans", a.lostBans.unanswered(a.banned()))
 	errs = append(errs, a.numberBans(ctx), a.logBans(ctx), a.forgetBans(ctx, ended, now))
 	return errors.Join(errs...)
 }

@@ -200,7 +200,14 @@ func TestBansOfARestoredState(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.enforces(op, l.GetRevision(), "a")
-	w.ban(op, someone("d"))
+	// That others were banned it is told, until somebody has banned again.
+	if err := w.Alarms(); err == nil || !strings.Contains(err.Error(), "lost bans: agents, 1, enforced bans from after the copy") || !strings.Contains(err.Error(), "node-a") {
+		t.Errorf("alarms: %v", err)
+	}
+	eventually(t, "that to be over", func() bool {
+		w.ban(op, someone("d"))
+		return w.TendBans(t.Context()) == nil && w.Alarms() == nil
+	})
 	r.enforces(op, w.ban(op, someone("e")).GetRevision(), "a", "d", "e")
 	r.end()
 }

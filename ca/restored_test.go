@@ -48,6 +48,10 @@ func TestASharedStateIsRestored(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	sequence, intermediate, root := trustOf(b).Sequence(), b.Intermediate(), b.Root()
+	banned, err := a.admin().AddBan(t.Context(), &capb.AddBanRequest{Subject: someone("banned"), Reason: "a test"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	restoration := replica.Restoration{Store: shared.Store, Files: shared.Files, Wait: 50 * time.Millisecond, Reason: "a test"}
 	if _, err := restoration.Run(t.Context()); !errors.Is(err, storage.ErrLocked) || !strings.Contains(err.Error(), "stop every replica first") {
 		t.Fatalf("while they run: %v", err)
@@ -82,7 +86,7 @@ func TestASharedStateIsRestored(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("note: %+v", done)
-	if len(done.Replicas) != 3 || done.TrustSequence < sequence+1<<20 {
+	if len(done.Replicas) != 3 || done.Bans != 1 || done.TrustSequence < sequence+1<<20 {
 		t.Errorf("%+v", done)
 	}
 	now := done.Replicas[0].To
@@ -135,6 +139,42 @@ func TestASharedStateIsRestored(t *testing.T) {
 	}
 	if err := b.Ready(); err != nil || head.Sequence == 0 {
 		t.Errorf("head %d, %v", head.Sequence, err)
+	}
+	leaps := done.TrustSequence >> 20 << 20
+	// An agent that knows of later bans than the copy says so once.
+	for i, c := range []struct {
+		revision, sequence uint64
+		lost               bool
+	}{
+		{banned.GetRevision(), sequence, false},
+		{banned.GetRevision(), 0, false},
+		{leaps + banned.GetRevision() + 1, done.TrustSequence, false}, // of the restored state
+		{leaps + banned.GetRevision(), 0, false},
+		{leaps - 1<<20 + banned.GetRevision() + 1, 0, true}, // of an earlier version
+		{banned.GetRevision() + 1<<30, sequence + 1, true},  // a year later, before it was done several times
+	} {
+		stream, err := agent.WatchTrust(t.Context())
+		if err == nil {
+			err = stream.Send(&capb.WatchTrustRequest{BansRevision: c.revision, BansSequence: c.sequence})
+		}
+		if err == nil {
+			// What comes after it was heard.
+			err = stream.Send(&capb.WatchTrustRequest{BansRevision: 1000 + uint64(i)})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		op := b.admin()
+		eventually(t, "it to be heard", func() bool {
+			l, err := op.ListBans(t.Context(), &capb.ListBansRequest{})
+			return err == nil && len(l.GetAgents()) == 1 && l.GetAgents()[0].GetRevision() == 1000+uint64(i)
+		})
+		if err := stream.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		if got := b.Alarms() != nil && strings.Contains(b.Alarms().Error(), "lost bans"); got != c.lost {
+			t.Errorf("bans %+v: alarms: %v", c, b.Alarms())
+		}
 	}
 	end()
 

@@ -328,7 +328,7 @@ func (v *verifier) entry(e storage.Entry) (err error) {
 	case below(revocation.SerialsPrefix):
 		_, err = revocation.ParseSerials(e)
 	case e.Key == replica.BanRevisionKey:
-		_, _, err = replica.ParseBanRevision(e)
+		_, err = replica.ParseBanRevision(e)
 	case below(askedPrefix):
 		if _, err = serialAsked(e.Key); err == nil {
 			_, err = parseAsked(e)

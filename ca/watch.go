@@ -170,6 +170,9 @@ func (a *Authority) hear(ctx context.Context, r *agent, m *capb.WatchTrustReques
 		a.heard.now()
 	}
 	a.agents.enforces(r.machine(), m.GetBansRevision(), m.GetBansUnread())
+	if s := a.banned(); s.number.Restored.Lost(m.GetBansRevision(), m.GetBansSequence()) && a.lostBans.shown(r.Node) {
+		a.alarm("lost bans", a.lostBans.unanswered(s))
+	}
 	for _, p := range m.GetLogHeads() {
 		h, err := headFromProto(p)
 		if err == nil {

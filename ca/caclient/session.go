@@ -175,7 +175,7 @@ func (s *session) watchTrust(ctx context.Context, alive func()) error {
 		}
 		renewed, renewedChanged := c.renewed(s.cred)
 		if first || renewed != said.GetRenewed() || bans.revision != said.GetBansRevision() || bans.unread != said.GetBansUnread() || ack != said.GetAcknowledged() || !sameHeads(heads, said.GetLogHeads()) || !slices.Equal(unknown, said.GetUnknownKeyIds()) {
-			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, Renewed: renewed, BansRevision: bans.revision, BansUnread: bans.unread}
+			said = &capb.WatchTrustRequest{Acknowledged: ack, LogHeads: heads, UnknownKeyIds: unknown, Renewed: renewed, BansRevision: bans.revision, BansSequence: bans.sequence, BansUnread: bans.unread}
 			if stream.Send(said) != nil {
 				// The stream has ended, and its reader is told why; it must be the only one.
 				for {

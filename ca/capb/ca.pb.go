@@ -1032,7 +1032,10 @@ type WatchTrustRequest struct {
 	// zero before the first.
 	BansRevision uint64 `protobuf:"varint,10,opt,name=bans_revision,json=bansRevision,proto3" json:"bans_revision,omitempty"`
 	// bans_unread is how many of those bans the agent cannot read.
-	BansUnread    uint32 `protobuf:"varint,11,opt,name=bans_unread,json=bansUnread,proto3" json:"bans_unread,omitempty"`
+	BansUnread uint32 `protobuf:"varint,11,opt,name=bans_unread,json=bansUnread,proto3" json:"bans_unread,omitempty"`
+	// bans_sequence is Trust.sequence as the agent knew it when it was told those bans; zero of
+	// agents that do not say. So a restored authority knows bans of before.
+	BansSequence  uint64 `protobuf:"varint,12,opt,name=bans_sequence,json=bansSequence,proto3" json:"bans_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1105,6 +1108,13 @@ func (x *WatchTrustRequest) GetBansRevision() uint64 {
 func (x *WatchTrustRequest) GetBansUnread() uint32 {
 	if x != nil {
 		return x.BansUnread
+	}
+	return 0
+}
+
+func (x *WatchTrustRequest) GetBansSequence() uint64 {
+	if x != nil {
+		return x.BansSequence
 	}
 	return 0
 }
@@ -4536,7 +4546,7 @@ const file_ca_proto_rawDesc = "" +
 	"\x10CODE_UNSUPPORTED\x10\x05\x12\x14\n" +
 	"\x10CODE_UNAVAILABLE\x10\x06\x12\r\n" +
 	"\tCODE_BUSY\x10\a\x12\x0f\n" +
-	"\vCODE_BANNED\x10\b\"\xf3\x01\n" +
+	"\vCODE_BANNED\x10\b\"\x98\x02\n" +
 	"\x11WatchTrustRequest\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\x04R\facknowledged\x122\n" +
 	"\tlog_heads\x18\x02 \x03(\v2\x15.signet.ca.v1.LogHeadR\blogHeads\x12&\n" +
@@ -4545,7 +4555,8 @@ const file_ca_proto_rawDesc = "" +
 	"\rbans_revision\x18\n" +
 	" \x01(\x04R\fbansRevision\x12\x1f\n" +
 	"\vbans_unread\x18\v \x01(\rR\n" +
-	"bansUnread\"\x8e\x02\n" +
+	"bansUnread\x12#\n" +
+	"\rbans_sequence\x18\f \x01(\x04R\fbansSequence\"\x8e\x02\n" +
 	"\x12WatchTrustResponse\x12)\n" +
 	"\x05trust\x18\x01 \x01(\v2\x13.signet.ca.v1.TrustR\x05trust\x120\n" +
 	"\blog_head\x18\x02 \x01(\v2\x15.signet.ca.v1.LogHeadR\alogHead\x126\n" +

@@ -19,6 +19,7 @@ const (
 	sequenceLeap = 1 << 20
 
 	listPrefix = "crl/"
+	banPrefix  = "bans/"
 	// MaxRestoreReason is how many bytes a reason may have.
 	MaxRestoreReason = 500
 )
@@ -110,7 +111,10 @@ type Restoration struct {
 // Restored is what a restoration did.
 type Restored struct {
 	TrustSequence uint64
-	Replicas      []Renumbered // in the order of their former instances
+	// Bans are in force: what was banned or lifted since the copy was made is not among
+	// them.
+	Bans     int
+	Replicas []Renumbered // in the order of their former instances
 }
 
 // Renumbered is a replica that became another instance.
@@ -193,7 +197,8 @@ type restoring struct {
 	replicas []restoredReplica
 	clocks   []keptClock
 	lists    []storage.Op
-	unused   []uint8 // instances that nobody had and nobody is to get
+	unused   []uint8        // instances that nobody had and nobody is to get
+	bans     *storage.Entry // the revision of the bans, if there is one
 	conds    []storage.Cond
 	ops      []storage.Op
 	out      Restored
@@ -238,6 +243,10 @@ func (w *restoring) read(ctx context.Context, entries []storage.Entry) error {
 			err = w.clock(e)
 		case strings.HasPrefix(e.Key, listPrefix):
 			w.lists = append(w.lists, storage.Op{Key: e.Key, Delete: true})
+		case e.Key == BanRevisionKey:
+			w.bans = &e
+		case strings.HasPrefix(e.Key, banPrefix):
+			err = w.ban(e)
 		case strings.HasPrefix(e.Key, lossPrefix):
 			w.op(e.Revision, storage.Op{Key: e.Key, Delete: true})
 		case strings.HasPrefix(e.Key, retiredPrefix):
@@ -254,6 +263,31 @@ func (w *restoring) read(ctx context.Context, entries []storage.Entry) error {
 	}
 	if !found {
 		return errors.New("the state holds no journal: it is not that of an authority")
+	}
+	if w.bans == nil {
+		return nil
+	}
+	r, err := ParseBanRevision(*w.bans)
+	if err != nil {
+		return err
+	}
+	r.Restore(w.out.TrustSequence, w.now)
+	value, err := r.Encode()
+	w.op(w.bans.Revision, storage.Op{Key: BanRevisionKey, Value: value})
+	return err
+}
+
+// ban counts a ban that is in force.
+func (w *restoring) ban(e storage.Entry) error {
+	var b struct {
+		Until time.Time       `json:"until"`
+		Ended json.RawMessage `json:"ended"`
+	}
+	if err := json.Unmarshal(e.Value, &b); err != nil {
+		return fmt.Errorf("reading a ban: %w", err)
+	}
+	if b.Ended == nil && (b.Until.IsZero() || w.now.Before(b.Until)) {
+		w.out.Bans++
 	}
 	return nil
 }

@@ -79,6 +79,7 @@ configurations to what is printed, and start the replicas.`,
 			for _, x := range r.Replicas {
 				out += fmt.Sprintf("instance: %d, which was %d, with records up to %d\n", x.To, x.From, x.Records)
 			}
+			out += fmt.Sprintf("bans in force: %d; what was banned or lifted since the snapshot is not among them\n", r.Bans)
 			_, err = fmt.Fprint(cmd.OutOrStdout(), out)
 			return err
 		}}
