@@ -279,6 +279,7 @@ func (s *session) watchNode(ctx context.Context, alive func()) error {
 	if err != nil {
 		return err
 	}
+	said := map[string]bool{} // while the replica is cut off, the pods that are known as it says
 	for {
 		m, err := stream.Recv()
 		if err != nil {
@@ -296,17 +297,26 @@ func (s *session) watchNode(ctx context.Context, alive func()) error {
 			}
 			pods = append(pods, w)
 		}
+		first := false
 		if m.GetFull() {
-			s.c.synced.Store(true)
+			first = !s.c.synced.Swap(true)
 			if s.stale.Store(m.GetStaleSince() != nil); !s.stale.Load() {
 				s.c.cfg.Pods.Replace(pods)
+				clear(said)
 				continue
 			}
 			// The replica is cut off from where pods are known: what it does not have may
-			// have begun since, and another replica has said so.
-			s.c.cfg.Log.Warn("the replica's view of the pods is not up to date; pods that it does not know are kept", "since", m.GetStaleSince().AsTime())
+			// have begun since, and another replica has said so. What that has said of a pod
+			// may be newer, too: by older labels a policy that denies would not mean it.
+			s.c.cfg.Log.Warn("the replica's view of the pods is not up to date; what is known of pods is kept", "since", m.GetStaleSince().AsTime())
 		}
 		for _, w := range pods {
+			if s.stale.Load() {
+				if _, known := s.c.cfg.Pods.Lookup(w.PodUID); known && !first && !said[w.PodUID] {
+					continue
+				}
+				said[w.PodUID] = true
+			}
 			s.c.cfg.Pods.Set(w)
 		}
 		for _, uid := range m.GetDeleted() {

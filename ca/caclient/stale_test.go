@@ -3,7 +3,10 @@ package caclient_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,7 +14,11 @@ import (
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caclient"
+	"github.com/signet-mesh/signet/ca/capb"
 	"github.com/signet-mesh/signet/identity"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // TestAReplicaThatIsCutOffFromThePods takes none from agents that it does not know, until it
@@ -129,4 +136,57 @@ func (n *cabling) leave(only string) {
 		conn.Close()
 	}
 	n.conns = nil
+}
+
+// TestAStaleViewChangesNoPod that an agent has heard of from another replica: its labels
+// there may be older, and a policy that denies may hang on those of now.
+func TestAStaleViewChangesNoPod(t *testing.T) {
+	t.Parallel()
+	pod := func(uid, version string) *capb.Pod {
+		return &capb.Pod{Uid: uid, Namespace: "default", Name: uid, ServiceAccount: "server", Labels: map[string]string{"version": version}}
+	}
+	since := timestamppb.Now()
+	streams := [][]*capb.WatchNodeResponse{
+		// Of a replica that was cut off when the agent began there is nothing newer to be had.
+		{{Full: true, StaleSince: since, Pods: []*capb.Pod{pod("a", "1")}}},
+		{{Full: true, Pods: []*capb.Pod{pod("a", "3")}}},
+		{{Full: true, StaleSince: since, Pods: []*capb.Pod{pod("a", "2"), pod("b", "1")}}, {StaleSince: since, Pods: []*capb.Pod{pod("a", "1"), pod("c", "1")}},
+			// It knows again.
+			{Full: true, Pods: []*capb.Pod{pod("a", "4"), pod("b", "1")}}},
+	}
+	said := make(chan *capb.WatchNodeResponse)
+	var stream atomic.Int32
+	s := &stub{}
+	s.watchNode = func(st grpc.ServerStreamingServer[capb.WatchNodeResponse]) error {
+		for range streams[min(int(stream.Add(1)), len(streams))-1] {
+			select {
+			case m := <-said:
+				if err := st.Send(m); err != nil {
+					return err
+				}
+			case <-st.Context().Done():
+				return nil
+			}
+		}
+		return errors.New("the end of a stream")
+	}
+	cfg := s.start(t)
+	run(t, cfg)
+	for i, want := range []map[string]string{{"a": "1"}, {"a": "3"}, {"a": "3", "b": "1"}, {"a": "3", "b": "1", "c": "1"}, {"a": "4", "b": "1"}} {
+		m := slices.Concat(streams...)[i]
+		select {
+		case said <- m:
+		case <-time.After(2 * time.Minute):
+			t.Fatal("nobody listens")
+		}
+		got := map[string]string{}
+		within(t, fmt.Sprint(want, " after ", m), func() bool {
+			pods, _ := cfg.Pods.OnNode("node-a")
+			clear(got)
+			for _, w := range pods {
+				got[w.PodUID] = w.Labels["version"]
+			}
+			return maps.Equal(got, want)
+		})
+	}
 }
