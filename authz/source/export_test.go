@@ -88,3 +88,28 @@ func NewFeed() Feed { return Feed{&feed{resource: "things", wake: func() {}}} }
 func (f Feed) Tried(ctx context.Context, err error) { f.f.tried(ctx, "listing", err) }
 
 func (f Feed) Contact() Contact { return f.f.contact() }
+
+// KeySet is a set of keys that is due.
+type KeySet struct{ s *keySet }
+
+func DueKeySet(namespace string, failures int) KeySet {
+	return KeySet{&keySet{namespaces: []string{namespace}, failures: failures}}
+}
+
+// KeySlots are the fetches that go on.
+type KeySlots struct{ s keySlots }
+
+// Next are those sets that may be fetched now.
+func (k *KeySlots) Next(due ...KeySet) (begun []KeySet) {
+	var sets []*keySet
+	for _, d := range due {
+		sets = append(sets, d.s)
+	}
+	for s := range k.s.next(sets) {
+		begun = append(begun, KeySet{s})
+	}
+	return begun
+}
+
+// End ends the fetch of a set.
+func (k *KeySlots) End(set KeySet) { k.s.end(set.s, set.s.namespaces[0]) }

@@ -46,6 +46,9 @@ const (
 	// of them for the policies of one namespace: servers that do not answer hold up the
 	// keys of that one.
 	maxKeyFetches, maxNamespaceKeyFetches = 8, 2
+	// maxFailingKeyFetches is how many of them are for sets that could not be fetched the
+	// last time: several namespaces with servers that do not answer hold up each other.
+	maxFailingKeyFetches = maxKeyFetches / 2
 	// maxSavedKeys bounds one set that is saved.
 	maxSavedKeys = 128 << 10
 )
@@ -235,7 +238,7 @@ func (k *KeySets) Run(ctx context.Context) error {
 		case <-k.poked:
 		case <-timer.C:
 		case f := <-done:
-			slots.end(f.namespace)
+			slots.end(f.set, f.namespace)
 			k.take(f)
 		}
 		timer.Stop()
@@ -244,8 +247,8 @@ func (k *KeySets) Run(ctx context.Context) error {
 
 // keySlots are the fetches that go on.
 type keySlots struct {
-	all int
-	of  map[string]int // by namespace
+	all, failing int
+	of           map[string]int // by namespace
 }
 
 // next iterates over those sets that may be fetched now, of sets that are due, by the
@@ -261,7 +264,7 @@ func (s *keySlots) next(due []*keySet) iter.Seq2[*keySet, string] {
 				if s.all == maxKeyFetches {
 					return
 				}
-				if set == nil {
+				if set == nil || set.failures > 0 && s.failing == maxFailingKeyFetches {
 					continue
 				}
 				free := slices.IndexFunc(set.namespaces, func(ns string) bool { return s.of[ns] <= n })
@@ -270,6 +273,9 @@ func (s *keySlots) next(due []*keySet) iter.Seq2[*keySet, string] {
 				}
 				due[i] = nil
 				s.all++
+				if set.failures > 0 {
+					s.failing++
+				}
 				s.of[set.namespaces[free]]++
 				if !yield(set, set.namespaces[free]) {
 					return
@@ -279,9 +285,12 @@ func (s *keySlots) next(due []*keySet) iter.Seq2[*keySet, string] {
 	}
 }
 
-// end gives a slot back.
-func (s *keySlots) end(namespace string) {
+// end gives the slot of a set back, before what came of its fetch is noted.
+func (s *keySlots) end(set *keySet, namespace string) {
 	s.all--
+	if set.failures > 0 {
+		s.failing--
+	}
 	if s.of[namespace]--; s.of[namespace] == 0 {
 		delete(s.of, namespace)
 	}

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -362,6 +363,38 @@ func TestServersThatDoNotAnswerHoldUpNoOtherNamespace(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestNamespacesThatFailHoldUpEachOther: however many have servers that do not answer, keys
+// that could be fetched the last time, or never were tried, have room at once.
+func TestNamespacesThatFailHoldUpEachOther(t *testing.T) {
+	t.Parallel()
+	var slots source.KeySlots
+	var bad []source.KeySet
+	for i := range 16 {
+		bad = append(bad, source.DueKeySet(fmt.Sprint("greedy-", i/2), 3))
+	}
+	first := slots.Next(bad...)
+	if len(first) != 4 {
+		t.Errorf("%d fetches of sets that fail", len(first))
+	}
+	good := []source.KeySet{source.DueKeySet("a", 0), source.DueKeySet("b", 0), source.DueKeySet("c", 0), source.DueKeySet("d", 0)}
+	if n := len(slots.Next(append(slices.Clone(bad), good...)...)); n != 4 {
+		t.Errorf("beside them %d fetches of others", n)
+	}
+	if n := len(slots.Next(source.DueKeySet("e", 0))); n != 0 {
+		t.Errorf("%d fetches beyond the limit", n)
+	}
+	// Who has failed has turns again, and no more of them.
+	slots.End(good[0])
+	if n := len(slots.Next(bad...)); n != 0 {
+		t.Errorf("%d more fetches of sets that fail", n)
+	}
+	slots.End(first[0])
+	slots.End(first[1])
+	if n := len(slots.Next(bad...)); n != 2 {
+		t.Errorf("%d fetches of sets that fail in the place of two", n)
 	}
 }
 
