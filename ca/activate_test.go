@@ -3,6 +3,7 @@ package ca_test
 import (
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -97,4 +98,45 @@ func TestOnlyTheRootThatWasLookedAtIsActivated(t *testing.T) {
 		t.Errorf("%v; active is %s, want %s", err, idOf(a.Root()), other)
 	}
 	intact(t, a)
+}
+
+// TestAnIntermediateIsBelowTheRootThatIsActiveByThen: another replica activates another root
+// between the making of an intermediate and its use.
+func TestAnIntermediateIsBelowTheRootThatIsActiveByThen(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	device := newDevice().configure
+	a := newWorld(t, brisk, device, func(c *ca.Config) { c.Shared = shared })
+	store := &secondRead{Store: shared.Store}
+	b := newWorld(t, brisk, device, func(c *ca.Config) {
+		c.Shared = ca.Shared{Store: store, Files: shared.Files, LogWait: shared.LogWait}
+	})
+	if err := a.Rotate(t.Context(), capb.RotateRequest_STEP_PREPARE, "", false); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.CatchUp(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	store.happens = func() {
+		if err := a.Rotate(t.Context(), capb.RotateRequest_STEP_ACTIVATE, "", true); err != nil {
+			t.Error(err)
+		}
+	}
+	keyFiles := func() int {
+		return len(must(filepath.Glob(filepath.Join(b.cfg.DataDir, "authority/keys/intermediate-*.key"))))
+	}
+	before, keys := b.Intermediate(), keyFiles()
+	store.mu.Lock()
+	store.left = 1
+	store.mu.Unlock()
+	if err := b.RenewIntermediate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !a.Root().Equal(b.Root()) || b.Intermediate().Equal(before) || b.Intermediate().CheckSignatureFrom(a.Root()) != nil {
+		t.Errorf("the root is another one at the other replica: %v; the intermediate is the former one: %v", !a.Root().Equal(b.Root()), b.Intermediate().Equal(before))
+	}
+	if now := keyFiles(); now != keys+1 {
+		t.Errorf("%d key files after %d", now, keys)
+	}
+	intact(t, b)
 }

@@ -340,6 +340,21 @@ func (a *Authority) renewOwn(ctx context.Context) error {
 	if !a.holdsRoot() {
 		return a.askRoot(ctx)
 	}
+	err := a.useBelow(ctx, root)
+	if !errors.Is(err, errOtherRoot) {
+		return err
+	}
+	if err := a.adoptRoot(); err != nil {
+		return err
+	}
+	if root = a.root.Load(); root.key == nil {
+		return err
+	}
+	return a.useBelow(ctx, root)
+}
+
+// useBelow makes an intermediate below a root, and the active one of that.
+func (a *Authority) useBelow(ctx context.Context, root *issuer) error {
 	iss, entry, err := a.newAuthority(ctx, root)
 	if err != nil {
 		return err

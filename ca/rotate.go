@@ -348,6 +348,10 @@ func (a *Authority) ownRoot(j journal.Journal, id string) (*issuer, error) {
 	return nil, fmt.Errorf("%w: root %s", rotation.ErrUnknown, id)
 }
 
+// errOtherRoot is why an intermediate is not used: another replica has activated another
+// root since it was made.
+var errOtherRoot = errors.New("it is not below the active root")
+
 // succeed makes an intermediate below the active root the one that signs.
 func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journal.Entry) error {
 	now, err := a.clock.now()
@@ -358,7 +362,7 @@ func (a *Authority) succeed(ctx context.Context, iss *issuer, entry journal.Entr
 	err = a.rotate(ctx, func(s rotation.State) (rotation.State, error) {
 		active, _ := s.Active() // another replica may have changed it a moment ago
 		if root := a.root.Load(); root == nil || journal.ID(root.cert) != active.ID || iss.cert.CheckSignatureFrom(root.cert) != nil {
-			return s, fmt.Errorf("the intermediate %s is not below the active root", iss.cert.Subject)
+			return s, fmt.Errorf("the intermediate %s: %w", iss.cert.Subject, errOtherRoot)
 		}
 		v := rotation.View{Now: now, Rules: a.cfg.rules()}
 		if signs := a.intermediate.Load(); signs != nil {
