@@ -149,7 +149,11 @@ func TestAReplicaAnswersWhileAFormerLogGoes(t *testing.T) {
 	})
 	pruned := make(chan error, 1)
 	go func() { pruned <- w.prune() }()
-	<-reached
+	select {
+	case <-reached:
+	case err := <-pruned:
+		t.Fatalf("no file was removed: %v", err)
+	}
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
