@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/binary"
+	"fmt"
 	"math/big"
 	"path/filepath"
 	"strings"
@@ -18,6 +19,53 @@ import (
 	"github.com/signet-mesh/signet/ca/revocation"
 	"github.com/signet-mesh/signet/storage"
 )
+
+// manyLists puts lists of replicas that were into a state, more than one commit can remove.
+func manyLists(t *testing.T, shared ca.Shared) {
+	t.Helper()
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	for i := range storage.MaxOps + 10 {
+		issuer := &x509.Certificate{Subject: pkix.Name{CommonName: fmt.Sprint("gone ", i)}, SubjectKeyId: binary.BigEndian.AppendUint32(nil, uint32(i)), KeyUsage: x509.KeyUsageCRLSign}
+		list := must(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour)}, issuer, key))
+		must(shared.Store.Commit(t.Context(), nil, []storage.Op{{Key: revocation.ListKey(issuer.SubjectKeyId), Value: list}}))
+	}
+}
+
+// TestManyListsThatNobodyNeeds leave with more than one change of trust, and hold up none;
+// meanwhile replicas say the same of each sequence.
+func TestManyListsThatNobodyNeeds(t *testing.T) {
+	t.Parallel()
+	shared := newShared(t)
+	one := func(c *ca.Config) { c.Shared, c.RootReplica, c.CRL.Enabled = shared, 1, true }
+	a := newWorld(t, one, func(c *ca.Config) { c.Instance = 1 })
+	stop := a.run()
+	b := newWorld(t, one)
+	stop()
+	manyLists(t, shared)
+	for i := 1; ; i++ {
+		for _, w := range []*world{a, b} {
+			if err := w.CatchUp(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stored, _, err := shared.Store.List(t.Context(), revocation.ListPrefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, x, y := len(stored), len(trustOf(a).CRLs()), len(trustOf(b).CRLs()); i > 1 && (n != x || n != y) {
+			t.Errorf("%d lists are stored, the replicas say %d and %d", n, x, y)
+		}
+		if len(stored) == 2 {
+			return
+		}
+		if i > 4 {
+			t.Fatalf("%d lists are left", len(stored))
+		}
+		if err := a.Relist(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
 
 // TestABackupOfAReplicaIsNoOtherReplica: what is restored from the state that replicas share
 // is an authority with an instance that none of them has.
@@ -33,13 +81,7 @@ func TestABackupOfAReplicaIsNoOtherReplica(t *testing.T) {
 	if a.ID().Path() != "/signet/ca/1" || b.ID().Path() != "/signet/ca/2" {
 		t.Fatalf("%v and %v", a.ID(), b.ID())
 	}
-	// Lists of many replicas that were: more than one commit can remove.
-	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	for i := range storage.MaxOps + 10 {
-		issuer := &x509.Certificate{Subject: pkix.Name{CommonName: "gone"}, SubjectKeyId: binary.BigEndian.AppendUint32(nil, uint32(i)), KeyUsage: x509.KeyUsageCRLSign}
-		list := must(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour)}, issuer, key))
-		must(shared.Store.Commit(t.Context(), nil, []storage.Op{{Key: revocation.ListKey(issuer.SubjectKeyId), Value: list}}))
-	}
+	manyLists(t, shared)
 	var backup bytes.Buffer
 	if err := a.Backup(t.Context(), &backup); err != nil {
 		t.Fatal(err)

@@ -404,6 +404,10 @@ func (a *Authority) listIssuers(j journal.Journal, now time.Time) (out []*issuer
 	return out, errors.Join(errs...)
 }
 
+// journalOps is how many operations a change of the journal takes, of those of a commit: one
+// for what replicas have in common, and one for what is this one's own.
+const journalOps = 2
+
 // signedLists are lists that were signed and are not stored yet.
 type signedLists struct {
 	by  map[string]*x509.RevocationList // all that there will be, by authority
@@ -453,7 +457,12 @@ func (a *Authority) makeLists(j journal.Journal, shared bool) (out signedLists, 
 		out.ops = append(out.ops, storage.Op{Key: revocation.ListKey(iss.cert.SubjectKeyId), Value: c.Raw})
 	}
 	for id := range before {
-		if out.by[id] == nil {
+		if out.by[id] != nil {
+			continue
+		}
+		if shared && len(out.ops) >= storage.MaxOps-journalOps {
+			out.by[id] = before[id] // what is not removed is said; the next change removes it
+		} else {
 			out.ops = append(out.ops, storage.Op{Key: revocation.ListKey([]byte(id)), Delete: true})
 		}
 	}
