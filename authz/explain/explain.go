@@ -21,8 +21,15 @@ type Case struct {
 	// Providers are the answers of extension providers, as far as they are known. One
 	// that is not here is taken to allow, where that is needed to go on.
 	Providers map[string]bool
-	// Changes are what those that allowed changed of the request.
-	Changes map[string]*authz.Changes
+	// Changes are what those that allowed changed of the request, in the order in which
+	// they were asked. Request.Claims and Request.Token were found behind them.
+	Changes []Change
+}
+
+// Change is what an extension provider that allowed changed of a request.
+type Change struct {
+	Provider string
+	Changes  *authz.Changes
 }
 
 // Explanation is why a request was decided as it was, and what would decide it
@@ -120,18 +127,25 @@ type outcome struct {
 }
 
 func (c *Case) decide(p *authz.Program, r *authz.Request) (o outcome) {
-	now := *r
-	o.Decision = p.Decide(&now)
-	defer func() { o.behind = authz.AfterTokens(slices.Collect(p.TokenRules()), &now) }()
-	for o.Ask {
-		o.asks = append(o.asks, o.Provider)
-		if allowed, known := c.Providers[o.Provider]; known && !allowed {
-			o.refusedBy = o.Provider
-			return o
-		}
-		c.Changes[o.Provider].Apply(&now)
-		o.Decision = p.After(o.Decision, &now)
+	then := make([]*authz.Changes, len(c.Changes))
+	for i := range c.Changes {
+		then[i] = c.Changes[i].Changes
 	}
+	var now authz.Request
+	o.Decision, now = p.Again(r, then, func(d authz.Decision) (*authz.Changes, bool) {
+		o.asks = append(o.asks, d.Provider)
+		if allowed, known := c.Providers[d.Provider]; known && !allowed {
+			o.refusedBy = d.Provider
+			return nil, false
+		}
+		for i := range c.Changes {
+			if c.Changes[i].Provider == d.Provider {
+				return c.Changes[i].Changes, true
+			}
+		}
+		return nil, true
+	})
+	o.behind = authz.AfterTokens(slices.Collect(p.TokenRules()), &now)
 	return o
 }
 

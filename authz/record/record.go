@@ -25,7 +25,8 @@ type Record struct {
 	Workload identity.Workload
 	// Request is what was decided about, but for what a record does not show: see
 	// [Shown]. It is as it came: what providers changed is in Answers, and what the
-	// token changed in Request.Token; its Claims are those that were decided on. Replayed it may be unknown where it once was known, never the other
+	// token changed in Request.Token; its Claims are those that were decided on, behind
+	// all of that. Replayed it may be unknown where it once was known, never the other
 	// way round.
 	Request authz.Request
 	// Unread says that the request could not be read, or was refused before any
@@ -79,25 +80,32 @@ func (r *Record) Banned() bool {
 // Replay decides about the record's request by p, which may be of other policies
 // than those that decided: p is [authz.Snapshot.For] of the record's Workload.
 // Providers answer as they have answered. A decision that still asks is one about a
-// provider that was not asked then: what it would say nobody knows. ok is false for
-// a record that cannot be replayed; no policy changes what was decided there.
+// provider that was not asked then: what it would say nobody knows. Where p does not
+// have the same providers change the request in the same order, what its token says is
+// unknown ([authz.Program.Again]). ok is false for a record that cannot be replayed; no
+// policy changes what was decided there.
 func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
 	if r.Unread || r.Banned() {
 		return authz.Decision{Kind: r.Kind, Policy: r.Policy, Rule: r.Rule, Reason: r.Reason}, false
 	}
-	request := r.Request
-	d = p.Decide(&request)
-	for d.Ask {
+	then := make([]*authz.Changes, len(r.Answers))
+	for i := range r.Answers {
+		then[i] = r.Answers[i].Changes
+	}
+	var refused *Answer
+	d, _ = p.Again(&r.Request, then, func(d authz.Decision) (*authz.Changes, bool) {
 		a := r.answer(d.Provider)
 		switch {
 		case a == nil:
-			return d, true
+			return nil, false
 		case !a.Allowed:
-			d.Ask, d.Allowed, d.Reason = false, false, a.Reason
-			return d, true
+			refused = a
+			return nil, false
 		}
-		a.Changes.Apply(&request)
-		d = p.After(d, &request)
+		return a.Changes, true
+	})
+	if refused != nil {
+		d.Ask, d.Allowed, d.Reason = false, false, refused.Reason
 	}
 	return d, true
 }

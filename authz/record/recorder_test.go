@@ -592,6 +592,10 @@ spec:
 	if err := rec.Run(done); err != nil {
 		t.Fatal(err)
 	}
+	// Policies that ask nobody, so that nobody knows what token the request had.
+	_, unasked, _ := strings.Cut(text, "---\n")
+	nobody := compile(unasked)
+	banned := compile("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: shop}\nspec: {action: DENY, rules: [{from: [{source: {requestPrincipals: ['iss/*']}}]}]}\n")
 	other := compile(strings.ReplaceAll(text, "outputClaimToHeaders: [{header: x-group", "outputClaimToHeaders: [{header: x-user"))
 	var got []string
 	for r, err := range record.Read(bytes.NewReader(out.Bytes())) {
@@ -603,6 +607,14 @@ spec:
 			t.Errorf("decided again: %+v, %t; the record: %+v", d, ok, r)
 		}
 		then, _ := record.Replay(other.For(cart), &r)
+		if len(r.Answers) > 0 {
+			if d, ok := record.Replay(nobody.For(cart), &r); !ok || d.Allowed || d.Reason != authz.ReasonTokenUnknown {
+				t.Errorf("%s, where nobody is asked: %+v, %t", r.Request.Path, d, ok)
+			}
+			if d, ok := record.Replay(banned.For(cart), &r); !ok || d.Allowed || d.Reason != authz.ReasonDenyUnknown {
+				t.Errorf("%s, where some tokens are denied: %+v, %t", r.Request.Path, d, ok)
+			}
+		}
 		got = append(got, fmt.Sprintf("%s %s %d, other rules: %s", r.Request.Path, r.Reason, r.Rule, then.Reason))
 	}
 	want := []string{

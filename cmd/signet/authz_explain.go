@@ -144,9 +144,9 @@ func (e *explaining) eachRecord(stdin io.Reader, c explain.Case, write func(expl
 			}
 			continue
 		}
-		c.Workload, c.Request, c.Providers, c.Changes = r.Workload, r.Request, map[string]bool{}, map[string]*authz.Changes{}
+		c.Workload, c.Request, c.Providers, c.Changes = r.Workload, r.Request, map[string]bool{}, nil
 		for _, a := range r.Answers {
-			c.Providers[a.Provider], c.Changes[a.Provider] = a.Allowed, a.Changes
+			c.Providers[a.Provider], c.Changes = a.Allowed, append(c.Changes, explain.Change{Provider: a.Provider, Changes: a.Changes})
 		}
 		x := explain.Explain(c)
 		if allowed := x.Decision == "allow"; allowed != r.Allowed {
