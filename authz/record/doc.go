@@ -10,7 +10,8 @@
 // A record holds what policies read of a request, and of the rest the names only:
 // [Shown] says of which headers and claims the values stand there. Headers that carry
 // secrets are never shown, nor headers and parameters in which a RequestAuthentication
-// of the workload looks for tokens. Paths stand without the values of their query,
+// of the workload looks for tokens, nor the header in which it puts all of a token's
+// claims. Paths stand without the values of their query,
 // unless told otherwise. What is hidden is unknown when the record is replayed, so that
 // a policy that reads it decides as about a proxy that did not send it: never more
 // openly than about the request itself.

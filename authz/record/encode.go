@@ -30,7 +30,8 @@ type Shown struct {
 	// Redacted are headers, in lower case, that are never shown.
 	Redacted map[string]bool
 	// TokenHeaders, in lower case, and TokenParams are where the rules of the workload
-	// look for tokens ([authz.TokenRule.Places]); they are never shown either.
+	// look for tokens ([authz.TokenRule.Places]), and the headers in which they put the
+	// payload of one; they are never shown either.
 	TokenHeaders, TokenParams []string
 	// Query shows the values of the parameters of a query.
 	Query bool

@@ -270,6 +270,10 @@ func (r *Recorder) record(it *item) {
 	for rule := range it.program.TokenRules() {
 		headers, params := rule.Places()
 		show.TokenHeaders, show.TokenParams = append(show.TokenHeaders, headers...), append(show.TokenParams, params...)
+		// It has the claims that are hidden.
+		if name := rule.Spec.GetOutputPayloadToHeader(); name != "" {
+			show.TokenHeaders = append(show.TokenHeaders, strings.ToLower(name))
+		}
 	}
 	if slices.Contains(show.TokenHeaders, "x-request-id") {
 		rec.RequestID = ""

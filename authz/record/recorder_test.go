@@ -205,13 +205,14 @@ signet_dry_run_decisions_total{action="DENY",decision="deny",enforced="allow"} 1
 const tokenPolicies = `apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: jwt, namespace: shop}
-spec: {jwtRules: [{issuer: a, fromHeaders: [{name: X-JWT}, {name: x-prefixed, prefix: "Bearer "}, {name: x-request-id, prefix: t}], fromParams: [jwt, "a b"], fromCookies: [sid]}, {issuer: b}]}
+spec: {jwtRules: [{issuer: a, fromHeaders: [{name: X-JWT}, {name: x-prefixed, prefix: "Bearer "}, {name: x-request-id, prefix: t}], fromParams: [jwt, "a b"], fromCookies: [sid], outputPayloadToHeader: X-Payload}, {issuer: b}]}
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: reads, namespace: shop}
 spec: {action: DENY, rules: [{when: [{key: "request.headers[x-jwt]", values: ["x*"]}, {key: "request.headers[x-prefixed]", values: ["x"]},
-  {key: "request.headers[cookie]", values: ["x"]}, {key: "request.headers[authorization]", values: ["x"]}, {key: "request.headers[x-role]", values: ["x"]}]}]}
+  {key: "request.headers[cookie]", values: ["x"]}, {key: "request.headers[authorization]", values: ["x"]}, {key: "request.headers[x-role]", values: ["x"]},
+  {key: "request.headers[x-payload]", values: ["x"]}]}]}
 `
 
 // TestTokensAreNotRecorded: whatever is configured, and whatever policies read, no
@@ -236,12 +237,13 @@ func TestTokensAreNotRecorded(t *testing.T) {
 		{"/5?%61%20b=token-secret&", nil, "/5?%61%20b="},
 		{"/6?jwt&q=v", []string{"cookie", "sid=token-secret"}, "/6?jwt&q=v"},
 		{"/7", []string{"x-request-id", "token-secret"}, "/7"},
+		{"/9", []string{"x-jwt", "token-secret", "x-payload", "payload-secret"}, "/9"},
 		// What was refused before any policy was asked.
 		{"/8?jwt=token-secret", []string{"x-jwt", "token-secret", ":path", "/other"}, ""},
 	} {
 		var out bytes.Buffer
 		w := newService(t, record.Config{Outputs: []record.Output{record.Stream("stdout", &out)}, Allowed: 1, Query: true, Redacted: []string{},
-			Headers: []string{"x-jwt", "cookie", "authorization", "x-prefixed", "x-request-id", "x-shown"}})
+			Headers: []string{"x-jwt", "cookie", "authorization", "x-prefixed", "x-request-id", "x-payload", "x-shown"}})
 		w.snapshot, _ = authz.Compile(set, authz.Options{})
 		w.check(tt.path, append(tt.headers, role...)...)
 		w.finish()
@@ -508,7 +510,7 @@ spec: {action: CUSTOM, provider: {name: opa}, rules: [{to: [{operation: {paths: 
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: jwt, namespace: shop}
-spec: {jwtRules: [{issuer: iss, outputClaimToHeaders: [{header: x-group, claim: group}]}]}
+spec: {jwtRules: [{issuer: iss, outputClaimToHeaders: [{header: x-group, claim: group}], outputPayloadToHeader: X-Payload}]}
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -518,6 +520,7 @@ spec:
   - when: [{key: "request.headers[x-user]", values: [alice]}]
   - when: [{key: "request.headers[x-group]", values: [admin]}]
   - to: [{operation: {paths: [/changed]}}]
+  - when: [{key: "request.headers[x-payload]", values: [none]}]
 `
 	snapshot := compile(text)
 	claims := &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss"), "group": structpb.NewStringValue("admin")}}
@@ -548,7 +551,7 @@ spec:
 			for _, h := range r.Headers {
 				if h.Name == "authorization" {
 					r.Claims = claims
-					ok := set("x-group", "admin")
+					ok := set("x-group", "admin", "x-payload", "payload-secret")
 					ok.HeadersToRemove = []string{"authorization"}
 					return extauthz.Verified{Upstream: ok}
 				}
@@ -626,7 +629,7 @@ spec:
 	if g, w := strings.Join(got, "\n"), strings.Join(want, "\n"); g != w {
 		t.Errorf("recorded\n%s\nwant\n%s", g, w)
 	}
-	if text := out.String(); strings.Contains(text, "provider-secret") || strings.Contains(text, "client-secret") || strings.Contains(text, "query-secret") {
+	if text := out.String(); strings.Contains(text, "provider-secret") || strings.Contains(text, "payload-secret") || strings.Contains(text, "client-secret") || strings.Contains(text, "query-secret") {
 		t.Errorf("records show what is hidden\n%s", out.String())
 	}
 	// A record that says more than its version can is refused.
