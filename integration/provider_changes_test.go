@@ -119,6 +119,17 @@ func TestChangesOfProvidersAgreeWithEnvoy(t *testing.T) {
 		{name: "appended twice", answer: headers(appended("x-a", "1", true), appended("x-a", "2", true))},
 		{name: "set and appended", answer: headers(appended("x-a", "1", false), appended("x-a", "2", true))},
 		{name: "appended and set", answer: headers(appended("x-a", "1", true), appended("x-a", "2", false))},
+		{name: "appended to an empty value", answer: headers(appended("x-empty", "new", true))},
+		{name: "appended to an empty value twice", answer: headers(appended("x-empty", "1", true), appended("x-empty", "2", true))},
+		{name: "nothing appended", answer: headers(appended("x-a", "", true), appended("x-empty", "", true), appended("cookie", "", true))},
+		{name: "set to nothing and appended", answer: headers(set("x-a", ""), appended("x-a", "b", true))},
+		{name: "set and nothing appended", answer: headers(set("x-a", "b"), appended("x-a", "", true))},
+		{name: "set twice and appended", answer: headers(set("x-a", "1"), set("x-a", "2"), appended("x-a", "3", true), appended("x-a", "4", true))},
+		{name: "appended to the cookies", answer: headers(appended("Cookie", "role=guest", true))},
+		{name: "appended to the cookies twice", answer: headers(appended("cookie", "c=1", true), appended("cookie", "d=2", true))},
+		{name: "cookies set", answer: headers(set("cookie", "c=1"))},
+		{name: "cookies set and appended", answer: headers(set("cookie", "c=1"), appended("cookie", "d=2", true))},
+		{name: "cookies set to nothing and appended", answer: headers(set("cookie", ""), appended("cookie", "d=2", true))},
 		{name: "if absent, and is", answer: headers(action("x-new", "new", corev3.HeaderValueOption_ADD_IF_ABSENT))},
 		{name: "if absent, and is not", answer: headers(action("x-a", "new", corev3.HeaderValueOption_ADD_IF_ABSENT))},
 		{name: "if there, and is not", answer: headers(action("x-new", "new", corev3.HeaderValueOption_OVERWRITE_IF_EXISTS))},
@@ -196,7 +207,7 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 			t.Fatal(err)
 		}
 		r.Host = "app.example"
-		r.Header = http.Header{"X-Row": {row}, "X-A": {"a"}, "X-Two": {"1", "2"}, "Authorization": {"Bearer client"}}
+		r.Header = http.Header{"X-Row": {row}, "X-A": {"a"}, "X-Two": {"1", "2"}, "X-Empty": {""}, "Cookie": {"a=b"}, "Authorization": {"Bearer client"}}
 		res, err := http.DefaultClient.Do(r)
 		if err != nil {
 			t.Fatal(err)
@@ -214,7 +225,7 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 		}
 		return res.StatusCode, got
 	}
-	names := []string{"X-A", "X-Two", "X-New", "X-B", "Authorization"}
+	names := []string{"X-A", "X-Two", "X-New", "X-B", "X-Empty", "Cookie", "Authorization"}
 	for _, row := range p.rows {
 		mine, got := ask("signet", row.name)
 		if row.refused {

@@ -136,17 +136,33 @@ func (e *edit) option(o *corev3.HeaderValueOption) error {
 		return nil
 	}
 	i := slices.IndexFunc(e.headers, func(h authz.Header) bool { return h.Name == name })
-	if i < 0 {
-		return nil // to a header that is not there Envoy appends nothing
+	if i < 0 || value == "" {
+		return nil // to a header that is not there Envoy appends nothing, and nothing to none
 	}
 	e.touch(name)
-	e.headers[i].Value = append(append(bytes.Clone(e.headers[i].Value), ','), value...)
+	if first := &e.headers[i]; first.Form == authz.HeaderValue {
+		first.Value = []byte(appended(name, string(first.Value), value))
+	} else {
+		// Where the first of its values ends is not known, and so what they are now.
+		first.Value, first.Form = []byte(string(first.Value)+","+value), authz.HeaderUnclear
+	}
 	if h := e.w.header(name); h.kept {
 		h.values = append(h.values, value)
 	} else {
-		h.values[0] += "," + value
+		h.values[0] = appended(name, h.values[0], value)
 	}
 	return nil
+}
+
+// appended is what Envoy makes of a header's first value where more is appended.
+func appended(name, was, more string) string {
+	switch {
+	case was == "" || more == "":
+		return was + more
+	case name == "cookie":
+		return was + "; " + more
+	}
+	return was + "," + more
 }
 
 // set makes the values those of a header, or removes it.

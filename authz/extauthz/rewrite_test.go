@@ -62,6 +62,14 @@ func setTo(kv ...string) (out []*corev3.HeaderValueOption) {
 	return out
 }
 
+// appended is an option that appends.
+func appended(name, value string) *corev3.HeaderValueOption {
+	o := setHeader(name, value)
+	//lint:ignore SA1019 it is what Envoy reads
+	o.Append = wrapperspb.Bool(true)
+	return o
+}
+
 // told is what the proxy is told to change, for people.
 func told(a *authv3.CheckResponse) string {
 	var out []string
@@ -86,12 +94,6 @@ func told(a *authv3.CheckResponse) string {
 // policies see, and what the proxy is told, claims last.
 func TestWhatProvidersChangeIsDecidedOn(t *testing.T) {
 	t.Parallel()
-	appended := func(name, value string) *corev3.HeaderValueOption {
-		o := setHeader(name, value)
-		//lint:ignore SA1019 it is what Envoy reads
-		o.Append = wrapperspb.Bool(true)
-		return o
-	}
 	good := &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss"), "group": structpb.NewStringValue("admin")}}
 	snapshot := compileWith(t, changesPolicy, authz.Options{MultipleProviders: true})
 	for _, c := range []struct {
@@ -203,6 +205,106 @@ func TestWhatProvidersChangeIsDecidedOn(t *testing.T) {
 				}
 				if c.want != extauthz.ReasonProviderFailed && (d.Reason != r.Decision.Reason || d.Rule != r.Decision.Rule) {
 					t.Errorf("decided again: %+v; then: %+v", d, r.Decision)
+				}
+			})
+		}
+	}
+}
+
+// appendPolicy asks about everything, and then denies by what was appended to. It
+// looks for tokens in cookies.
+const appendPolicy = `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: default}
+spec: {action: CUSTOM, provider: {name: a}, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: default}
+spec: {jwtRules: [{issuer: iss, fromCookies: [tok]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: deny, namespace: default}
+spec:
+  action: DENY
+  rules:
+  - when: [{key: "request.headers[x-role]", values: [admin, "user,admin", "1,new"]}]
+  - when: [{key: "request.headers[cookie]", values: ["*; role=guest"]}]
+`
+
+// TestWhatIsAppendedIsDecidedOn: a value that a provider appends is joined to the one
+// that is there as Envoy joins it, which is measured in
+// TestChangesOfProvidersAgreeWithEnvoy. Where it is not known to which, policies that
+// read it do not decide as if it were.
+func TestWhatIsAppendedIsDecidedOn(t *testing.T) {
+	t.Parallel()
+	snapshot := compileWith(t, appendPolicy, authz.Options{})
+	for _, c := range []struct {
+		name    string
+		headers []string // of the client, beside the usual ones
+		options []*corev3.HeaderValueOption
+		want    authz.Reason // with raw headers
+		joined  authz.Reason // with joined ones; empty: as with raw ones
+		told    string
+		token   string // that is looked at
+	}{
+		{"to an empty value", []string{"x-role", ""}, []*corev3.HeaderValueOption{appended("x-role", "admin")}, authz.ReasonDenyRule, "", "", ""},
+		{"to a value", []string{"x-role", "user"}, []*corev3.HeaderValueOption{appended("x-role", "admin")}, authz.ReasonDenyRule, "", "", ""},
+		{"to another value", []string{"x-role", "guest"}, []*corev3.HeaderValueOption{appended("x-role", "admin")}, authz.ReasonNoAllowPolicy, "", "x-role=+admin", ""},
+		{"nothing", []string{"x-role", "admin"}, []*corev3.HeaderValueOption{appended("x-role", "")}, authz.ReasonDenyRule, "", "", ""},
+		{"nothing to another value", []string{"x-role", "guest"}, []*corev3.HeaderValueOption{appended("x-role", "")}, authz.ReasonNoAllowPolicy, "", "", ""},
+		{"to what was set to nothing", nil, []*corev3.HeaderValueOption{setHeader("x-role", ""), appended("x-role", "admin")}, authz.ReasonDenyRule, "", "", ""},
+		{"to what was set to nothing, not denied", nil, []*corev3.HeaderValueOption{setHeader("x-role", ""), appended("x-role", "b")}, authz.ReasonNoAllowPolicy, "", "x-role=b", ""},
+		{"to the first of two", []string{"x-role", "1", "x-role", "2"}, []*corev3.HeaderValueOption{appended("x-role", "new")}, authz.ReasonDenyRule, authz.ReasonDenyUnknown, "", ""},
+		{"to one with a comma", []string{"x-role", "1,2"}, []*corev3.HeaderValueOption{appended("x-role", "new")}, authz.ReasonNoAllowPolicy, authz.ReasonDenyUnknown, "x-role=+new", ""},
+		{"to cookies", []string{"cookie", "a=b"}, []*corev3.HeaderValueOption{appended("cookie", "role=guest")}, authz.ReasonDenyRule, "", "", ""},
+		{"to cookies that were set", nil, []*corev3.HeaderValueOption{setHeader("cookie", "a=b"), appended("cookie", "c=d")}, authz.ReasonNoAllowPolicy, "", "cookie=a=b; c=d", ""},
+		{"a token to cookies", []string{"cookie", "a=b"}, []*corev3.HeaderValueOption{appended("cookie", "tok=bad")}, authz.ReasonTokenRefused, "", "", "bad"},
+	} {
+		for _, form := range []string{"raw", "joined"} {
+			t.Run(c.name+"/"+form, func(t *testing.T) {
+				t.Parallel()
+				var kept records
+				token := ""
+				w := newWorldWith(t, extauthz.Config{Snapshot: fixed(snapshot), Records: &kept,
+					Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) {
+						return extauthz.ProviderAnswer{Allowed: true, Response: proto.Clone(ok(c.options)).(*authv3.CheckResponse)}, nil
+					}),
+					Tokens: tokens(func(p *authz.Program, r *authz.Request) extauthz.Verified {
+						for tok := range p.Verifies()[0].Tokens(r) {
+							token = string(tok.Text())
+							return extauthz.Verified{Err: errors.New("it is bad")}
+						}
+						return extauthz.Verified{}
+					})})
+				a, err := w.Check(as(server), check(func(a *authv3.AttributeContext) {
+					h := a.Request.Http
+					h.Headers, h.HeaderMap = nil, raw(append([]string{":path", "/a", ":method", "GET", ":authority", "server:8080"}, c.headers...)...)
+					h.Path, h.Method, h.Host = "/a", "GET", "server:8080"
+					if form == "joined" {
+						h.Headers = map[string]string{}
+						for _, hv := range h.HeaderMap.GetHeaders() {
+							if was, there := h.Headers[hv.GetKey()]; there {
+								hv.RawValue = []byte(was + "," + string(hv.GetRawValue()))
+							}
+							h.Headers[hv.GetKey()] = string(hv.GetRawValue())
+						}
+						h.HeaderMap = nil
+					}
+				}))
+				if err != nil || len(kept) != 1 {
+					t.Fatalf("%v; %d records", err, len(kept))
+				}
+				want := c.want
+				if form == "joined" && c.joined != "" {
+					want = c.joined
+				}
+				if got := kept[0].Decision.Reason; got != want || token != c.token {
+					t.Fatalf("%s (%v) with the token %q, want %s with %q", got, kept[0].Err, token, want, c.token)
+				}
+				if got := told(a); want == authz.ReasonNoAllowPolicy && got != c.told {
+					t.Errorf("the proxy is told %q, want %q", got, c.told)
 				}
 			})
 		}
