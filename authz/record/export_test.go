@@ -52,3 +52,29 @@ func (f *File) Shrink(most int64) { f.most = most }
 
 // Hasten shortens the pauses before what is sent again.
 func (o *OTLP) Hasten(c *http.Client) { o.first, o.client = time.Millisecond, c }
+
+// Waiting takes what waits at the first output, where nothing runs.
+func (r *Recorder) Waiting() (heads []Record) {
+	for {
+		select {
+		case it := <-r.queue:
+			r.record(it)
+			continue
+		default:
+		}
+		break
+	}
+	for o := r.outputs[0]; ; {
+		select {
+		case l := <-o.queue:
+			o.bytes.Add(-int64(len(l.text)))
+			heads = append(heads, *l.record)
+			continue
+		default:
+		}
+		return heads
+	}
+}
+
+// Bytes are those that are counted of what waits.
+func (r *Recorder) Bytes() int64 { return r.bytes.Load() }

@@ -23,7 +23,7 @@ type Output interface {
 // line is a record in its form, and as it is.
 type line struct {
 	text   []byte
-	record *Record
+	record *Record // its head
 }
 
 const maxBatch = 512

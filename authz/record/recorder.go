@@ -76,12 +76,13 @@ type Recorder struct {
 	metrics *metrics
 
 	queue chan *item
-	bytes atomic.Int64 // of the messages in queue
+	bytes atomic.Int64 // of the items in queue
 }
 
 // item is a decision that waits to be recorded.
 type item struct {
 	Record
+	size     int64 // that is counted in Recorder.bytes
 	message  []byte
 	claims   *structpb.Struct // that were decided on, or nil
 	token    *authz.Changes
@@ -144,7 +145,7 @@ func (r *Recorder) Add(from *extauthz.Record) {
 		r.metrics.unsampled.Inc()
 		return
 	}
-	n := int64(len(from.Message))
+	n := sizeOf(from)
 	if r.bytes.Add(n) > r.most {
 		r.bytes.Add(-n)
 		r.metrics.lost.WithLabelValues("all", "queue").Inc()
@@ -156,7 +157,7 @@ func (r *Recorder) Add(from *extauthz.Record) {
 			Allowed: d.Allowed, Kind: d.Kind, Policy: d.Policy, Rule: d.Rule, Reason: d.Reason,
 			Generation: from.Snapshot.Generation(), Latency: from.Took,
 		},
-		message: bytes.Clone(from.Message), program: from.Program, decision: d, asked: slices.Clone(from.Asked), changed: slices.Clone(from.Changed),
+		size: n, message: bytes.Clone(from.Message), program: from.Program, decision: d, asked: slices.Clone(from.Asked), changed: slices.Clone(from.Changed),
 	}
 	if from.Err != nil {
 		it.Err = from.Err.Error()
@@ -170,6 +171,57 @@ func (r *Recorder) Add(from *extauthz.Record) {
 		r.bytes.Add(-n)
 		r.metrics.lost.WithLabelValues("all", "queue").Inc()
 	}
+}
+
+// sizeOf is about what a decision takes that waits to be recorded: what came, what
+// providers have answered, and what a token says.
+func sizeOf(from *extauthz.Record) int64 {
+	n := len(from.Message) + changesSize(from.Request.Token)
+	for _, c := range from.Changed {
+		n += changesSize(c)
+	}
+	for name, v := range from.Request.Claims.GetFields() {
+		n += len(name) + valueSize(v)
+	}
+	return int64(n)
+}
+
+// What a value of a token and what a header take, beside their bytes.
+const (
+	perValue  = 150
+	perHeader = 48
+)
+
+func changesSize(c *authz.Changes) (n int) {
+	if c == nil {
+		return 0
+	}
+	n = len(c.Method) + len(c.Path) + len(c.Host)
+	for _, name := range c.Names {
+		n += perHeader + len(name)
+	}
+	for i := range c.Headers {
+		n += perHeader + len(c.Headers[i].Value)
+	}
+	return n
+}
+
+// valueSize is the size of a value; a token's are not deep (see package token).
+func valueSize(v *structpb.Value) (n int) {
+	n = perValue
+	switch k := v.GetKind().(type) {
+	case *structpb.Value_StringValue:
+		n += len(k.StringValue)
+	case *structpb.Value_ListValue:
+		for _, e := range k.ListValue.GetValues() {
+			n += valueSize(e)
+		}
+	case *structpb.Value_StructValue:
+		for name, e := range k.StructValue.GetFields() {
+			n += len(name) + valueSize(e)
+		}
+	}
+	return n
 }
 
 // farewell is how long what still waits at the end may take.
@@ -227,7 +279,7 @@ const jwtFilter = "envoy.filters.http.jwt_authn"
 
 // record makes the record of an item and hands it to the outputs.
 func (r *Recorder) record(it *item) {
-	r.bytes.Add(-int64(len(it.message)))
+	r.bytes.Add(-it.size)
 	rec := &it.Record
 	// All of the message, of which the decision may have needed less. An error is
 	// why it was not read then either.
@@ -278,10 +330,16 @@ func (r *Recorder) record(it *item) {
 	if slices.Contains(show.TokenHeaders, "x-request-id") {
 		rec.RequestID = ""
 	}
-	l := line{text: rec.Append(nil, show), record: rec}
+	l := line{text: rec.Append(nil, show), record: rec.head()}
 	for _, o := range r.outputs {
 		o.add(l)
 	}
+}
+
+// head is what an output reads of a record beside its text. It does not hold on to the
+// request, of which the text may have little.
+func (r *Record) head() *Record {
+	return &Record{Time: r.Time, Workload: r.Workload, Allowed: r.Allowed, Policy: r.Policy, Reason: r.Reason, Latency: r.Latency, TraceID: r.TraceID}
 }
 
 // byProvider reports whether a provider, or its absence, decided.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -644,4 +645,56 @@ type verifying func(r *authz.Request) extauthz.Verified
 
 func (f verifying) Claims(_ context.Context, _ *authz.Program, r *authz.Request) extauthz.Verified {
 	return f(r)
+}
+
+// TestWhatWaitsIsBounded: what is bounded is what waits with a check, too: the changes
+// of providers and the claims of its token; and at the outputs nothing of it waits.
+func TestWhatWaitsIsBounded(t *testing.T) {
+	t.Parallel()
+	long := bytes.Repeat([]byte("v"), 4<<10)
+	var list []*structpb.Value
+	for range 100 {
+		list = append(list, structpb.NewNumberValue(1))
+	}
+	request := &authz.Request{}
+	for name, c := range map[string]struct {
+		request authz.Request
+		changed *authz.Changes
+	}{
+		"changes of a provider": {changed: &authz.Changes{Names: []string{"x-a"}, Headers: []authz.Header{{Name: "x-a", Value: long}}}},
+		"names of headers":      {changed: &authz.Changes{Names: slices.Repeat([]string{"x-a"}, 100)}},
+		"a path":                {changed: &authz.Changes{Path: long}},
+		"changes of a token":    {request: authz.Request{Claims: &structpb.Struct{}, Token: &authz.Changes{Headers: []authz.Header{{Name: "x-a", Value: long}}}}},
+		"claims": {request: authz.Request{Claims: &structpb.Struct{Fields: map[string]*structpb.Value{
+			"a": structpb.NewStructValue(&structpb.Struct{Fields: map[string]*structpb.Value{"b": structpb.NewListValue(&structpb.ListValue{Values: list})}})}}}},
+		"a claim": {request: authz.Request{Claims: &structpb.Struct{Fields: map[string]*structpb.Value{"a": structpb.NewStringValue(string(long))}}}},
+	} {
+		w := newService(t, record.Config{QueueBytes: 64 << 10, Outputs: []record.Output{record.Stream("x", io.Discard)}})
+		add := func(n int, r *authz.Request, changed *authz.Changes) {
+			for range n {
+				w.r.Add(&extauthz.Record{Time: time.Now(), Workload: &cart, Request: r, Snapshot: w.snapshot, Program: w.snapshot.For(cart), Asked: []string{"opa"}, Changed: []*authz.Changes{changed}})
+			}
+		}
+		lost := func() int {
+			return int(testutil.ToFloat64(collector(t, w.reg, "signet_records_lost_total")))
+		}
+		if add(100, request, nil); lost() != 0 {
+			t.Errorf("%s: %d of nothing are lost", name, lost())
+		}
+		if w.r.Waiting(); w.r.Bytes() != 0 {
+			t.Errorf("%s: %d bytes wait where nothing does", name, w.r.Bytes())
+		}
+		if add(100, &c.request, c.changed); lost() < 80 {
+			t.Errorf("%s: %d of 100 are lost", name, lost())
+		}
+		heads := w.r.Waiting()
+		if len(heads) != 100-lost() || w.r.Bytes() != 0 {
+			t.Errorf("%s: %d were recorded, %d lost; %d bytes wait", name, len(heads), lost(), w.r.Bytes())
+		}
+		for _, h := range heads {
+			if h.Request.Claims != nil || h.Answers != nil || h.Workload.Pod != "cart-1" {
+				t.Errorf("%s: there waits %+v", name, h)
+			}
+		}
+	}
 }
