@@ -53,7 +53,7 @@ func (as *agents) put(r *agent) {
 	}
 }
 
-// read takes up a record that is stored. mu is held.
+// read takes up a record that is stored. mu is held, or nobody else has it yet.
 func (as *agents) read(e storage.Entry) {
 	r, err := parseAgent(e)
 	if err != nil {

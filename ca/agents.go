@@ -77,18 +77,19 @@ type streamsOfNode struct {
 	renewed    uint64
 }
 
-func loadAgents(ctx context.Context, s storage.Store) (*agents, error) {
+// loadAgents reads the records of a store. Where replicas share it one of a later version
+// may have written some that this one cannot read: that is no reason not to start, as it
+// is none to end.
+func loadAgents(ctx context.Context, s storage.Store, shared bool) (*agents, error) {
 	entries, _, err := s.List(ctx, agentPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("reading agents: %w", err)
 	}
 	as := &agents{store: s, bySerial: map[string]*agent{}, streams: map[machine]*streamsOfNode{}}
 	for _, e := range entries {
-		r, err := parseAgent(e)
-		if err != nil {
-			return nil, err
+		if as.read(e); !shared && as.unread[e.Key] != nil {
+			return nil, as.unread[e.Key]
 		}
-		as.bySerial[string(r.serial)] = r
 	}
 	return as, nil
 }

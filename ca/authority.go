@@ -439,9 +439,10 @@ func (a *Authority) start(ctx context.Context) error {
 		}
 	}
 	var err error
-	if a.agents, err = loadAgents(ctx, a.store); err != nil {
+	if a.agents, err = loadAgents(ctx, a.store, a.cfg.shared()); err != nil {
 		return err
 	}
+	a.alarm("agents' records", a.agents.unreadable())
 	if a.cfg.shared() {
 		a.agents.unsaid = map[string]bool{}
 	}
