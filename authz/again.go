@@ -17,7 +17,7 @@ const jwtFilter = "envoy.filters.http.jwt_authn"
 //
 // What the token says is taken to be unknown where it cannot be told: where the changes
 // are not those of then, or are in another order. What the proxy itself has said of
-// the token outlasts that, but not a change of where p looks for tokens.
+// the token outlasts that, but not a change of where p looks for tokens or puts claims.
 //
 // now is the request behind the providers. Again does not change r.
 func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision) (*Changes, bool)) (d Decision, now Request) {
@@ -42,7 +42,7 @@ func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision) (*C
 		}
 		c.Apply(&now)
 		made = append(made, c)
-		if now.Claims != nil && c.LooksAt(p.Verifies()) {
+		if now.Claims != nil && (c.LooksAt(p.Verifies()) || c.SetsAny(p.outputs)) {
 			now.forgetToken()
 		}
 	}

@@ -61,6 +61,7 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 		{"both are asked, in the other order", askA + askB + jwt, "/open", nil, nil, user, path, authz.ReasonTokenUnknown},
 		{"the proxy's word, and the provider is not asked", jwt, "/", claims("good"), nil, user, nil, authz.ReasonAllowRule},
 		{"the proxy's word, and tokens are looked for where the provider has put another", askA + jwt, "/", claims("good"), nil, token, nil, authz.ReasonTokenUnknown},
+		{"the proxy's word, and claims are put where the provider has put something", askA + strings.Replace(jwt, "iss}", "iss, outputClaimToHeaders: [{header: X-User, claim: sub}]}", 1), "/", claims("good"), nil, user, nil, authz.ReasonTokenUnknown},
 		{"the proxy's word about somebody who is denied", askA, "/open", claims("banned"), nil, token, nil, authz.ReasonDenyRule},
 	} {
 		t.Run(c.name, func(t *testing.T) {

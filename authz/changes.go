@@ -167,6 +167,20 @@ func (c *Changes) LooksAt(rules []*TokenRule) bool {
 	})
 }
 
+// Outputs are the headers, in lower case, in which the verification of a token puts
+// claims, or its payload. They must not be changed.
+func (p *Program) Outputs() []string {
+	if p == nil {
+		return nil
+	}
+	return p.outputs
+}
+
+// SetsAny reports whether the changes are of one of these headers.
+func (c *Changes) SetsAny(headers []string) bool {
+	return c != nil && slices.ContainsFunc(c.Names, func(name string) bool { return slices.Contains(headers, name) })
+}
+
 // ParamNames are the names of query parameters of a path that are name once their
 // percent encoding is undone, as they stand there, each once.
 func ParamNames(path []byte, name string) (names []string) {

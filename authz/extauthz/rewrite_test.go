@@ -347,7 +347,7 @@ func TestAProvidersTokenIsNotTheProxys(t *testing.T) {
 		}),
 		Tokens: tokens(func(*authz.Program, *authz.Request) extauthz.Verified { verified++; return extauthz.Verified{} })})
 	request := check(func(a *authv3.AttributeContext) {
-		a.Request.Http.HeaderMap = raw(":path", "/a", ":method", "GET", ":authority", "server:8080", "x-user", "alice")
+		a.Request.Http.HeaderMap = raw(":path", "/a", ":method", "GET", ":authority", "server:8080", "x-user", "alice", "x-group", "user")
 		a.Request.Http.Path = ""
 		a.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
 			"envoy.filters.http.jwt_authn": {Fields: map[string]*structpb.Value{"payload": structpb.NewStructValue(theirs)}}}}
@@ -362,6 +362,16 @@ func TestAProvidersTokenIsNotTheProxys(t *testing.T) {
 	if got := reason(); got != authz.ReasonTokenRefused || verified != 1 || kept[0].Request.Claims != nil || kept[0].Request.Metadata["envoy.filters.http.jwt_authn"] != nil {
 		t.Errorf("%s; verified %d times; %+v", got, verified, kept[0].Request)
 	}
+	// Nor does a provider say what the proxy's token does.
+	for _, answer = range []*authv3.CheckResponse{ok(setTo("X-Group", "admin")), ok(nil, "x-group"), ok(setTo("x-other", "1", "x-group", "user"))} {
+		if got := reason(); got != extauthz.ReasonProviderFailed || verified != 1 {
+			t.Errorf("%s; verified %d times; %v", got, verified, kept[len(kept)-1].Err)
+		}
+		if r := kept[len(kept)-1].Request; one(r, "x-group") != "user" || r.Claims == nil {
+			t.Errorf("the record has %+v", r)
+		}
+	}
+	kept = kept[:1]
 	answer = ok(setTo("x-other", "1"))
 	if got := reason(); got != authz.ReasonAllowRule || verified != 1 || kept[1].Request.Claims.GetFields()["sub"].GetStringValue() != "proxy" {
 		t.Errorf("%s; verified %d times; %+v", got, verified, kept[1].Request)
