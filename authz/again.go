@@ -62,7 +62,7 @@ func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision) (*C
 
 // none reports whether there are no changes.
 func (c *Changes) none() bool {
-	return c == nil || len(c.Names)+len(c.Headers) == 0 && c.Method == nil && c.Path == nil && c.Host == nil
+	return c == nil || len(c.Names)+len(c.Headers) == 0 && c.Method == nil && c.Path == nil && c.Host == nil && c.Hidden == 0
 }
 
 // forgetToken makes unknown what was found out about the token.

@@ -17,6 +17,9 @@ type Changes struct {
 	// changed. QueryHidden is that of Path.
 	Method, Path, Host []byte
 	QueryHidden        bool
+	// Hidden are those of FieldMethod, FieldPath and FieldHost that became something of
+	// which nobody knows what, as in a record that does not show it.
+	Hidden Field
 }
 
 // Apply makes the changes in r, whose slices are replaced and not written to. The
@@ -50,6 +53,16 @@ func (c *Changes) rest(r *Request) {
 	if c.Host != nil {
 		r.Host = c.Host
 	}
+	if c.Hidden&FieldMethod != 0 {
+		r.Method = nil
+	}
+	if c.Hidden&FieldPath != 0 {
+		r.Path = nil
+	}
+	if c.Hidden&FieldHost != 0 {
+		r.Host = nil
+	}
+	r.Known &^= c.Hidden
 }
 
 // without appends to out what is in list, but for headers of these names.
@@ -163,7 +176,7 @@ func AfterTokens(rules []TokenRule, r *Request) Request {
 // LooksAt reports whether a rule looks for tokens where the changes are.
 func (c *Changes) LooksAt(rules []*TokenRule) bool {
 	return slices.ContainsFunc(rules, func(t *TokenRule) bool {
-		return len(t.params) > 0 && c.Path != nil || slices.ContainsFunc(c.Names, t.looksAt)
+		return len(t.params) > 0 && (c.Path != nil || c.Hidden&FieldPath != 0) || slices.ContainsFunc(c.Names, t.looksAt)
 	})
 }
 

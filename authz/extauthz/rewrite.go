@@ -79,6 +79,9 @@ func (w *rewrite) provider(ok *authv3.OkHttpResponse, r *authz.Request) (*authz.
 		if strings.HasPrefix(name, ":") || name == "host" || name == "" {
 			continue // Envoy does not either
 		}
+		if !httpguts.ValidHeaderFieldName(name) {
+			return nil, errChange("by removing the header %.100q, which is none", name)
+		}
 		e.set(name)
 	}
 	for _, name := range e.c.Names {
@@ -104,9 +107,35 @@ func (w *rewrite) provider(ok *authv3.OkHttpResponse, r *authz.Request) (*authz.
 		}
 		e.c.Path = withParams(r.Path, ok.GetQueryParametersToSet(), ok.GetQueryParametersToRemove())
 	}
+	if err := bounded(e.c); err != nil {
+		return nil, err
+	}
 	w.response = append(w.response, ok.GetResponseHeadersToAdd()...)
 	e.c.Apply(r)
 	return e.c, nil
+}
+
+// Bounds of what one answer makes of a request, so that a record of it is never too
+// long to be read. Envoy takes no more than 100 headers in 60 KiB from a client.
+const (
+	maxChanged      = 1000
+	maxChangedBytes = 64 << 10
+)
+
+// bounded refuses changes that are too many or too long. A path does not count: it may
+// be the client's, and a record does not show a long one.
+func bounded(c *authz.Changes) error {
+	n := len(c.Method) + len(c.Host)
+	for _, name := range c.Names {
+		n += len(name)
+	}
+	for i := range c.Headers {
+		n += len(c.Headers[i].Name) + len(c.Headers[i].Value)
+	}
+	if len(c.Names) > maxChanged || len(c.Headers) > maxChanged || n > maxChangedBytes {
+		return errChange("more than %d headers of it, or more than %d bytes", maxChanged, maxChangedBytes)
+	}
+	return nil
 }
 
 // edit is what one answer changes.

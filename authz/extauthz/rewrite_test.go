@@ -132,6 +132,13 @@ func TestWhatProvidersChangeIsDecidedOn(t *testing.T) {
 		{"a raw value", []string{"x-user", "alice"}, "/a", ok([]*corev3.HeaderValueOption{{Header: &corev3.HeaderValue{Key: "x-user", RawValue: []byte("bob")}}}), nil, extauthz.ReasonProviderFailed, "", ""},
 		{"a line break", []string{"x-user", "alice"}, "/a", ok(setTo("x-a", "a\nx-user: b")), nil, extauthz.ReasonProviderFailed, "", ""},
 		{"no name", []string{"x-user", "alice"}, "/a", ok(setTo("", "a")), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"no name, removed", []string{"x-user", "alice"}, "/a", ok(nil, "x\x01"), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"a name that is no text, removed", []string{"x-user", "alice"}, "/a", ok(nil, "x-\u0085"), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"as many names as can be", []string{"x-user", "alice"}, "/a", ok(nil, manyNames(1000)...), nil, authz.ReasonAllowRule, "-" + strings.Join(manyNames(1000), " -"), ""},
+		{"too many names", []string{"x-user", "alice"}, "/a", ok(nil, manyNames(1001)...), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"too long names", []string{"x-user", "alice"}, "/a", ok(nil, strings.Repeat("x", 65<<10)), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"too long a value", []string{"x-user", "alice"}, "/a", ok(setTo("x-a", strings.Repeat("x", 65<<10))), nil, extauthz.ReasonProviderFailed, "", ""},
+		{"too long an authority", []string{"x-user", "alice"}, "/a", ok(setTo(":authority", strings.Repeat("x", 65<<10))), nil, extauthz.ReasonProviderFailed, "", ""},
 		{"a parameter of two", []string{"x-user", "alice"}, "/a", okWith(&authv3.OkHttpResponse{QueryParametersToSet: []*corev3.QueryParameter{{Key: "u", Value: "1&v=2"}}}), nil, extauthz.ReasonProviderFailed, "", ""},
 		{"a field of another version", []string{"x-user", "alice"}, "/a", unknownField(ok(nil)), nil, extauthz.ReasonProviderFailed, "", ""},
 		{"path and parameter", []string{"x-user", "alice", "x-stage", "b"}, "/a", ok(setTo(":path", "/changed?x")), okWith(&authv3.OkHttpResponse{QueryParametersToRemove: []string{"x"}}), extauthz.ReasonProviderFailed, "", ""},
@@ -309,6 +316,14 @@ func TestWhatIsAppendedIsDecidedOn(t *testing.T) {
 			})
 		}
 	}
+}
+
+// manyNames are names of n headers.
+func manyNames(n int) (names []string) {
+	for i := range n {
+		names = append(names, fmt.Sprint("x-", i))
+	}
+	return names
 }
 
 func sameWords(a, b string) bool {

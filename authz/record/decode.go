@@ -77,6 +77,7 @@ type wireChanges struct {
 	Path        raw          `json:"path"`
 	QueryHidden bool         `json:"queryHidden"`
 	Host        raw          `json:"host"`
+	Hidden      []string     `json:"hidden"`
 }
 
 type wireRequest struct {
@@ -222,7 +223,7 @@ func decode(line []byte) (r Record, err error) {
 	if err := w.Request.read(&r.Request); err != nil {
 		return r, err
 	}
-	if got := r.version(); int64(*v.Version) < got {
+	if got := r.version(func(c *authz.Changes) authz.Field { return c.Hidden }); int64(*v.Version) < got {
 		return r, fmt.Errorf("it is of version %d and says what only version %d can", *v.Version, got)
 	}
 	return r, nil
@@ -303,7 +304,20 @@ func (w *wireChanges) read() (*authz.Changes, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &authz.Changes{Names: w.Names, Headers: headers, Method: w.Method, Path: w.Path, QueryHidden: w.QueryHidden, Host: w.Host}, nil
+	c := &authz.Changes{Names: w.Names, Headers: headers, Method: w.Method, Path: w.Path, QueryHidden: w.QueryHidden, Host: w.Host}
+	for _, name := range w.Hidden {
+		switch name {
+		case "method":
+			c.Hidden |= authz.FieldMethod
+		case "path":
+			c.Hidden |= authz.FieldPath
+		case "host":
+			c.Hidden |= authz.FieldHost
+		default:
+			return nil, fmt.Errorf("%q is nothing that changes can hide", name)
+		}
+	}
+	return c, nil
 }
 
 // structure reads an object and adds fields whose values are hidden.

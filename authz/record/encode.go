@@ -67,7 +67,7 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 	e := encoder{b: b}
 	e.open()
 	e.key("version")
-	e.b = strconv.AppendInt(e.b, r.version(), 10)
+	e.b = strconv.AppendInt(e.b, r.version(func(c *authz.Changes) authz.Field { return show.changes(c).Hidden }), 10)
 	e.key("time")
 	e.b = append(r.Time.UTC().AppendFormat(append(e.b, '"'), "2006-01-02T15:04:05.000000000Z"), '"')
 	e.key("workload")
@@ -152,11 +152,22 @@ func (r *Record) Append(b []byte, show Shown) []byte {
 }
 
 // version is the oldest that can say what the record says.
-func (r *Record) version() int64 {
-	if r.Request.Token != nil || slices.ContainsFunc(r.Answers, func(a Answer) bool { return a.Changes != nil }) {
-		return 2
+func (r *Record) version(hidden func(*authz.Changes) authz.Field) int64 {
+	v := int64(1)
+	of := func(c *authz.Changes) {
+		switch {
+		case c == nil:
+		case hidden(c) != 0:
+			v = 3
+		default:
+			v = max(v, 2)
+		}
 	}
-	return 1
+	of(r.Request.Token)
+	for i := range r.Answers {
+		of(r.Answers[i].Changes)
+	}
+	return v
 }
 
 // encoder appends JSON.
@@ -388,10 +399,8 @@ func (e *encoder) request(r *authz.Request, show *Shown) {
 // changes appends what somebody changed of a request; values are hidden as in the
 // request itself.
 func (e *encoder) changes(c *authz.Changes, show *Shown) {
-	path, hidden := c.Path, c.QueryHidden
-	if !hidden {
-		path, hidden = show.path(path)
-	}
+	shown := show.changes(c)
+	c = &shown
 	e.open()
 	if len(c.Names) > 0 {
 		e.key("names")
@@ -407,12 +416,41 @@ func (e *encoder) changes(c *authz.Changes, show *Shown) {
 		e.end()
 	}
 	e.bytes("method", c.Method)
-	e.bytes("path", path)
-	if hidden && path != nil {
+	e.bytes("path", c.Path)
+	if c.QueryHidden && c.Path != nil {
 		e.flag("queryHidden", true)
 	}
 	e.bytes("host", c.Host)
+	if c.Hidden != 0 {
+		e.key("hidden")
+		e.list()
+		for _, f := range fields {
+			if c.Hidden&f.field != 0 {
+				e.comma()
+				e.quote(f.name)
+			}
+		}
+		e.end()
+	}
 	e.close()
+}
+
+// changes is what is shown of changes, but for headers.
+func (s *Shown) changes(c *authz.Changes) authz.Changes {
+	out := *c
+	if !out.QueryHidden {
+		out.Path, out.QueryHidden = s.path(out.Path)
+	}
+	for _, f := range []struct {
+		field authz.Field
+		value *[]byte
+	}{{authz.FieldMethod, &out.Method}, {authz.FieldPath, &out.Path}, {authz.FieldHost, &out.Host}} {
+		if len(*f.value) > maxValue {
+			*f.value = nil
+			out.Hidden |= f.field
+		}
+	}
+	return out
 }
 
 // schemeOf is what is shown of a hidden header Authorization, or of another one for

@@ -12,8 +12,8 @@ import (
 // a record has nothing that only the newer one can say.
 //
 // Version 2 has what extension providers, and the verification of the token, changed
-// of the request.
-const Version = 2
+// of the request. Version 3 has of that, too, what is too long to be shown.
+const Version = 3
 
 // Record is one decision and what it rests on.
 type Record struct {

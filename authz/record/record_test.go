@@ -152,7 +152,7 @@ func TestDecodeRefuses(t *testing.T) {
 	s := sample()
 	good := string(s.Append(nil, shown))
 	for _, tt := range []struct{ name, old, new, err string }{
-		{"another version", `"version":1`, `"version":3`, "version 3"},
+		{"another version", `"version":1`, `"version":4`, "version 4"},
 		{"no version", `"version":1,`, ``, "no version"},
 		{"a key of another version", `"decision"`, `"shadow":true,"decision"`, "unknown field"},
 		{"an unknown attribute", `"peer"`, `"ja4"`, `"ja4" is not something that can be known`},
@@ -178,6 +178,76 @@ func TestDecodeRefuses(t *testing.T) {
 		if err != nil && r.Policy != "" {
 			t.Errorf("%s: half a record beside the error", tt.name)
 		}
+	}
+}
+
+// changes are some of every kind, too long to be shown whole.
+func changes() *authz.Changes {
+	long := bytes.Repeat([]byte("\x01"), 1<<20)
+	return &authz.Changes{Names: []string{"x-a", "x-b"}, Headers: []authz.Header{{Name: "x-a", Value: long}, {Name: "x-b", Value: []byte("b")}}, Method: long, Path: long, Host: long}
+}
+
+// TestLongChangesAreUnknown: what is too long to be shown of changes is unknown when
+// the record is decided again, and a record of it can be read.
+func TestLongChangesAreUnknown(t *testing.T) {
+	t.Parallel()
+	compile := func(spec string) *authz.Program {
+		rs, problems := authz.Parse("p.yaml", []byte("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: ask, namespace: shop}\nspec: {action: CUSTOM, provider: {name: opa}, rules: [{}]}\n---\n"+
+			"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec: "+spec))
+		if len(problems) > 0 {
+			t.Fatal(problems)
+		}
+		set, _ := authz.Set{}.Update(rs)
+		snapshot, _ := authz.Compile(set, authz.Options{})
+		return snapshot.For(identity.Workload{Namespace: "shop"})
+	}
+	for name, c := range map[string]struct {
+		operation string // that the request was of, as it came
+		changes   *authz.Changes
+		hidden    bool
+	}{
+		"a method":     {"methods: [GET]", &authz.Changes{Method: changes().Method}, true},
+		"a path":       {"paths: [/a]", &authz.Changes{Path: changes().Path}, true},
+		"a host":       {"hosts: [cart]", &authz.Changes{Host: changes().Host}, true},
+		"a long path":  {"paths: [/a]", &authz.Changes{Path: bytes.Repeat([]byte("p"), 4<<10+1)}, true},
+		"a short one":  {"paths: [/a]", &authz.Changes{Path: bytes.Repeat([]byte("p"), 4<<10)}, false},
+		"a long query": {"paths: [/a]", &authz.Changes{Path: []byte("/b?a=" + strings.Repeat("x", 5<<10))}, false},
+		"everything":   {"methods: [GET]", changes(), true},
+	} {
+		r := record.Record{Answers: []record.Answer{{Provider: "opa", Allowed: true, Changes: c.changes}},
+			Request: authz.Request{Known: authz.FieldsHTTP, HTTP: true, Method: []byte("GET"), Path: []byte("/a"), Host: []byte("cart")}}
+		line := r.Append(nil, shown)
+		got, err := record.Decode(line)
+		if err != nil {
+			t.Fatalf("%s: a record of %d bytes: %v", name, len(line), err)
+		}
+		if hidden := got.Answers[0].Changes.Hidden != 0; hidden != c.hidden || bytes.Contains(line, []byte(`"version":3`)) != c.hidden {
+			t.Errorf("%s: hidden %t: %.300s", name, hidden, line)
+		}
+		allow, deny := authz.ReasonNoAllowRule, authz.ReasonNoAllowPolicy
+		if c.hidden {
+			allow, deny = authz.ReasonAllowUnknown, authz.ReasonDenyUnknown
+		}
+		rule := ", rules: [{to: [{operation: {" + c.operation + "}}]}]}"
+		for spec, want := range map[string]authz.Reason{"{action: ALLOW" + rule: allow, "{action: DENY" + rule: deny} {
+			if d, _ := record.Replay(compile(spec), &got); d.Reason != want {
+				t.Errorf("%s, decided again by %s: %s, want %s", name, spec, d.Reason, want)
+			}
+		}
+		// What the verification of a token made of the request is hidden in the same way.
+		r.Answers, r.Request.Token = nil, c.changes
+		r.Request.Claims = &structpb.Struct{}
+		if got, err = record.Decode(r.Append(nil, shown)); err != nil || (got.Request.Token.Hidden != 0) != c.hidden {
+			t.Errorf("%s, by a token: %v: %+v", name, err, got.Request.Token)
+		}
+	}
+	for _, bad := range []string{`"hidden":["headers"]`, `"hidden":["x"]`} {
+		if _, err := record.Decode([]byte(`{"version":3,"decision":"allow","request":{"token":{` + bad + `}}}`)); err == nil || !strings.Contains(err.Error(), "nothing that changes can hide") {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if _, err := record.Decode([]byte(`{"version":2,"decision":"allow","request":{"token":{"hidden":["path"]}}}`)); err == nil {
+		t.Error("a record of version 2 hides changes")
 	}
 }
 
@@ -216,6 +286,10 @@ func FuzzDecode(f *testing.F) {
 	s := sample()
 	f.Add(s.Append(nil, shown))
 	f.Add([]byte(`{"version":1,"decision":"allow","request":{}}`))
+	c := changes()
+	s.Request.Token, s.Answers = c, []record.Answer{{Provider: "opa", Allowed: true, Changes: c}}
+	f.Add(s.Append(nil, shown))
+	f.Add([]byte(`{"version":3,"decision":"allow","providers":[{"provider":"opa","allowed":true,"changes":{"hidden":["method","path","host"],"path":"/a?b=","queryHidden":true}}],"request":{}}`))
 	all := record.Shown{AllHeaders: true, AllClaims: true, Query: true}
 	f.Fuzz(func(t *testing.T, line []byte) {
 		r, err := record.Decode(line)
