@@ -266,7 +266,7 @@ func allowed(changed *rewrite, providers []*authv3.CheckResponse) *authv3.CheckR
 // encode is the answer to a check that was decided.
 func (s *Server) encode(c *check) *answer {
 	switch {
-	case c.Decision.Allowed && c.verified.Upstream == nil && len(c.passed) == 0:
+	case c.Decision.Allowed && c.verified.Upstream == nil && len(c.passed)+len(c.rewrite.headers) == 0:
 		return s.allowed
 	case c.Decision.Allowed:
 		return encode(allowed(&c.rewrite, c.passed))

@@ -255,11 +255,8 @@ func (w *rewrite) token(ok *authv3.OkHttpResponse, r *authz.Request) *authz.Chan
 	if ok == nil {
 		return c
 	}
-	for _, name := range ok.GetHeadersToRemove() {
-		h := w.header(name)
-		h.kept, h.values = false, nil
-		c.Names = append(c.Names, name)
-	}
+	w.remove(ok.GetHeadersToRemove())
+	c.Names = append(c.Names, ok.GetHeadersToRemove()...)
 	for _, o := range ok.GetHeaders() {
 		name, value := o.GetHeader().GetKey(), o.GetHeader().GetValue()
 		h := w.header(name)
@@ -283,6 +280,14 @@ func (w *rewrite) token(ok *authv3.OkHttpResponse, r *authz.Request) *authz.Chan
 		c.QueryHidden = bytes.IndexByte(c.Path, '%') >= 0
 	}
 	return c
+}
+
+// remove has headers removed.
+func (w *rewrite) remove(names []string) {
+	for _, name := range names {
+		h := w.header(name)
+		h.kept, h.values = false, nil
+	}
 }
 
 func (w *rewrite) param(name string, value *string) {

@@ -348,6 +348,49 @@ func unknownField(r *authv3.CheckResponse) *authv3.CheckResponse {
 	return r
 }
 
+// TestNobodyForgesClaims: a header in which a token's claims would be is taken out of a
+// request without one, whoever looks for tokens.
+func TestNobodyForgesClaims(t *testing.T) {
+	t.Parallel()
+	none := tokens(func(*authz.Program, *authz.Request) extauthz.Verified { return extauthz.Verified{} })
+	theirs := &structpb.Struct{Fields: map[string]*structpb.Value{"payload": structpb.NewStructValue(
+		&structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss")}})}}
+	for _, c := range []struct {
+		name   string
+		tokens extauthz.Tokens
+		path   string
+		proxys bool // the proxy has verified a token
+		told   string
+	}{
+		{"nobody verifies", nil, "/", false, "-x-group"},
+		{"one that says nothing", none, "/", false, "-x-group"},
+		{"a provider set it, and nobody verifies", nil, "/a", false, "-x-group"},
+		{"a provider set it, and one says nothing", none, "/a", false, "-x-group"},
+		{"the proxy's", nil, "/", true, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorldWith(t, extauthz.Config{Snapshot: fixed(compileWith(t, changesPolicy, authz.Options{MultipleProviders: true})), Tokens: c.tokens,
+				Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) {
+					return extauthz.ProviderAnswer{Allowed: true, Response: ok(setTo("x-group", "admin"))}, nil
+				})})
+			a, err := w.Check(as(server), check(func(a *authv3.AttributeContext) {
+				a.Request.Http.HeaderMap = raw(":path", c.path, ":method", "GET", ":authority", "server:8080", "x-user", "alice", "x-group", "admin")
+				a.Request.Http.Path = ""
+				if c.proxys {
+					a.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"envoy.filters.http.jwt_authn": theirs}}
+				}
+			}))
+			if err != nil || a.GetOkResponse() == nil {
+				t.Fatalf("%v, %v", a, err)
+			}
+			if got := told(a); got != c.told {
+				t.Errorf("the proxy is told %q, want %q", got, c.told)
+			}
+		})
+	}
+}
+
 // TestAProvidersTokenIsNotTheProxys: what the proxy said of the token that came says
 // nothing of the one that a provider has set.
 func TestAProvidersTokenIsNotTheProxys(t *testing.T) {

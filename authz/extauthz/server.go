@@ -242,6 +242,11 @@ func (s *Server) decide(ctx context.Context, c *check) {
 			c.request.Token = c.rewrite.token(c.verified.Upstream, &c.request)
 		}
 	}
+	if c.request.Claims == nil {
+		// Policies see no header in which a token's claims would be; nor does the
+		// application, whoever verifies tokens and whatever it says.
+		c.rewrite.remove(c.Program.Outputs())
+	}
 	if len(c.Asked) > 0 {
 		c.Decision = c.Program.After(c.Decision, &c.request)
 	} else {
