@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -155,6 +156,26 @@ func TestChangesOfProvidersAgreeWithEnvoy(t *testing.T) {
 		{name: "all parameters", answer: &authv3.OkHttpResponse{QueryParametersToRemove: []string{"a", "b", "c", "e%6E"}}},
 		{name: "path and parameter", answer: &authv3.OkHttpResponse{Headers: []*corev3.HeaderValueOption{set(":path", "/o?q=1")}, QueryParametersToRemove: []string{"q"}}, refused: true},
 	}}
+	// What an HTTP provider answers.
+	web := map[string]http.Header{
+		"HTTP: nothing":             {},
+		"HTTP: set":                 {"X-A": {"new"}, "X-Two": {"new"}, "X-New": {"new"}},
+		"HTTP: set to nothing":      {"X-A": {""}},
+		"HTTP: twice":               {"X-A": {"1", "2"}, "X-New": {"1", "2"}, "X-Two": {"3", "4", "5"}},
+		"HTTP: twice the same":      {"X-A": {"1", "1"}},
+		"HTTP: nothing and a value": {"X-A": {"", "2"}, "X-New": {"1", ""}},
+		"HTTP: with a comma":        {"X-A": {"1,2", "3"}},
+		"HTTP: cookies":             {"Cookie": {"c=1", "d=2"}},
+		"HTTP: removed":             {"X-Envoy-Auth-Headers-To-Remove": {"x-a, x-two"}},
+		"HTTP: removed, in two":     {"X-Envoy-Auth-Headers-To-Remove": {"x-a", "x-two"}},
+		"HTTP: set and removed":     {"X-A": {"new"}, "X-Envoy-Auth-Headers-To-Remove": {"x-a"}},
+		"HTTP: not wanted":          {"X-B": {"new"}},
+	}
+	webServer := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		maps.Copy(rw.Header(), web[r.Header.Get("X-Row")])
+	}))
+	t.Cleanup(webServer.Close)
+	upstream := []string{"x-a", "x-two", "x-new", "x-empty", "cookie"}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +185,8 @@ func TestChangesOfProvidersAgreeWithEnvoy(t *testing.T) {
 	go providerServer.Serve(l)
 	t.Cleanup(providerServer.Stop)
 
-	asks, err := provider.New(provider.Config{Providers: []provider.Spec{{Name: "them", GRPC: &provider.GRPC{Address: providerAt(t, l.Addr())}}}})
+	asks, err := provider.New(provider.Config{Providers: []provider.Spec{{Name: "them", GRPC: &provider.GRPC{Address: providerAt(t, l.Addr())}},
+		{Name: "web", HTTP: &provider.HTTP{Address: providerAt(t, webServer.Listener.Addr()), IncludeRequestHeadersInCheck: []string{"x-row"}, HeadersToUpstreamOnAllow: upstream}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +194,12 @@ func TestChangesOfProvidersAgreeWithEnvoy(t *testing.T) {
 	rs, problems := authz.Parse("p.yaml", []byte(`apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: ask, namespace: default}
-spec: {action: CUSTOM, provider: {name: them}, rules: [{}]}
+spec: {action: CUSTOM, provider: {name: them}, rules: [{to: [{operation: {notPaths: [/web]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web, namespace: default}
+spec: {action: CUSTOM, provider: {name: web}, rules: [{to: [{operation: {paths: [/web]}}]}]}
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -183,7 +210,7 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 		t.Fatal(problems)
 	}
 	policies, _ := authz.Set{}.Update(rs)
-	snapshot, _ := authz.Compile(policies, authz.Options{})
+	snapshot, _ := authz.Compile(policies, authz.Options{MultipleProviders: true})
 	decided := decidedOn{}
 	checks, err := extauthz.New(extauthz.Config{Snapshot: func() *authz.Snapshot { return snapshot }, Providers: asks, Records: &decided})
 	if err != nil {
@@ -195,14 +222,14 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 	}))
 	t.Cleanup(app.Close)
 	file := filepath.Join(t.TempDir(), "envoy.json")
-	if err := os.WriteFile(file, changesEnvoy(t, socket, l.Addr(), app.Listener.Addr()), 0o600); err != nil {
+	if err := os.WriteFile(file, changesEnvoy(t, socket, l.Addr(), webServer.Listener.Addr(), app.Listener.Addr(), upstream), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	envoy := envoytest.Start(t, file)
 	envoy.WaitReady(t)
-	ask := func(listener, row string) (int, seenRequest) {
+	ask := func(listener, path, row string) (int, seenRequest) {
 		t.Helper()
-		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+envoy.Listener(t, listener)+"/p/x?b=2&a&e%6E=3&b=1&c=%41", nil)
+		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+envoy.Listener(t, listener)+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,37 +253,43 @@ spec: {action: AUDIT, rules: [{when: [{key: "request.headers[x-a]", values: [nob
 		return res.StatusCode, got
 	}
 	names := []string{"X-A", "X-Two", "X-New", "X-B", "X-Empty", "Cookie", "Authorization"}
-	for _, row := range p.rows {
-		mine, got := ask("signet", row.name)
-		if row.refused {
-			if mine != 403 {
-				t.Errorf("%s: %d; want it denied", row.name, mine)
-			}
-			continue
-		}
-		status, want := ask("istio", row.name)
+	compare := func(listener, path, row string) {
+		t.Helper()
+		mine, got := ask("signet", path, row)
+		status, want := ask(listener, path, row)
 		if status != 200 || mine != 200 {
-			t.Errorf("%s: Envoy %d, Signet %d", row.name, status, mine)
-			continue
+			t.Errorf("%s: Envoy %d, Signet %d", row, status, mine)
+			return
 		}
 		if got.Method != want.Method || got.URI != want.URI || got.Host != want.Host {
-			t.Errorf("%s: the application gets\nEnvoy:  %s %s %s\nSignet: %s %s %s", row.name, want.Method, want.Host, want.URI, got.Method, got.Host, got.URI)
+			t.Errorf("%s: the application gets\nEnvoy:  %s %s %s\nSignet: %s %s %s", row, want.Method, want.Host, want.URI, got.Method, got.Host, got.URI)
 		}
 		p.mu.Lock()
-		envoys := p.got[row.name]
+		envoys := p.got[row]
 		p.mu.Unlock()
-		signets := decided.of(row.name)
+		signets := decided.of(row)
 		for _, name := range names {
 			if w, g := strings.Join(want.Header.Values(name), ","), strings.Join(got.Header.Values(name), ","); w != g {
-				t.Errorf("%s: the application gets %s\nEnvoy:  %q\nSignet: %q", row.name, name, w, g)
+				t.Errorf("%s: the application gets %s\nEnvoy:  %q\nSignet: %q", row, name, w, g)
 			}
 			if w, g := header(&envoys, strings.ToLower(name)), header(&signets, strings.ToLower(name)); w != g {
-				t.Errorf("%s: policies see %s\nEnvoy:  %q\nSignet: %q", row.name, name, w, g)
+				t.Errorf("%s: policies see %s\nEnvoy:  %q\nSignet: %q", row, name, w, g)
 			}
 		}
 		if string(envoys.Path) != string(signets.Path) || string(envoys.Host) != string(signets.Host) || string(envoys.Method) != string(signets.Method) {
-			t.Errorf("%s: policies see\nEnvoy:  %s %s %s\nSignet: %s %s %s", row.name, envoys.Method, envoys.Host, envoys.Path, signets.Method, signets.Host, signets.Path)
+			t.Errorf("%s: policies see\nEnvoy:  %s %s %s\nSignet: %s %s %s", row, envoys.Method, envoys.Host, envoys.Path, signets.Method, signets.Host, signets.Path)
 		}
+	}
+	const path = "/p/x?b=2&a&e%6E=3&b=1&c=%41"
+	for _, row := range p.rows {
+		if !row.refused {
+			compare("istio", path, row.name)
+		} else if status, _ := ask("signet", path, row.name); status != 403 {
+			t.Errorf("%s: %d; want it denied", row.name, status)
+		}
+	}
+	for _, row := range slices.Sorted(maps.Keys(web)) {
+		compare("istio-web", "/web", row)
 	}
 }
 
@@ -288,7 +321,7 @@ func (rs *decidedOn) of(row string) authz.Request {
 
 // changesEnvoy is the bootstrap of an Envoy that asks the provider itself, on one
 // port, and the agent on another.
-func changesEnvoy(t *testing.T, socket string, them, app net.Addr) []byte {
+func changesEnvoy(t *testing.T, socket string, them, web, app net.Addr, upstream []string) []byte {
 	t.Helper()
 	type object = map[string]any
 	typed := func(name, kind string, config object) object {
@@ -310,6 +343,18 @@ func changesEnvoy(t *testing.T, socket string, them, app net.Addr) []byte {
 			"transport_api_version": "V3", "encode_raw_headers": true,
 			"grpc_service": object{"envoy_grpc": object{"cluster_name": cluster}, "timeout": "60s"}})
 	}
+	exactly := func(names ...string) object {
+		var patterns []object
+		for _, name := range names {
+			patterns = append(patterns, object{"exact": name, "ignore_case": true})
+		}
+		return object{"patterns": patterns}
+	}
+	// As Istio writes it.
+	webAuthorizer := typed("envoy.filters.http.ext_authz.web", "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", object{
+		"transport_api_version": "V3", "allowed_headers": exactly("x-row"), "http_service": object{
+			"server_uri":             object{"uri": "http://web.example", "cluster": "web", "timeout": "60s"},
+			"authorization_response": object{"allowed_upstream_headers": exactly(upstream...)}}})
 	listener := func(name string, filters ...object) object {
 		route := object{"match": object{"prefix": "/"}, "route": object{"cluster": "app"}, "typed_per_filter_config": object{
 			"envoy.filters.http.ext_authz.behind": object{"@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
@@ -321,10 +366,11 @@ func changesEnvoy(t *testing.T, socket string, them, app net.Addr) []byte {
 				"route_config": object{"virtual_hosts": []object{{"name": "all", "domains": []string{"*"}, "routes": []object{route}}}}})}}}}
 	}
 	b, err := json.Marshal(object{"node": object{"id": "e", "cluster": "e"}, "static_resources": object{
-		"listeners": []object{listener("istio", authorizer("first", "them"), authorizer("behind", "them")), listener("signet", authorizer("agent", "agent"))},
+		"listeners": []object{listener("istio", authorizer("first", "them"), authorizer("behind", "them")), listener("istio-web", webAuthorizer, authorizer("behind", "them")), listener("signet", authorizer("agent", "agent"))},
 		"clusters": []object{
 			cluster("agent", object{"pipe": object{"path": socket}}, object{"http2_protocol_options": object{}}),
 			cluster("them", at(them), object{"http2_protocol_options": object{}}),
+			cluster("web", at(web), object{"http_protocol_options": object{}}),
 			cluster("app", at(app), object{"http_protocol_options": object{}}),
 		}}})
 	if err != nil {

@@ -309,9 +309,9 @@ func (h *httpAsker) allowed(answer http.Header) (extauthz.ProviderAnswer, error)
 				}
 				continue
 			}
-			// The first replaces the request's own.
-			if h.upstream.match(lower) {
-				ok.Headers = append(ok.Headers, option(lower, v, i > 0))
+			// As in Envoy the last replaces those before, and the request's own.
+			if h.upstream.match(lower) && i == len(answer[name])-1 {
+				ok.Headers = append(ok.Headers, option(lower, v, false))
 			}
 			if h.onAllow.match(lower) {
 				ok.ResponseHeadersToAdd = append(ok.ResponseHeadersToAdd, option(lower, v, true))

@@ -78,7 +78,7 @@ func TestHTTPProviderGetsTheRequest(t *testing.T) {
 		//lint:ignore SA1019 see option
 		headers = append(headers, fmt.Sprintf("%s=%s %t", h.Header.Key, h.Header.Value, h.Append.GetValue()))
 	}
-	if s := strings.Join(headers, ", "); s != "x-group=a,b false, x-user=alice false" {
+	if s := strings.Join(headers, ", "); s != "x-group=b false, x-user=alice false" {
 		t.Errorf("headers to upstream: %s", s)
 	}
 	if len(ok.GetResponseHeadersToAdd()) != 1 || ok.GetResponseHeadersToAdd()[0].Header.Key != "set-cookie" || fmt.Sprint(ok.GetHeadersToRemove()) != "[authorization x-other]" {
