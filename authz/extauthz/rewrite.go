@@ -11,6 +11,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"golang.org/x/net/http/httpguts"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -359,15 +360,59 @@ func (w *rewrite) answer(ok *authv3.OkHttpResponse) {
 }
 
 // message is the CheckRequest with the changes, for the provider that is asked next.
+// What is not the HTTP request, as metadata, is not decoded for it.
 func (w *rewrite) message(m []byte, r *authz.Request) ([]byte, error) {
-	var check authv3.CheckRequest
-	if err := proto.Unmarshal(m, &check); err != nil {
-		return nil, errors.New("the check is none")
+	return edited(m, []protowire.Number{1, 4, 2}, func(b []byte) ([]byte, error) { // attributes, request, http
+		var h authv3.AttributeContext_HttpRequest
+		if err := proto.Unmarshal(b, &h); err != nil {
+			return nil, errNoCheck
+		}
+		w.change(&h, r)
+		return proto.Marshal(&h)
+	})
+}
+
+var errNoCheck = errors.New("the check is none")
+
+// edited is a message with the part that is at path, by numbers of fields, edited, and
+// the others byte by byte. A part that is there several times is one, one after the
+// other; one that is not there stays so.
+func edited(b []byte, path []protowire.Number, edit func([]byte) ([]byte, error)) ([]byte, error) {
+	if len(path) == 0 {
+		return edit(b)
 	}
-	h := check.GetAttributes().GetRequest().GetHttp()
-	if h == nil {
-		return m, nil
+	var part []byte
+	there, out := false, make([]byte, 0, len(b)+64)
+	for rest := b; len(rest) > 0; {
+		num, kind, n := protowire.ConsumeField(rest)
+		if n < 0 {
+			return nil, errNoCheck
+		}
+		if num == path[0] && kind == protowire.BytesType {
+			_, _, tag := protowire.ConsumeTag(rest)
+			data, _ := protowire.ConsumeBytes(rest[tag:n])
+			if there {
+				part = append(part, data...)
+			} else {
+				part, there = data[:len(data):len(data)], true // to append is to copy
+			}
+		} else {
+			out = append(out, rest[:n]...)
+		}
+		rest = rest[n:]
 	}
+	if !there {
+		return b, nil
+	}
+	part, err := edited(part, path[1:], edit)
+	if err != nil {
+		return nil, err
+	}
+	return protowire.AppendBytes(protowire.AppendTag(out, path[0], protowire.BytesType), part), nil
+}
+
+// change makes the changes in the HTTP request of a check.
+func (w *rewrite) change(h *authv3.AttributeContext_HttpRequest, r *authz.Request) {
 	changed := func(name string) bool {
 		name = strings.ToLower(name)
 		if name == "host" {
@@ -408,5 +453,4 @@ func (w *rewrite) message(m []byte, r *authz.Request) ([]byte, error) {
 			add(p.name, p.value)
 		}
 	}
-	return proto.Marshal(&check)
 }

@@ -3,6 +3,7 @@ package extauthz_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -346,6 +347,98 @@ func one(r *authz.Request, name string) string {
 func unknownField(r *authv3.CheckResponse) *authv3.CheckResponse {
 	r.GetOkResponse().ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 1000, protowire.VarintType), 1))
 	return r
+}
+
+// askBoth asks two providers and reads nothing else.
+const askBoth = `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: default}
+spec: {action: CUSTOM, provider: {name: a}, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: b, namespace: default}
+spec: {action: CUSTOM, provider: {name: b}, rules: [{}]}
+`
+
+// TestTheNextProviderIsAskedAboutAllThatCame: but for what was changed, in whatever
+// pieces it came.
+func TestTheNextProviderIsAskedAboutAllThatCame(t *testing.T) {
+	t.Parallel()
+	whole := check(func(a *authv3.AttributeContext) {
+		a.MetadataContext = metadataOf(3, 3)
+		a.ContextExtensions = map[string]string{"a": "b"}
+		a.Request.Http.Size = 7
+	})
+	whole.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 1000, protowire.VarintType), 1))
+	whole.Attributes.Request.Http.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 1001, protowire.VarintType), 2))
+	want := proto.Clone(whole).(*authv3.CheckRequest)
+	want.Attributes.Request.Http.HeaderMap.Headers = append(want.Attributes.Request.Http.HeaderMap.Headers, raw("x-user", "alice").Headers...)
+	marshal := func(m proto.Message) []byte {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	http := whole.Attributes.Request.Http
+	rest := proto.Clone(whole).(*authv3.CheckRequest)
+	rest.Attributes.Request.Http = &authv3.AttributeContext_HttpRequest{HeaderMap: http.HeaderMap}
+	http.HeaderMap = nil
+	pieces := slices.Concat(marshal(&authv3.CheckRequest{Attributes: &authv3.AttributeContext{Request: &authv3.AttributeContext_Request{Http: http}}}), marshal(rest))
+	for name, b := range map[string][]byte{"whole": marshal(mergedFrom(t, pieces)), "in pieces": pieces} {
+		asked := 0
+		s := newWorldWith(t, extauthz.Config{Snapshot: fixed(compileWith(t, askBoth, authz.Options{MultipleProviders: true})),
+			Providers: providers(func(name string, m []byte) (extauthz.ProviderAnswer, error) {
+				asked++
+				if got := mergedFrom(t, m); name == "b" && !proto.Equal(got, want) {
+					t.Errorf("asked about\n%v\nwant\n%v", got, want)
+				}
+				return extauthz.ProviderAnswer{Allowed: true, Response: ok(setTo("x-user", "alice"))}, nil
+			})})
+		r, err := s.Answer(as(server), b)
+		var a authv3.CheckResponse
+		if err != nil || proto.Unmarshal(r, &a) != nil || a.GetOkResponse() == nil || asked != 2 {
+			t.Errorf("%s: %v, %v; asked %d times", name, &a, err, asked)
+		}
+	}
+}
+
+func mergedFrom(t *testing.T, b []byte) *authv3.CheckRequest {
+	r := &authv3.CheckRequest{}
+	if err := proto.Unmarshal(b, r); err != nil {
+		t.Error(err)
+	}
+	return r
+}
+
+// TestTheNextProvidersMessageTakesLittleMemory is not parallel: it counts what the
+// process has.
+func TestTheNextProvidersMessageTakesLittleMemory(t *testing.T) {
+	s := newWorldWith(t, extauthz.Config{Snapshot: fixed(compileWith(t, askBoth, authz.Options{MultipleProviders: true})),
+		Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) {
+			return extauthz.ProviderAnswer{Allowed: true, Response: ok(setTo("x-user", "alice"))}, nil
+		})})
+	b := withMetadata(t, metadataOf(128<<10, 0)) // 256 KiB
+	answer := func() {
+		r, err := s.Answer(as(server), b)
+		var a authv3.CheckResponse
+		if err != nil || proto.Unmarshal(r, &a) != nil || a.GetOkResponse() == nil {
+			t.Fatalf("answer %v: %v", &a, err)
+		}
+	}
+	answer()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	const n = 20
+	for range n {
+		answer()
+	}
+	runtime.ReadMemStats(&after)
+	// Decoded and encoded it were some 9 MB for each.
+	if took := (after.TotalAlloc - before.TotalAlloc) / n; took > 2<<20 {
+		t.Errorf("a message of %d KiB takes %d KiB", len(b)>>10, took>>10)
+	}
 }
 
 // TestNobodyForgesClaims: a header in which a token's claims would be is taken out of a
