@@ -12,15 +12,15 @@ const jwtFilter = "envoy.filters.http.jwt_authn"
 // r is the request as it came, but for Claims and Token: those were found behind
 // extension providers that had made the changes in then, in this order.
 //
-// answer is asked in place of a provider: for what it changes, nil for nothing, and
-// whether it allows. Where it does not, the decision that asks is returned.
+// answer is asked in place of a provider, about the request as that would see it, which
+// it may copy but not keep: for what it changes, nil for nothing, and whether it allows. Where it does not, the decision that asks is returned.
 //
 // What the token says is taken to be unknown where it cannot be told: where the changes
 // are not those of then, or are in another order. What the proxy itself has said of
 // the token outlasts that, but not a change of where p looks for tokens or puts claims.
 //
 // now is the request behind the providers. Again does not change r.
-func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision) (*Changes, bool)) (d Decision, now Request) {
+func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision, r *Request) (*Changes, bool)) (d Decision, now Request) {
 	then = slices.DeleteFunc(slices.Clone(then), (*Changes).none)
 	now = *r
 	// CUSTOM policies do not read the token, but may read metadata, which has what the
@@ -32,7 +32,7 @@ func (p *Program) Again(r *Request, then []*Changes, answer func(d Decision) (*C
 	var made []*Changes
 	var asked Decision
 	for d = p.Custom(&now); d.Ask; d = p.CustomAfter(d, &now) {
-		c, ok := answer(d)
+		c, ok := answer(d, &now)
 		if !ok {
 			return d, now
 		}

@@ -77,7 +77,7 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 			if strings.HasSuffix(c.name, "in the other order") {
 				slices.Reverse(then)
 			}
-			d, _ := s.For(identity.Workload{Namespace: "default"}).Again(&r, then, func(d authz.Decision) (*authz.Changes, bool) {
+			d, _ := s.For(identity.Workload{Namespace: "default"}).Again(&r, then, func(d authz.Decision, _ *authz.Request) (*authz.Changes, bool) {
 				return map[string]*authz.Changes{"a": c.a, "b": c.b}[d.Provider], true
 			})
 			if d.Reason != c.want {

@@ -120,10 +120,18 @@ func (c *Case) program() *authz.Program { return c.Snapshot.For(c.Workload) }
 type outcome struct {
 	authz.Decision
 	asks []string
+	// asked are the decisions to ask them, each with the request as the provider sees it.
+	asked []asking
 	// refusedBy is the provider that denied.
 	refusedBy string
-	// behind is the request as AUDIT, DENY and ALLOW see it.
-	behind authz.Request
+	// custom is the request behind the providers, behind is that as AUDIT, DENY and
+	// ALLOW see it.
+	custom, behind authz.Request
+}
+
+type asking struct {
+	authz.Decision
+	request authz.Request
 }
 
 func (c *Case) decide(p *authz.Program, r *authz.Request) (o outcome) {
@@ -131,9 +139,8 @@ func (c *Case) decide(p *authz.Program, r *authz.Request) (o outcome) {
 	for i := range c.Changes {
 		then[i] = c.Changes[i].Changes
 	}
-	var now authz.Request
-	o.Decision, now = p.Again(r, then, func(d authz.Decision) (*authz.Changes, bool) {
-		o.asks = append(o.asks, d.Provider)
+	o.Decision, o.custom = p.Again(r, then, func(d authz.Decision, r *authz.Request) (*authz.Changes, bool) {
+		o.asks, o.asked = append(o.asks, d.Provider), append(o.asked, asking{d, *r})
 		if allowed, known := c.Providers[d.Provider]; known && !allowed {
 			o.refusedBy = d.Provider
 			return nil, false
@@ -145,13 +152,21 @@ func (c *Case) decide(p *authz.Program, r *authz.Request) (o outcome) {
 		}
 		return nil, true
 	})
-	o.behind = authz.AfterTokens(slices.Collect(p.TokenRules()), &now)
+	o.behind = authz.AfterTokens(slices.Collect(p.TokenRules()), &o.custom)
 	return o
 }
 
 // open reports whether some provider that is asked has not answered.
-func (c *Case) open(o outcome) bool {
-	return slices.ContainsFunc(o.asks, func(p string) bool { _, known := c.Providers[p]; return !known })
+func (c *Case) open(o outcome) bool { return len(c.unanswered(o)) > 0 }
+
+// unanswered are the decisions to ask providers that have not answered.
+func (c *Case) unanswered(o outcome) (out []asking) {
+	for _, a := range o.asked {
+		if _, known := c.Providers[a.Provider]; !known {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // Explain explains.
@@ -163,7 +178,7 @@ func Explain(c Case) Explanation {
 	}
 	switch {
 	case o.Allowed && c.open(o):
-		d := p.Decide(&c.Request)
+		d := c.unanswered(o)[0]
 		e.Decision, e.Kind, e.Policy, e.Rule, e.Reason = "ask", d.Kind, d.Policy, d.Rule, d.Reason
 	case o.Allowed:
 		e.Decision = "allow"
@@ -193,10 +208,16 @@ type tracer struct {
 
 // sees is the request as the rule sees it.
 func (t *tracer) sees(r *rule) *authz.Request {
-	if r.Action == authz.ActionCustom {
-		return &t.Request
+	if r.Action != authz.ActionCustom {
+		return &t.behind
 	}
-	return &t.behind
+	// Providers are asked in the order of the rules, which is that of their names.
+	for i := range t.asked {
+		if t.asked[i].Provider >= r.Provider {
+			return &t.asked[i].request
+		}
+	}
+	return &t.custom
 }
 
 // clause is what a test says of the request.

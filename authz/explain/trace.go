@@ -131,15 +131,15 @@ func (t *tracer) tokenRules(r authz.Resource) (out []Rule) {
 			continue
 		}
 		rule := Rule{Index: tr.Index, Line: tr.Line, Matches: authz.Yes.String()}
-		_, reason := authz.CheckTokens([]authz.TokenRule{tr}, &t.Request)
+		_, reason := authz.CheckTokens([]authz.TokenRule{tr}, &t.custom)
 		about := "tokens of issuer " + quoted(tr.Spec.GetIssuer())
 		if len(tr.Spec.GetAudiences()) > 0 {
 			about += " for audiences " + shorten(tr.Spec.GetAudiences())
 		}
-		switch _, known := token(&t.Request); {
+		switch _, known := token(&t.custom); {
 		case reason == authz.ReasonTokenForeign:
 			rule.Matches = authz.No.String()
-			f := t.Request.Claims.GetFields()
+			f := t.custom.Claims.GetFields()
 			rule.Note = fmt.Sprintf("%s: the token is of issuer %s for %s", about, claimText(f["iss"]), claimText(f["aud"]))
 		case reason == authz.ReasonTokenRefused:
 			rule.Matches = authz.No.String()
@@ -147,7 +147,7 @@ func (t *tracer) tokenRules(r authz.Resource) (out []Rule) {
 		case reason == authz.ReasonTokenUnknown:
 			rule.Matches = authz.Unknown.String()
 			rule.Note = about + ": whether the request has a token where this rule looks for one is not known"
-		case known && t.Request.Claims == nil:
+		case known && t.custom.Claims == nil:
 			rule.Note = about + ": no token where this rule looks for one, which it lets pass"
 		default:
 			rule.Note = about + ": it takes the token"
@@ -255,7 +255,11 @@ func (t *tracer) verdict(decision string) (summary string, because []string) {
 		matched()
 		return summary, because
 	case decision == "ask":
-		summary = fmt.Sprintf("provider %s decides: %s: %s has it asked", quoted(strings.Join(t.asks, ", ")), subject, t.asker())
+		var open []string
+		for _, a := range t.unanswered(t.outcome) {
+			open = append(open, a.Provider)
+		}
+		summary = fmt.Sprintf("provider %s decides: %s: %s has it asked", quoted(strings.Join(open, ", ")), subject, t.asker())
 		because = append(because, "if it allows, the request is "+t.Text())
 		return summary, because
 	}
@@ -302,7 +306,7 @@ func (t *tracer) verdict(decision string) (summary string, because []string) {
 		summary = fmt.Sprintf("denied with 401: %s: it has a token that was not verified, and RequestAuthentication %s looks for one there", subject, t.Policy)
 		because = append(because, "expired, of another issuer or audience, signed by an unknown key, or malformed; a request without a token would not be refused here")
 	case authz.ReasonTokenForeign:
-		f := t.Request.Claims.GetFields()
+		f := t.custom.Claims.GetFields()
 		summary = fmt.Sprintf("denied with 401: %s: no RequestAuthentication takes its token, of issuer %s for %s", subject, claimText(f["iss"]), claimText(f["aud"]))
 		for tr := range t.program.TokenRules() {
 			text := fmt.Sprintf("rule %d of %s/%s takes issuer %s", tr.Index, tr.Namespace, tr.Name, quoted(tr.Spec.GetIssuer()))
@@ -320,9 +324,9 @@ func (t *tracer) verdict(decision string) (summary string, because []string) {
 	return summary, because
 }
 
-// asker is the rule that has the first provider asked.
+// asker is the rule that has the first provider asked that has not answered.
 func (t *tracer) asker() string {
-	d := t.program.Decide(&t.Request)
+	d := t.unanswered(t.outcome)[0]
 	for _, r := range t.rules {
 		if r.Resource() == d.Policy && r.Kind == d.Kind && r.Index == d.Rule {
 			return fmt.Sprintf("rule %d of CUSTOM policy %s (%s:%d)", r.Index, d.Policy, r.Origin, r.Line)

@@ -2,11 +2,13 @@ package explain_test
 
 import (
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/authz/explain"
+	"github.com/signet-mesh/signet/identity"
 )
 
 // TestTraceAddsUp holds that what an explanation says of each rule, each by itself,
@@ -122,5 +124,68 @@ func addsUp(t *testing.T, c *explain.Case, p explain.Policy, r explain.Rule) {
 	}
 	if got := min(when, best(from), best(to)); got != value[r.Matches] {
 		t.Fatalf("%s rule %d: matches %s, and its fields come to %d: %+v", p.Policy, r.Index, r.Matches, got, r.Clauses)
+	}
+}
+
+// TestProvidersAreExplainedOneAfterTheOther: a CUSTOM rule is held against the request
+// as its provider is asked about it, behind the changes of those before, and what has
+// not answered yet is what decides.
+func TestProvidersAreExplainedOneAfterTheOther(t *testing.T) {
+	t.Parallel()
+	rs, problems := authz.Parse("p.yaml", []byte(`apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: default}
+spec: {action: CUSTOM, provider: {name: a}, rules: [{to: [{operation: {paths: [/came]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: b, namespace: default}
+spec: {action: CUSTOM, provider: {name: b}, rules: [{to: [{operation: {paths: [/a]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: c, namespace: default}
+spec: {action: CUSTOM, provider: {name: c}, rules: [{to: [{operation: {paths: [/came, /a]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: default}
+spec: {jwtRules: [{issuer: iss}]}
+`))
+	set, more := authz.Set{}.Update(rs)
+	if problems = append(problems, more...); len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	c := explain.Case{Set: set, Workload: identity.Workload{Namespace: "default"}, Providers: map[string]bool{"a": true},
+		Request: authz.Request{Known: authz.FieldsHTTP, HTTP: true, Method: []byte("GET"), Path: []byte("/came"),
+			Headers: []authz.Header{{Name: "authorization", Value: []byte("Bearer bad")}}},
+		Changes: []explain.Change{{Provider: "a", Changes: &authz.Changes{Path: []byte("/a"), Names: []string{"authorization"}}}, {Provider: "b", Changes: &authz.Changes{Path: []byte("/b")}}}}
+	c.Snapshot, _ = authz.Compile(set, authz.Options{MultipleProviders: true})
+	matches := func(e explain.Explanation) (out []string) {
+		for _, s := range e.Stages {
+			for _, p := range s.Policies {
+				for _, r := range p.Rules {
+					out = append(out, p.Policy+" "+r.Matches)
+				}
+			}
+		}
+		return out
+	}
+	want := []string{"default/a yes", "default/b yes", "default/c no", "default/jwt yes"}
+	e := explain.Explain(c)
+	if e.Decision != "ask" || e.Policy != "default/b" || !strings.HasPrefix(e.Summary, "provider b decides:") || !strings.Contains(e.Summary, "CUSTOM policy default/b (p.yaml:9)") || !slices.Equal(e.Asks, []string{"a", "b"}) {
+		t.Errorf("where b has not answered: %+v", e)
+	}
+	if got := matches(e); !slices.Equal(got, want) {
+		t.Errorf("the rules match %q, want %q", got, want)
+	}
+	c.Providers["b"] = true
+	if e := explain.Explain(c); e.Decision != "allow" || !slices.Equal(matches(e), want) {
+		t.Errorf("where both allow: %+v", e)
+	}
+	c.Providers["b"] = false
+	e = explain.Explain(c)
+	if e.Decision != "deny" || !strings.Contains(e.Summary, "provider b said no; rule 0 of CUSTOM policy default/b") || len(e.Because) != 1 || !strings.Contains(e.Because[0], `/a is in paths`) {
+		t.Errorf("where b denies: %s; %q", e.Summary, e.Because)
 	}
 }

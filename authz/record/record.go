@@ -93,7 +93,7 @@ func Replay(p *authz.Program, r *Record) (d authz.Decision, ok bool) {
 		then[i] = r.Answers[i].Changes
 	}
 	var refused *Answer
-	d, _ = p.Again(&r.Request, then, func(d authz.Decision) (*authz.Changes, bool) {
+	d, _ = p.Again(&r.Request, then, func(d authz.Decision, _ *authz.Request) (*authz.Changes, bool) {
 		a := r.answer(d.Provider)
 		switch {
 		case a == nil:
