@@ -57,7 +57,7 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 		{"a provider that is not asked changed nothing", jwt, "/open", nil, nil, &authz.Changes{}, nil, authz.ReasonAllowRule},
 		{"one of two is asked", askA + jwt, "/open", nil, nil, user, token, authz.ReasonTokenUnknown},
 		{"the other", askB + jwt, "/open", nil, nil, user, token, authz.ReasonTokenUnknown},
-		{"both are asked", askA + askB + jwt, "/open", nil, nil, user, path, authz.ReasonAllowRule},
+		{"both are asked", askA + askB + jwt, "/", nil, nil, user, path, authz.ReasonAllowRule},
 		{"both are asked, in the other order", askA + askB + jwt, "/open", nil, nil, user, path, authz.ReasonTokenUnknown},
 		{"the proxy's word, and the provider is not asked", jwt, "/", claims("good"), nil, user, nil, authz.ReasonAllowRule},
 		{"the proxy's word, and tokens are looked for where the provider has put another", askA + jwt, "/", claims("good"), nil, token, nil, authz.ReasonTokenUnknown},
@@ -87,5 +87,60 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 				t.Errorf("the request is now %+v", r)
 			}
 		})
+	}
+}
+
+// TestAgainForgetsTheToken: what the proxy's filter said of a token can also be in its
+// metadata, which CUSTOM policies may read. Where a change may have taken that away they
+// do not know, either.
+func TestAgainForgetsTheToken(t *testing.T) {
+	t.Parallel()
+	const filter = "envoy.filters.http.jwt_authn"
+	rs, problems := authz.Parse("p.yaml", []byte(`apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: default}
+spec: {action: CUSTOM, provider: {name: a}, rules: [{when: [{key: "experimental.`+filter+`[group]", values: [asked]}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: default}
+spec: {jwtRules: [{issuer: iss}]}
+`))
+	set, more := authz.Set{}.Update(rs)
+	if problems = append(problems, more...); len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	s, _ := authz.Compile(set, authz.Options{})
+	p := s.For(identity.Workload{Namespace: "default"})
+	said := func(group string) map[string]*structpb.Struct {
+		return map[string]*structpb.Struct{filter: {Fields: map[string]*structpb.Value{"group": structpb.NewStringValue(group)}}}
+	}
+	user := &authz.Changes{Names: []string{"x-user"}}
+	for _, c := range []struct {
+		name, group string
+		then        []*authz.Changes
+		changes     *authz.Changes
+		asked       bool
+		forgotten   bool
+		want        authz.Reason
+	}{
+		{"nothing was changed", "other", nil, user, false, false, authz.ReasonNoAllowPolicy},
+		{"a change may have taken it away", "other", []*authz.Changes{user}, user, true, false, authz.ReasonNoAllowPolicy},
+		{"nothing was changed then, and something is now", "asked", nil, user, true, true, authz.ReasonTokenUnknown},
+		{"something was changed then, and nothing is now", "other", []*authz.Changes{user}, nil, true, true, authz.ReasonTokenUnknown},
+	} {
+		claims := &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss"), "sub": structpb.NewStringValue("good")}}
+		r := authz.Request{Known: authz.FieldsHTTP | authz.FieldMetadata, HTTP: true, Path: []byte("/"), Claims: claims, Token: &authz.Changes{}, Metadata: said(c.group)}
+		asked := false
+		d, now := p.Again(&r, c.then, func(authz.Decision, *authz.Request) (*authz.Changes, bool) { asked = true; return c.changes, true })
+		if asked != c.asked || d.Reason != c.want {
+			t.Errorf("%s: asked: %t, %s", c.name, asked, d.Text())
+		}
+		if forgotten := now.Claims == nil && now.Token == nil && len(now.Metadata) == 0 && now.Known&(authz.FieldClaims|authz.FieldMetadata) == 0; forgotten != c.forgotten {
+			t.Errorf("%s: behind it there is %+v", c.name, now)
+		}
+		if r.Claims != claims || r.Token == nil || len(r.Metadata) != 1 {
+			t.Errorf("%s: the request is now %+v", c.name, r)
+		}
 	}
 }

@@ -124,6 +124,17 @@ func TestChangesOfARequest(t *testing.T) {
 	if len(was.Headers) != 2 || string(was.Headers[1].Value) != "1" || string(was.Path) != "/" {
 		t.Errorf("the request before: %+v", was)
 	}
+	// What a record does not show is unknown behind the change, and the rest is not.
+	for hidden, want := range map[authz.Field]string{authz.FieldMethod: "///a", authz.FieldPath: "GET//a", authz.FieldHost: "GET///"} {
+		r = was
+		(&authz.Changes{Hidden: hidden}).Apply(&r)
+		if got := fmt.Sprintf("%s/%s/%s", r.Method, r.Path, r.Host); r.Known != was.Known&^hidden || got != want {
+			t.Errorf("hidden %v: %s, known %v of %v", hidden, got, r.Known, was.Known)
+		}
+	}
+	if (*authz.Program)(nil).Outputs() != nil || (*authz.Changes)(nil).SetsAny(p.Outputs()) {
+		t.Error("nothing puts claims into headers, or changes them")
+	}
 	// An address that cannot be known does not become known.
 	r = was
 	r.Headers = []authz.Header{{Name: "x-forwarded-for", Value: []byte("192.0.2.1"), Form: authz.HeaderUnclear}}

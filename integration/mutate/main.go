@@ -56,7 +56,7 @@ type target struct {
 
 var targets = map[string]target{
 	"authz": {dir: "authz", stages: authzStages, survivors: "integration/mutate/survivors.txt", reads: []string{"identity", "authz/record", "authz/extauthz"}, files: []string{
-		"changes.go", "claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
+		"again.go", "changes.go", "claims.go", "domains.go", "header.go", "index.go", "jwt.go", "match.go", "nets.go", "peer.go",
 		"program.go", "radix.go", "rule.go", "search.go", "snapshot.go", "table.go", "target.go", "template.go",
 	}},
 	"ca/rotation": {dir: "ca/rotation", files: []string{"schedule.go", "state.go", "transition.go"}, survivors: "integration/mutate/survivors-rotation.txt",
