@@ -537,3 +537,39 @@ func TestAProvidersTokenIsNotTheProxys(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// TestATokenThatTheProxyTookOut: the proxy has verified a token and taken it out, and a
+// provider changes a place where no token is left. Nobody can tell whether it was there
+// that the token was, so the request is not one without a token.
+func TestATokenThatTheProxyTookOut(t *testing.T) {
+	t.Parallel()
+	theirs := &structpb.Struct{Fields: map[string]*structpb.Value{"iss": structpb.NewStringValue("iss"), "sub": structpb.NewStringValue("alice")}}
+	for spec, want := range map[string]authz.Reason{
+		"issuer: iss, fromHeaders: [{name: authorization, prefix: 'Bearer '}, {name: x-jwt}]":                             authz.ReasonTokenUnknown,
+		"issuer: iss, fromHeaders: [{name: authorization, prefix: 'Bearer '}, {name: x-jwt}], forwardOriginalToken: true": authz.ReasonAllowRule,
+	} {
+		policies := strings.Replace(changesPolicy, "issuer: iss", spec, 1) + "---\n" + `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-alice, namespace: default}
+spec: {action: DENY, rules: [{from: [{source: {requestPrincipals: [iss/alice]}}]}]}
+`
+		var kept records
+		w := newWorldWith(t, extauthz.Config{Snapshot: fixed(compileWith(t, policies, authz.Options{MultipleProviders: true})), Records: &kept,
+			Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) {
+				return extauthz.ProviderAnswer{Allowed: true, Response: ok(nil, "authorization")}, nil
+			}),
+			Tokens: tokens(func(*authz.Program, *authz.Request) extauthz.Verified { return extauthz.Verified{} })})
+		_, err := w.Check(as(server), check(func(a *authv3.AttributeContext) {
+			a.Request.Http.HeaderMap = raw(":path", "/a", ":method", "GET", ":authority", "server:8080", "x-user", "alice")
+			a.Request.Http.Path = ""
+			a.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+				"envoy.filters.http.jwt_authn": {Fields: map[string]*structpb.Value{"payload": structpb.NewStructValue(theirs)}}}}
+		}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := kept[0].Decision.Reason; got != want {
+			t.Errorf("%s: %s", spec, got)
+		}
+	}
+}

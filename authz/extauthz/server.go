@@ -141,6 +141,8 @@ type check struct {
 	verified Verified
 	passed   []*authv3.CheckResponse
 	denied   *authv3.CheckResponse
+	// disowned says that the proxy's word about the token does not count any more.
+	disowned bool
 }
 
 // reset makes c empty and keeps its space.
@@ -148,7 +150,7 @@ func (c *check) reset() {
 	c.attributes.reset()
 	c.Record = Record{}
 	c.request = authz.Request{Headers: kept(c.request.Headers)}
-	c.rewrite, c.verified, c.passed, c.denied = rewrite{}, Verified{}, nil, nil
+	c.rewrite, c.verified, c.passed, c.denied, c.disowned = rewrite{}, Verified{}, nil, nil, false
 }
 
 func (s *Server) answer(ctx context.Context, message []byte) (a *answer, err error) {
@@ -242,6 +244,9 @@ func (s *Server) decide(ctx context.Context, c *check) {
 			c.request.Token = c.rewrite.token(c.verified.Upstream, &c.request)
 		}
 	}
+	if c.disowned && c.request.Claims == nil && mayBeTakenOut(c.Program.Verifies(), &c.request) {
+		c.request.Known &^= authz.FieldClaims | authz.FieldMetadata
+	}
 	if c.request.Claims == nil {
 		// Policies see no header in which a token's claims would be; nor does the
 		// application, whoever verifies tokens and whatever it says.
@@ -252,6 +257,19 @@ func (s *Server) decide(ctx context.Context, c *check) {
 	} else {
 		c.Decision = c.Program.Decide(&c.request)
 	}
+}
+
+// mayBeTakenOut reports whether a request in which no token is seen may have come with one
+// that the proxy has verified and taken out, in another place than a provider changed.
+func mayBeTakenOut(rules []*authz.TokenRule, r *authz.Request) bool {
+	out := false
+	for _, rule := range rules {
+		for range rule.Tokens(r) {
+			return false // who verified it has said what it is
+		}
+		out = out || !rule.Spec.GetForwardOriginalToken()
+	}
+	return out
 }
 
 // ask has the provider asked that the decision names, and makes what it changes in
@@ -333,7 +351,7 @@ func (s *Server) changedBy(c *check, by *authv3.CheckResponse) error {
 	if c.request.Claims != nil && looked {
 		// The proxy verified a token of the request as it came. What is there now was
 		// not, and in Istio would be.
-		c.request.Claims = nil
+		c.request.Claims, c.disowned = nil, true
 		c.request.Metadata = maps.Clone(c.request.Metadata)
 		delete(c.request.Metadata, jwtFilter)
 	}
