@@ -85,6 +85,7 @@ type item struct {
 	size     int64 // that is counted in Recorder.bytes
 	message  []byte
 	claims   *structpb.Struct // that were decided on, or nil
+	known    authz.Field      // of what was decided on
 	token    *authz.Changes
 	program  *authz.Program
 	decision authz.Decision
@@ -162,6 +163,7 @@ func (r *Recorder) Add(from *extauthz.Record) {
 	if from.Err != nil {
 		it.Err = from.Err.Error()
 	}
+	it.known = from.Request.Known
 	if c := from.Request.Claims; c != nil {
 		it.claims, it.token = proto.Clone(c).(*structpb.Struct), from.Request.Token
 	}
@@ -293,6 +295,9 @@ func (r *Recorder) record(it *item) {
 		rec.Request.Claims = nil
 		rec.Request.Metadata = maps.Clone(rec.Request.Metadata)
 		delete(rec.Request.Metadata, jwtFilter)
+		if it.known&authz.FieldClaims == 0 { // nor is it known that there was none
+			rec.Request.Known &^= authz.FieldClaims | authz.FieldMetadata
+		}
 	}
 	if it.claims != nil {
 		rec.Request.Claims, rec.Request.Token = it.claims, it.token

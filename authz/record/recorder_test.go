@@ -624,7 +624,7 @@ spec:
 	want := []string{
 		"/ask/alice allow-rule 0, other rules: no-allow-rule", "/ask/mallory no-allow-rule -1, other rules: no-allow-rule", "/ask/path allow-rule 2, other rules: allow-rule",
 		"/ask/token allow-rule 1, other rules: allow-unknown", "/ask/token allow-rule 1, other rules: allow-unknown",
-		"/ask/gone no-allow-rule -1, other rules: allow-rule", "/ask/gone no-allow-rule -1, other rules: allow-rule",
+		"/ask/gone no-allow-rule -1, other rules: allow-rule", "/ask/gone token-unknown 0, other rules: token-unknown",
 		"/ allow-rule 1, other rules: allow-unknown", "/ no-allow-rule -1, other rules: allow-rule", "/ allow-rule 1, other rules: allow-rule",
 	}
 	if g, w := strings.Join(got, "\n"), strings.Join(want, "\n"); g != w {
