@@ -57,12 +57,16 @@ func errChange(format string, args ...any) error {
 }
 
 // provider takes what an extension provider's answer changes into w, as Envoy would,
-// and makes it in r. It returns what it was; it shares no memory with r.
-func (w *rewrite) provider(ok *authv3.OkHttpResponse, r *authz.Request) (*authz.Changes, error) {
+// and makes it in r. It returns what it was; it shares no memory with r. Headers with one
+// of the names in settled stay as they are.
+func (w *rewrite) provider(ok *authv3.OkHttpResponse, r *authz.Request, settled []string) (*authz.Changes, error) {
+	if len(ok.GetHeaders())+len(ok.GetHeadersToRemove()) > 2*maxChanged { // what is below takes time by the square
+		return nil, errChange("more than %d headers of it", 2*maxChanged)
+	}
 	if len(ok.ProtoReflect().GetUnknown()) > 0 {
 		return nil, errChange("with a field that this version does not know")
 	}
-	e := edit{w: w, headers: slices.Clone(r.Headers), c: &authz.Changes{}}
+	e := edit{w: w, headers: slices.Clone(r.Headers), c: &authz.Changes{}, settled: settled}
 	// Envoy overwrites first and then appends, whatever the order in the answer.
 	for _, append := range []bool{false, true} {
 		for _, o := range ok.GetHeaders() {
@@ -83,12 +87,14 @@ func (w *rewrite) provider(ok *authv3.OkHttpResponse, r *authz.Request) (*authz.
 		if !httpguts.ValidHeaderFieldName(name) {
 			return nil, errChange("by removing the header %.100q, which is none", name)
 		}
-		e.set(name)
+		if !slices.Contains(settled, name) {
+			e.set(name)
+		}
 	}
 	for _, name := range e.c.Names {
 		for _, h := range e.headers {
 			if h.Name == name {
-				h.Value = bytes.Clone(h.Value)
+				h.Name, h.Value = name, bytes.Clone(h.Value)
 				e.c.Headers = append(e.c.Headers, h)
 			}
 		}
@@ -144,6 +150,7 @@ type edit struct {
 	w       *rewrite
 	headers []authz.Header // as they are by now
 	c       *authz.Changes
+	settled []string // names of headers that it does not change
 }
 
 func (e *edit) option(o *corev3.HeaderValueOption) error {
@@ -159,6 +166,8 @@ func (e *edit) option(o *corev3.HeaderValueOption) error {
 		return e.pseudo(name, value, o)
 	case perConnection(name):
 		return errChange("the header %q", name)
+	case slices.Contains(e.settled, name):
+		return nil
 	}
 	//lint:ignore SA1019 Envoy reads it, and not append_action: where it is not true the option overwrites
 	if !o.GetAppend().GetValue() {

@@ -513,12 +513,17 @@ func TestAProvidersTokenIsNotTheProxys(t *testing.T) {
 	if got := reason(); got != authz.ReasonTokenRefused || verified != 1 || kept[0].Request.Claims != nil || kept[0].Request.Metadata["envoy.filters.http.jwt_authn"] != nil {
 		t.Errorf("%s; verified %d times; %+v", got, verified, kept[0].Request)
 	}
-	// Nor does a provider say what the proxy's token does.
-	for _, answer = range []*authv3.CheckResponse{ok(setTo("X-Group", "admin")), ok(nil, "x-group"), ok(setTo("x-other", "1", "x-group", "user"))} {
-		if got := reason(); got != extauthz.ReasonProviderFailed || verified != 1 {
-			t.Errorf("%s; verified %d times; %v", got, verified, kept[len(kept)-1].Err)
+	// Nor does a provider say what the proxy's token does: claims have the last word.
+	for _, answer = range []*authv3.CheckResponse{ok(setTo("X-Group", "admin", "x-user", "bob")), ok(nil, "x-group", "x-user"), ok([]*corev3.HeaderValueOption{appended("x-group", "admin")}, "x-user")} {
+		a, err := w.Check(as(server), request)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if r := kept[len(kept)-1].Request; one(r, "x-group") != "user" || r.Claims == nil {
+		r := kept[len(kept)-1]
+		if r.Decision.Reason != authz.ReasonNoAllowRule || verified != 1 || strings.Contains(fmt.Sprint(a), "x-group") {
+			t.Errorf("%s; verified %d times; %v", r.Decision.Reason, verified, a)
+		}
+		if one(r.Request, "x-group") != "user" || r.Request.Claims == nil || slices.Contains(r.Changed[0].Names, "x-group") {
 			t.Errorf("the record has %+v", r)
 		}
 	}
@@ -571,5 +576,37 @@ spec: {action: DENY, rules: [{from: [{source: {requestPrincipals: [iss/alice]}}]
 		if got := kept[0].Decision.Reason; got != want {
 			t.Errorf("%s: %s", spec, got)
 		}
+	}
+}
+
+// TestChangesOutliveTheMessage: they are kept for the record, and the message is gRPC's,
+// which writes the next one there.
+func TestChangesOutliveTheMessage(t *testing.T) {
+	t.Parallel()
+	var kept records
+	w := newWorldWith(t, extauthz.Config{Snapshot: fixed(compileWith(t, changesPolicy, authz.Options{MultipleProviders: true})), Records: &kept,
+		Providers: providers(func(string, []byte) (extauthz.ProviderAnswer, error) {
+			return extauthz.ProviderAnswer{Allowed: true, Response: ok([]*corev3.HeaderValueOption{appended("x-user", "bob"), setHeader("x-other", "1")}, "x-gone")}, nil
+		})})
+	message, err := proto.Marshal(check(func(a *authv3.AttributeContext) {
+		a.Request.Http.HeaderMap = raw(":path", "/a", ":method", "GET", ":authority", "server:8080", "x-user", "alice", "x-user", "carol", "x-gone", "1")
+		a.Request.Http.Path = ""
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Answer(as(server), message); err != nil {
+		t.Fatal(err)
+	}
+	for i := range message {
+		message[i] = 'z'
+	}
+	var got []string
+	for _, h := range kept[0].Changed[0].Headers {
+		got = append(got, h.Name+"="+string(h.Value))
+	}
+	slices.Sort(got)
+	if want := []string{"x-other=1", "x-user=alice,bob", "x-user=carol"}; !slices.Equal(got, want) {
+		t.Errorf("the changes became %q", got)
 	}
 }

@@ -335,20 +335,18 @@ func (s *Server) changedBy(c *check, by *authv3.CheckResponse) error {
 		}
 		c.request.Headers, c.request.Known = all.Headers, c.request.Known|all.Known&authz.FieldHeaders
 	}
-	came := c.request
-	changes, err := c.rewrite.provider(ok, &c.request)
+	// In Istio claims come after providers and have the last word in their headers. Where
+	// the proxy has verified the token it has put them there before, and there they stay.
+	var settled []string
+	if c.request.Claims != nil {
+		settled = c.Program.Outputs()
+	}
+	changes, err := c.rewrite.provider(ok, &c.request, settled)
 	if err != nil {
 		return err
 	}
-	looked := changes.LooksAt(c.Program.Verifies())
-	if c.request.Claims != nil && !looked && changes.SetsAny(c.Program.Outputs()) {
-		// In Istio claims come after providers and have the last word. Here the proxy
-		// has put them there before, and nobody would again.
-		c.request = came
-		return errChange("a header that a RequestAuthentication fills from the token, which the proxy has verified already")
-	}
 	c.Changed[len(c.Changed)-1] = changes
-	if c.request.Claims != nil && looked {
+	if c.request.Claims != nil && changes.LooksAt(c.Program.Verifies()) {
 		// The proxy verified a token of the request as it came. What is there now was
 		// not, and in Istio would be.
 		c.request.Claims, c.disowned = nil, true

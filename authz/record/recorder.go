@@ -295,7 +295,7 @@ func (r *Recorder) record(it *item) {
 		rec.Request.Claims = nil
 		rec.Request.Metadata = maps.Clone(rec.Request.Metadata)
 		delete(rec.Request.Metadata, jwtFilter)
-		if it.known&authz.FieldClaims == 0 { // nor is it known that there was none
+		if it.known&authz.FieldClaims == 0 || byProvider(rec.Reason) { // nor is it known that there was none
 			rec.Request.Known &^= authz.FieldClaims | authz.FieldMetadata
 		}
 	}
