@@ -124,8 +124,9 @@ type Authority struct {
 	// retiredLogs are those of instances from before a restore; guarded by mu.
 	retiredLogs []bookLog
 	// dropped are instances that this replica was whose logs are on record as gone, and
-	// may not all be; owned by Open and then by Run.
-	dropped []uint8
+	// may not all be; damaged are those whose logs are not read, and go when it is certain
+	// that they are as old as they seemed at the start. Owned by Open and then by Run.
+	dropped, damaged []uint8
 }
 
 // Open opens the authority in cfg.DataDir, or makes a new one if the folder holds

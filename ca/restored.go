@@ -111,7 +111,7 @@ func (a *Authority) openFormer(ctx context.Context) error {
 		case errors.Is(err, fs.ErrNotExist):
 			continue // it had none, or all of it was pruned
 		case err != nil && !r.Retired.IsZero() && a.goesAnyway(r, err):
-			a.dropped = append(a.dropped, f.Instance)
+			a.damaged = append(a.damaged, f.Instance)
 			continue
 		case err != nil:
 			return err
@@ -133,12 +133,14 @@ func (a *Authority) was(instance byte) bool {
 // half of a log is not opened again.
 func (a *Authority) pruneFormer(ctx context.Context, now time.Time) error {
 	for _, r := range a.losses.retired {
-		if !a.was(r.Instance) || now.Sub(r.Retired) < a.cfg.LogRetention {
+		this := func(instance uint8) bool { return instance == r.Instance }
+		if !a.was(r.Instance) && !slices.ContainsFunc(a.damaged, this) || now.Sub(r.Retired) < a.cfg.LogRetention {
 			continue
 		}
 		err := replica.DropFormer(ctx, a.cfg.Shared.Store, a.instance, r.Instance)
 		if err == nil {
 			a.dropped = append(a.dropped, r.Instance)
+			a.damaged = slices.DeleteFunc(a.damaged, this)
 			err = a.closeRetired(r.Instance)
 		}
 		if err != nil {

@@ -186,6 +186,17 @@ func TestAFormerLogThatIsDamaged(t *testing.T) {
 			_ = a.Close()
 		}
 	}
+	// A clock that is ahead at the start removes nothing, once it is right.
+	w.off = agedRetention + time.Hour
+	w.open()
+	w.off = 0
+	if err := w.prune(); err != nil {
+		t.Error(err)
+	}
+	if left := must(files.List("log/001")); len(left) != len(names)-1 {
+		t.Errorf("left by a clock that was ahead: %q", left)
+	}
+	w.close()
 	w.off = agedRetention + time.Hour
 	w.open()
 	intact(t, w.world)

@@ -36,6 +36,9 @@ func HighestHead(saved []byte) (highest uint64) {
 // SetWall gives a client that does not run yet another system clock.
 func (c *Client) SetWall(now func() time.Time) { c.wall = now }
 
+// LeaveWithin is in how long, at most, for the first time.
+const LeaveWithin = leaveWithin
+
 // LeaveIn is in how long a replica is left that is cut off.
 var LeaveIn = leaveIn
 

@@ -31,15 +31,20 @@ const rankAfter = 10 * time.Minute
 // known, or from the state that replicas share.
 const leaveAgain = time.Minute
 
-// leaveIn is in how long a replica is left that is cut off from the shared state: at once,
-// unless one was left already. All may be cut off, and then agents do not go from one to the
-// other together. random is in [0, 1).
+// leaveWithin is in how long, at most, a replica is left that is cut off from the shared
+// state: all its agents are told at once, and do not come to the others at once.
+const leaveWithin = 5 * time.Second
+
+// leaveIn is in how long a replica is left that is cut off from the shared state: in some
+// seconds, or later where one was left already. All may be cut off, and then agents do not
+// go from one to the other together. random is in [0, 1).
 func leaveIn(last *time.Time, now time.Time, random float64) time.Duration {
+	soon := time.Duration(random * float64(leaveWithin))
 	if last == nil {
-		return 0
+		return soon
 	}
 	pause := leaveAgain/2 + time.Duration(random*float64(leaveAgain/2))
-	return max(pause-now.Sub(*last), 0)
+	return max(pause-now.Sub(*last), soon)
 }
 
 // order is the order in which replicas are tried. Each agent begins with its own, so that
