@@ -149,6 +149,9 @@ func (u *unpacked) list(b []byte, depth int) bool {
 // parts makes the metadata that parts describe, one after the other; nil where nobody
 // wants it. Nothing is allocated before it is known how much it is.
 func (rd *reader) parts(parts [][]byte, wanted bool) (map[string]*structpb.Struct, error) {
+	if len(parts) == 0 {
+		return nil, nil // and what is below allocates
+	}
 	// One message is like many others: of requests with the same token.
 	if wanted && len(parts) == 1 {
 		if m, ok := rd.metadata.get(textOf(parts[0])); ok {
