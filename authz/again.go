@@ -5,8 +5,8 @@ import (
 	"slices"
 )
 
-// jwtFilter is where Envoy's jwt_authn leaves what it says of a token.
-const jwtFilter = "envoy.filters.http.jwt_authn"
+// JWTFilter is where Envoy's jwt_authn leaves what it says of a token.
+const JWTFilter = "envoy.filters.http.jwt_authn"
 
 // Again decides about a request that was decided about before, maybe by other policies.
 // r is the request as it came, but for Claims and Token: those were found behind
@@ -65,10 +65,17 @@ func (c *Changes) none() bool {
 	return c == nil || len(c.Names)+len(c.Headers) == 0 && c.Method == nil && c.Path == nil && c.Host == nil && c.Hidden == 0
 }
 
+// DisownToken takes away what the proxy has said of the token, also in Metadata, which is
+// replaced and not written to.
+func (r *Request) DisownToken() {
+	r.Claims = nil
+	r.Metadata = maps.Clone(r.Metadata)
+	delete(r.Metadata, JWTFilter)
+}
+
 // forgetToken makes unknown what was found out about the token.
 func (r *Request) forgetToken() {
-	r.Claims, r.Token = nil, nil
-	r.Metadata = maps.Clone(r.Metadata)
-	delete(r.Metadata, jwtFilter)
+	r.DisownToken()
+	r.Token = nil
 	r.Known &^= FieldClaims | FieldMetadata
 }

@@ -66,12 +66,7 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			rs, problems := authz.Parse("p.yaml", []byte(c.policies+rest))
-			set, more := authz.Set{}.Update(rs)
-			if problems = append(problems, more...); len(problems) > 0 {
-				t.Fatal(problems)
-			}
-			s, _ := authz.Compile(set, authz.Options{MultipleProviders: true})
+			s := compile(t, c.policies+rest, authz.Options{MultipleProviders: true})
 			r := authz.Request{Known: authz.FieldsHTTP, HTTP: true, Method: []byte("GET"), Path: []byte(c.path), Claims: c.claims, Token: c.verified}
 			then := []*authz.Changes{c.a, c.b}
 			if strings.HasSuffix(c.name, "in the other order") {
@@ -95,8 +90,8 @@ spec: {rules: [{from: [{source: {requestPrincipals: [iss/good]}}]}, {to: [{opera
 // do not know, either.
 func TestAgainForgetsTheToken(t *testing.T) {
 	t.Parallel()
-	const filter = "envoy.filters.http.jwt_authn"
-	rs, problems := authz.Parse("p.yaml", []byte(`apiVersion: security.istio.io/v1
+	const filter = authz.JWTFilter
+	p := compile(t, `apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: a, namespace: default}
 spec: {action: CUSTOM, provider: {name: a}, rules: [{when: [{key: "experimental.`+filter+`[group]", values: [asked]}]}]}
@@ -105,13 +100,7 @@ apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: jwt, namespace: default}
 spec: {jwtRules: [{issuer: iss}]}
-`))
-	set, more := authz.Set{}.Update(rs)
-	if problems = append(problems, more...); len(problems) > 0 {
-		t.Fatal(problems)
-	}
-	s, _ := authz.Compile(set, authz.Options{})
-	p := s.For(identity.Workload{Namespace: "default"})
+`, authz.Options{}).For(identity.Workload{Namespace: "default"})
 	said := func(group string) map[string]*structpb.Struct {
 		return map[string]*structpb.Struct{filter: {Fields: map[string]*structpb.Value{"group": structpb.NewStringValue(group)}}}
 	}

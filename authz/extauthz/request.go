@@ -192,10 +192,9 @@ func cleaned(b []byte) bool { return bytes.IndexByte(b, '!') >= 0 }
 // errMessage says that the bytes are none of a CheckRequest.
 var errMessage = malformed("its bytes are no CheckRequest")
 
-// jwtFilter is where Envoy's jwt_authn leaves the payload of the token that it
-// verified, in Istio under this key.
 const (
-	jwtFilter  = "envoy.filters.http.jwt_authn"
+	// jwtPayload is the key, below authz.JWTFilter, under which Istio has the payload of
+	// the token that Envoy's jwt_authn verified.
 	jwtPayload = "payload"
 	// authzFilter is where Envoy's ext_authz leaves the metadata of answers.
 	authzFilter = "envoy.filters.http.ext_authz"
@@ -203,7 +202,7 @@ const (
 
 func readClaims(into *authz.Request) error {
 	into.Known |= authz.FieldClaims
-	v, ok := into.Metadata[jwtFilter].GetFields()[jwtPayload]
+	v, ok := into.Metadata[authz.JWTFilter].GetFields()[jwtPayload]
 	if !ok {
 		return nil
 	}

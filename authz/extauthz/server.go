@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"runtime/debug"
 	"slices"
@@ -349,9 +348,8 @@ func (s *Server) changedBy(c *check, by *authv3.CheckResponse) error {
 	if c.request.Claims != nil && changes.LooksAt(c.Program.Verifies()) {
 		// The proxy verified a token of the request as it came. What is there now was
 		// not, and in Istio would be.
-		c.request.Claims, c.disowned = nil, true
-		c.request.Metadata = maps.Clone(c.request.Metadata)
-		delete(c.request.Metadata, jwtFilter)
+		c.request.DisownToken()
+		c.disowned = true
 	}
 	return nil
 }

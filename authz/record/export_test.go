@@ -55,15 +55,7 @@ func (o *OTLP) Hasten(c *http.Client) { o.first, o.client = time.Millisecond, c 
 
 // Waiting takes what waits at the first output, where nothing runs.
 func (r *Recorder) Waiting() (heads []Record) {
-	for {
-		select {
-		case it := <-r.queue:
-			r.record(it)
-			continue
-		default:
-		}
-		break
-	}
+	r.drain()
 	for o := r.outputs[0]; ; {
 		select {
 		case l := <-o.queue:

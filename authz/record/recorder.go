@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -248,15 +247,7 @@ func (r *Recorder) Run(ctx context.Context) error {
 			going = false
 		}
 	}
-	for {
-		select {
-		case it := <-r.queue:
-			r.record(it)
-			continue
-		default:
-		}
-		break
-	}
+	r.drain()
 	done := make(chan struct{})
 	go func() { outputs.Wait(); close(done) }()
 	for _, o := range r.outputs {
@@ -276,8 +267,17 @@ func (r *Recorder) Run(ctx context.Context) error {
 	return nil
 }
 
-// jwtFilter is where Envoy's jwt_authn leaves what it says of a token.
-const jwtFilter = "envoy.filters.http.jwt_authn"
+// drain records what waits.
+func (r *Recorder) drain() {
+	for {
+		select {
+		case it := <-r.queue:
+			r.record(it)
+		default:
+			return
+		}
+	}
+}
 
 // record makes the record of an item and hands it to the outputs.
 func (r *Recorder) record(it *item) {
@@ -292,9 +292,7 @@ func (r *Recorder) record(it *item) {
 	if rec.Request.Claims != nil && len(it.program.Verifies()) > 0 && (it.claims == nil || it.token != nil) {
 		// A provider changed where tokens are looked for, and since then what the proxy
 		// said of a token does not count.
-		rec.Request.Claims = nil
-		rec.Request.Metadata = maps.Clone(rec.Request.Metadata)
-		delete(rec.Request.Metadata, jwtFilter)
+		rec.Request.DisownToken()
 		if it.known&authz.FieldClaims == 0 || byProvider(rec.Reason) { // nor is it known that there was none
 			rec.Request.Known &^= authz.FieldClaims | authz.FieldMetadata
 		}
